@@ -1,0 +1,197 @@
+"""`unroll`: check the call once, choose an implementation, run it."""
+
+from numbers import Real
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from snnfuse.core.neuron import Neuron, PyTree
+from snnfuse.ops import pallas_triton, scan
+from snnfuse.ops.problem import Problem, Step
+
+IMPLEMENTATIONS = {"pallas": pallas_triton, "scan": scan, "interpret": pallas_triton.interpreted}
+PREFERENCE = ("pallas", "scan")  # what `implementation=None` tries, in this order
+
+
+def unroll(
+    neuron: Neuron,
+    params: PyTree,
+    state: PyTree | None,
+    xs: PyTree,
+    *,
+    implementation: str | None = None,
+    out_dtype: Any = None,
+) -> tuple[PyTree, PyTree]:
+    """Run a neuron over time: state[t], outs[t] = neuron.step(params, state[t-1], xs[t]) for t = 1..T.
+
+    Args:
+      neuron: the step; any hashable object with `init_state` and `step` (see `snnfuse.Neuron`).
+      params: a tree of arrays, each broadcasting from the right against [*B, N], and of Python numbers, which are
+        compiled in and get no gradient.
+      state: a tree of float32 [*B, N] like `neuron.init_state([*B, N])`, or None for just that. A sequence run in
+        pieces, each from the final state of the one before, equals the whole.
+      xs: a tree of [T, *B, N], T >= 1, in float32, bfloat16 or float16. float64 works with "scan" alone.
+      implementation: "pallas" (one fused GPU kernel forward, one backward), "scan" (`jax.lax.scan`, the baseline),
+        "interpret" (the Pallas kernels in the interpreter of Pallas). A named one runs or raises; None takes the first
+        of "pallas", "scan" that can run here.
+      out_dtype: the dtype of the outputs, one for all or a tree like the outputs; None is that of xs (float32 if its
+        leaves differ). Outputs in an integer dtype or bool carry no gradient.
+
+    Returns:
+      (outs, final_state): outs is a tree of [T, *B, N]; final_state is float32.
+
+    Raises:
+      ValueError: a rank, shape, structure or value is wrong, or the implementation is unknown.
+      TypeError: a dtype is wrong, or the neuron is not one.
+      NotImplementedError: the call is valid, but not for this implementation, or not on this device.
+
+    State and arithmetic are float32 whatever the dtype of xs. Reverse-mode gradients reach params, state and xs.
+    The fused kernels keep for the backward pass xs and one float32 state every K steps, K about 8 to 32 (for how, see
+    `snnfuse.ops.fused`). Temporal fusion: Li et al., ICANN 2024, https://arxiv.org/abs/2408.00280.
+    """
+    problem, params, state, xs = _check(neuron, params, state, xs, out_dtype)
+    outs, state = _choose(problem, implementation).unroll(problem, params, state, xs)
+    return problem.out_tree.unflatten(outs), problem.step.state_tree.unflatten(state)
+
+
+def _choose(problem: Problem, implementation: str | None):
+    if implementation is not None and implementation not in IMPLEMENTATIONS:
+        raise ValueError(f"implementation must be None or one of {sorted(IMPLEMENTATIONS)}; got {implementation!r}")
+    reasons = []
+    for name in (implementation,) if implementation else PREFERENCE:
+        if (why := IMPLEMENTATIONS[name].why_not(problem)) is None:
+            return IMPLEMENTATIONS[name]
+        reasons.append(f"implementation {name!r}: {why}")
+    raise NotImplementedError("; ".join(reasons))
+
+
+def _check(neuron, params, state, xs, out_dtype):
+    _check_neuron(neuron)
+    xs, x_tree, shape, dtype = _check_xs(xs)
+    params, params_tree, constants = _check_params(params, shape)
+    state, state_tree = _check_state(neuron, state, shape, dtype)
+    step = Step(neuron, params_tree, state_tree, x_tree, constants)
+    out_struct, out_tree = _check_step(step, params, state, xs, shape, dtype)
+    problem = Problem(
+        step=step,
+        T=xs[0].shape[0],
+        lane_shape=shape,
+        param_shapes=tuple(p.shape for p in params),
+        x_dtypes=tuple(x.dtype for x in xs),
+        out_dtypes=_out_dtypes(out_dtype, out_struct, xs),
+        out_tree=out_tree,
+        dtype=dtype,
+    )
+    return problem, params, state, xs
+
+
+def _check_neuron(neuron):
+    missing = [m for m in ("init_state", "step") if not callable(getattr(neuron, m, None))]
+    if missing or isinstance(neuron, type):
+        raise TypeError(f"neuron must be an object with init_state and step; got {neuron!r}, without {missing}")
+    try:
+        hash(neuron)
+    except TypeError as e:
+        raise TypeError(f"neuron must be hashable (a frozen dataclass of hashable choices); got {neuron!r}: {e}") from e
+
+
+def _check_xs(xs):
+    leaves, tree = jax.tree.flatten(xs)
+    if not leaves:
+        raise ValueError(f"xs must have at least one array [T, *B, N]; got {xs!r}")
+    leaves = tuple(jnp.asarray(x) for x in leaves)
+    allowed = (jnp.float32, jnp.bfloat16, jnp.float16, jnp.float64)
+    for x in leaves:
+        if x.dtype not in allowed:
+            raise TypeError(f"xs must be float32, bfloat16 or float16 (float64 with 'scan'); got {x.dtype}")
+        if x.ndim < 2:
+            raise ValueError(f"xs must be [T, *B, N], of rank 2 or more; got shape {x.shape}")
+        if x.shape != leaves[0].shape:
+            raise ValueError(f"xs must have one shape in all its leaves; got {[leaf.shape for leaf in leaves]}")
+        if x.size == 0:
+            raise ValueError(f"xs must have T >= 1 and no empty axis; got shape {x.shape}")
+    dtype = jnp.dtype(jnp.float64 if any(x.dtype == jnp.float64 for x in leaves) else jnp.float32)
+    return leaves, tree, leaves[0].shape[1:], dtype
+
+
+def _check_params(params, shape):
+    paths, tree = jax.tree_util.tree_flatten_with_path(params)
+    arrays, constants = [], []
+    for path, leaf in paths:
+        name = "params" + jax.tree_util.keystr(path)
+        constant = isinstance(leaf, Real)
+        if not constant:
+            leaf = jnp.asarray(leaf)
+            if not jnp.issubdtype(leaf.dtype, jnp.floating):
+                raise TypeError(f"{name} must be a number or a float array; got {leaf.dtype}")
+            padded = (1,) * (len(shape) - leaf.ndim) + leaf.shape
+            if len(padded) != len(shape) or any(p not in (1, s) for p, s in zip(padded, shape, strict=True)):
+                raise ValueError(f"{name} must broadcast from the right against [*B, N] = {shape}; got {leaf.shape}")
+            arrays.append(leaf.reshape(padded))
+        if not isinstance(leaf, jax.core.Tracer) and jnp.isnan(leaf).any():  # under jit there is no value to look at
+            raise ValueError(f"{name} must not be NaN; got {leaf}")
+        constants.append(leaf if constant else None)
+    return tuple(arrays), tree, tuple(constants)
+
+
+def _check_state(neuron, state, shape, dtype):
+    like = jax.eval_shape(lambda: neuron.init_state(shape))
+    if state is None:
+        state = jax.tree.map(lambda leaf: leaf.astype(dtype), neuron.init_state(shape))
+    if jax.tree.structure(state) != jax.tree.structure(like):
+        raise ValueError(
+            f"state must have the structure of neuron.init_state, {jax.tree.structure(like)}; "
+            f"got {jax.tree.structure(state)}"
+        )
+    paths, tree = jax.tree_util.tree_flatten_with_path(state)
+    leaves = []
+    for path, leaf in paths:
+        name, leaf = "state" + jax.tree_util.keystr(path), jnp.asarray(leaf)
+        if leaf.shape != shape:
+            raise ValueError(f"{name} must be [*B, N] = {shape}, as xs is without T; got {leaf.shape}")
+        if leaf.dtype != dtype:
+            raise TypeError(f"{name} must be {dtype}; got {leaf.dtype}")
+        leaves.append(leaf)
+    return tuple(leaves), tree
+
+
+def _check_step(step, params, state, xs, shape, dtype):
+    name = type(step.neuron).__name__
+    structs = tuple(jax.ShapeDtypeStruct(p.shape, dtype) for p in params)
+    lanes = lambda leaves: tuple(jax.ShapeDtypeStruct(shape, dtype) for _ in leaves)
+    new_state, out = jax.eval_shape(step.trees, structs, lanes(state), lanes(xs))
+    if jax.tree.structure(new_state) != step.state_tree:
+        raise ValueError(
+            f"neuron {name}.step must return the state in its own structure, {step.state_tree}; "
+            f"got {jax.tree.structure(new_state)}"
+        )
+    for path, leaf in jax.tree_util.tree_leaves_with_path(new_state):
+        where = f"neuron {name}.step must return state{jax.tree_util.keystr(path)}"
+        if leaf.shape != shape:
+            raise ValueError(f"{where} of shape [*B, N] = {shape}; got {leaf.shape}")
+        if leaf.dtype != dtype:
+            raise TypeError(f"{where} in {dtype}; got {leaf.dtype}")
+    outs = jax.tree.leaves(out)
+    if not outs or any(o.shape != shape for o in outs):
+        raise ValueError(f"neuron {name}.step must return outputs of shape [*B, N] = {shape}; got {out}")
+    return out, jax.tree.structure(out)
+
+
+def _out_dtypes(out_dtype, out, xs):
+    if out_dtype is None:
+        out_dtype = xs[0].dtype if all(x.dtype == xs[0].dtype for x in xs) else jnp.float32
+    treedef = jax.tree.structure(out)
+    if jax.tree.structure(out_dtype) == treedef and treedef.num_leaves > 1:
+        dtypes = jax.tree.leaves(out_dtype)
+    else:
+        dtypes = [out_dtype] * treedef.num_leaves
+    try:
+        dtypes = tuple(jnp.dtype(d) for d in dtypes)
+    except TypeError as e:
+        raise TypeError(
+            f"out_dtype must be a dtype, or a tree of them like the outputs {treedef}; got {out_dtype}"
+        ) from e
+    if bad := [d for d in dtypes if not (jnp.issubdtype(d, jnp.number) or d == jnp.bool_)]:
+        raise TypeError(f"out_dtype must be a floating, integer or bool dtype; got {bad[0]}")
+    return dtypes

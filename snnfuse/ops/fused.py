@@ -1,0 +1,111 @@
+"""Temporal fusion: the parts common to every fused implementation.
+
+A sequence [T, *B, N] is flattened to [T, M] lanes; a kernel owns a block of lanes and takes them through time in chunks
+of K steps. In training the forward kernel also stores the state at the start of each chunk. The backward kernel walks
+the chunks in reverse: it reloads the chunk's inputs, recomputes its states from the checkpoint, and pulls the
+cotangents back step by step. The residuals are the inputs themselves and the checkpoints, 1/K of a float32 tensor for
+each state leaf, and nothing else.
+
+Bytes per element and step, forward + backward, one input and one output: x and s forward, x, ds and dx backward, so
+5 x itemsize (20 in float32, 10 in bfloat16), and the checkpoints, written and read once, 8 / K.
+"""
+
+from functools import partial
+from typing import Protocol
+
+import jax
+import jax.numpy as jnp
+from jax.extend import core as jex
+
+from snnfuse.ops.problem import Leaves, Problem
+
+
+class Kernels(Protocol):
+    """A pair of kernels over lanes. Hashable; `params` are [P] with P dividing M (lane m reads element m % P)."""
+
+    problem: Problem
+
+    def forward(self, params: Leaves, state: Leaves, xs: Leaves, *, save: bool) -> tuple[Leaves, Leaves, Leaves]:
+        """(outs [T, M], final state [M], checkpoints [C, M], none unless `save`)."""
+
+    def backward(self, params, checkpoints, xs, d_outs, d_state) -> tuple[Leaves, Leaves, Leaves]:
+        """(d_params, a float32 [M] each; d_state [M]; d_xs [T, M]); d_outs are those of differentiable outputs."""
+
+
+def unroll(kernels: Kernels, params: Leaves, state: Leaves, xs: Leaves) -> tuple[Leaves, Leaves]:
+    shape, T, M = kernels.problem.lane_shape, kernels.problem.T, kernels.problem.M
+    outs, state = _run(
+        kernels,
+        tuple(_periodic(p, shape) for p in params),
+        tuple(s.reshape(M) for s in state),
+        tuple(x.reshape(T, M) for x in xs),
+    )
+    return tuple(o.reshape(T, *shape) for o in outs), tuple(s.reshape(shape) for s in state)
+
+
+def _periodic(p, shape):
+    """A parameter flattened to one period of the lanes: [1], [M], or the trailing axes that it covers whole."""
+    covered = p.shape
+    while covered and covered[0] == 1:
+        covered = covered[1:]
+    if covered == shape[len(shape) - len(covered) :]:
+        return p.reshape(-1)
+    return jnp.broadcast_to(p, shape).reshape(-1)
+
+
+@partial(jax.jit, static_argnums=0)
+@partial(jax.custom_vjp, nondiff_argnums=(0,))
+def _run(kernels, params, state, xs):
+    outs, state, _ = kernels.forward(params, state, xs, save=False)
+    return outs, state
+
+
+def _run_forward(kernels, params, state, xs):
+    outs, state, checkpoints = kernels.forward(params, state, xs, save=True)
+    return (outs, state), (params, checkpoints, xs)
+
+
+def _run_backward(kernels, residuals, cotangents):
+    params, checkpoints, xs = residuals
+    d_outs, d_state = cotangents
+    d_outs = tuple(d for d, float_ in zip(d_outs, kernels.problem.differentiable, strict=True) if float_)
+    d_params, d_state, d_xs = kernels.backward(params, checkpoints, xs, d_outs, d_state)
+    d_params = tuple(d.reshape(-1, *p.shape).sum(0).astype(p.dtype) for d, p in zip(d_params, params, strict=True))
+    return d_params, d_state, d_xs
+
+
+_run.__wrapped__.defvjp(_run_forward, _run_backward)
+
+
+def chunk_forward(problem: Problem, params: Leaves, state: Leaves, xs: list[Leaves]) -> tuple[Leaves, list[Leaves]]:
+    """K steps; `xs` holds the inputs of each. (state after the chunk, the outputs of each step)."""
+    outs = []
+    for x in xs:
+        state, out = _step(problem, params, state, x)
+        outs.append(out)
+    return state, outs
+
+
+def chunk_backward(problem: Problem, params, state, xs: list[Leaves], d_outs: list[Leaves], d_params, d_state):
+    """K steps in reverse, from the state before the chunk. (d_params, d_state before the chunk, the d_x of each step)."""
+    shape = jnp.shape(xs[0][0])
+    pullback = jex.jaxpr_as_fun(problem.pullback(shape))
+    states = [state]
+    for x in xs[:-1]:
+        states.append(_step(problem, params, states[-1], x)[0])
+    d_xs = [None] * len(xs)
+    for k in reversed(range(len(xs))):
+        d = pullback(*params, *states[k], *xs[k], *d_state, *d_outs[k])
+        here, d_state, d_xs[k] = split(d, len(params), len(state))
+        d_params = tuple(total + d_p for total, d_p in zip(d_params, here, strict=True))
+    return d_params, d_state, d_xs
+
+
+def _step(problem, params, state, x):
+    out = jex.jaxpr_as_fun(problem.forward(jnp.shape(x[0])))(*params, *state, *x)
+    return tuple(out[: len(state)]), tuple(out[len(state) :])
+
+
+def split(leaves, *sizes):
+    ends = [sum(sizes[: i + 1]) for i in range(len(sizes))]
+    return tuple(tuple(leaves[a:b]) for a, b in zip([0, *ends], [*ends, len(leaves)], strict=True))

@@ -1,0 +1,176 @@
+"""The fused kernels in Pallas, lowered through Triton."""
+
+import math
+from dataclasses import dataclass
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import triton as plt
+
+from snnfuse.ops import fused
+from snnfuse.ops.blocks import Blocks, triton_blocks
+from snnfuse.ops.device import platform
+from snnfuse.ops.problem import Leaves, Problem
+
+
+def why_not(problem: Problem) -> str | None:
+    if platform() != "gpu":
+        return f"it needs a GPU, the device is a {platform()}; `interpret` runs the same kernels anywhere, slowly"
+    return _why_not_kernels(problem)
+
+
+def unroll(problem: Problem, params: Leaves, state: Leaves, xs: Leaves, interpret: bool = False):
+    return fused.unroll(PallasKernels(problem, triton_blocks(problem), interpret), params, state, xs)
+
+
+def _why_not_kernels(problem: Problem) -> str | None:
+    if problem.dtype != jnp.float32:
+        return f"it computes in float32; xs is {problem.dtype}"
+    if any(jnp.dtype(d).itemsize == 1 for d in problem.out_dtypes) and problem.T * problem.M >= 2**31:
+        return "an 8-bit output of 2^31 or more elements overflows the 32-bit offsets of the Pallas Triton lowering"
+    return problem.why_not_lanewise((triton_blocks(problem).lanes,))
+
+
+class interpreted:
+    """The same kernels run by the interpreter of Pallas, on any device and slowly: for tests and debugging."""
+
+    why_not = staticmethod(_why_not_kernels)
+
+    @staticmethod
+    def unroll(problem, params, state, xs):
+        return unroll(problem, params, state, xs, interpret=True)
+
+
+@dataclass(frozen=True)
+class PallasKernels:
+    """`fused.Kernels` for one problem."""
+
+    problem: Problem
+    blocks: Blocks
+    interpret: bool = False
+
+    def forward(self, params, state, xs, *, save):
+        problem, (_, _, K), T = self.problem, self.blocks, self.problem.T
+        f32 = problem.dtype
+
+        def kernel(*refs):
+            param_refs, state_refs, x_refs, out_refs, final_refs, checkpoint_refs = fused.split(
+                refs, len(params), len(state), len(xs), len(problem.out_dtypes), len(state)
+            )
+            mask = self._mask()
+            p = self._load_params(param_refs, mask)
+
+            def chunk(c, s, k=K):
+                for ref, leaf in zip(checkpoint_refs, s, strict=bool(checkpoint_refs)):
+                    plt.store(ref.at[c], leaf, mask=mask)
+                x = self._load_steps(x_refs, c * K, k, mask)
+                s, outs = fused.chunk_forward(problem, p, s, x)
+                self._store_steps(out_refs, c * K, outs, mask)
+                return s
+
+            s = lax.fori_loop(0, T // K, chunk, self._load_lanes(state_refs, mask))
+            if T % K:
+                s = chunk(T // K, s, T % K)
+            for ref, leaf in zip(final_refs, s, strict=True):
+                plt.store(ref.at[:], leaf, mask=mask)
+
+        state_like = [jax.ShapeDtypeStruct((problem.M,), f32)] * len(state)
+        results = self._call(
+            kernel,
+            "snn_forward",
+            (*params, *state, *xs),
+            len(params),
+            [jax.ShapeDtypeStruct((T, problem.M), d) for d in problem.out_dtypes]
+            + state_like
+            + [jax.ShapeDtypeStruct((-(-T // K), problem.M), f32)] * (len(state) if save else 0),
+        )
+        return fused.split(results, len(problem.out_dtypes), len(state))
+
+    def backward(self, params, checkpoints, xs, d_outs, d_state):
+        problem, (_, _, K), T = self.problem, self.blocks, self.problem.T
+
+        def kernel(*refs):
+            param_refs, checkpoint_refs, x_refs, d_out_refs, d_final_refs, d_param_refs, d_state_refs, d_x_refs = (
+                fused.split(
+                    refs, len(params), len(checkpoints), len(xs), len(d_outs), len(d_state), len(params), len(d_state)
+                )
+            )
+            mask = self._mask()
+            p = self._load_params(param_refs, mask)
+
+            def chunk(c, carry, k=K):
+                d_p, d_s = carry
+                s = tuple(_load(ref.at[c], mask) for ref in checkpoint_refs)
+                x = self._load_steps(x_refs, c * K, k, mask)
+                d_out = self._load_steps(d_out_refs, c * K, k, mask)
+                d_p, d_s, d_x = fused.chunk_backward(problem, p, s, x, d_out, d_p, d_s)
+                self._store_steps(d_x_refs, c * K, d_x, mask)
+                return d_p, d_s
+
+            carry = tuple(jnp.zeros_like(leaf) for leaf in p), self._load_lanes(d_final_refs, mask)
+            C = T // K
+            if T % K:
+                carry = chunk(C, carry, T % K)
+            d_p, d_s = lax.fori_loop(0, C, lambda i, carry: chunk(C - 1 - i, carry), carry)
+            for ref, leaf in zip((*d_param_refs, *d_state_refs), (*d_p, *d_s), strict=True):
+                plt.store(ref.at[:], leaf, mask=mask)
+
+        lanes = jax.ShapeDtypeStruct((problem.M,), problem.dtype)
+        results = self._call(
+            kernel,
+            "snn_backward",
+            (*params, *checkpoints, *xs, *d_outs, *d_state),
+            len(params),
+            [lanes] * (len(params) + len(d_state)) + [jax.ShapeDtypeStruct(x.shape, x.dtype) for x in xs],
+        )
+        return fused.split(results, len(params), len(d_state))
+
+    def _call(self, kernel, name, args, num_params, out_shape):
+        lanes, warps, _ = self.blocks
+        whole = lambda a: pl.BlockSpec(a.shape, lambda i: (0,) * len(a.shape))
+        block = lambda a: pl.BlockSpec((*a.shape[:-1], lanes), lambda i: (0,) * (len(a.shape) - 1) + (i,))
+        specs = [whole(a) if a.shape[0] != self.problem.M else block(a) for a in args[:num_params]]
+        return pl.pallas_call(
+            kernel,
+            grid=(pl.cdiv(self.problem.M, lanes),),
+            in_specs=specs + [block(a) for a in args[num_params:]],
+            out_specs=[block(a) for a in out_shape],
+            out_shape=out_shape,
+            compiler_params=plt.CompilerParams(num_warps=warps, num_stages=1),
+            interpret=self.interpret,
+            name=name,
+        )(*args)
+
+    def _lanes(self):
+        return pl.program_id(0) * self.blocks.lanes + jnp.arange(self.blocks.lanes)
+
+    def _mask(self):
+        return None if self.problem.M % self.blocks.lanes == 0 else self._lanes() < self.problem.M
+
+    def _load_params(self, refs, mask):
+        f32, M, shape = self.problem.dtype, self.problem.M, (self.blocks.lanes,)
+
+        def load(ref):
+            if math.prod(ref.shape) == 1 != M:
+                return jnp.full(shape, ref[0].astype(f32))
+            return _load(ref.at[:], mask) if ref.shape == shape else _load(ref.at[self._lanes() % ref.shape[0]], mask)
+
+        return tuple(load(ref) for ref in refs)
+
+    def _load_lanes(self, refs, mask):
+        return tuple(_load(ref.at[:], mask) for ref in refs)
+
+    def _load_steps(self, refs, start, k, mask):
+        """The inputs of k steps. All loads come before any use, so that k of them are in flight."""
+        return [tuple(_load(ref.at[start + i], mask) for ref in refs) for i in range(k)]
+
+    def _store_steps(self, refs, start, steps, mask):
+        for i, leaves in enumerate(steps):
+            for ref, leaf in zip(refs, leaves, strict=True):
+                plt.store(ref.at[start + i], leaf.astype(ref.dtype), mask=mask)
+
+
+def _load(ref, mask):
+    return plt.load(ref, mask=mask, other=None if mask is None else 0.0).astype(jnp.float32)

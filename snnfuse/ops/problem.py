@@ -1,0 +1,165 @@
+"""One checked call of `unroll`, and its step as flat, lanewise jaxprs: what every implementation is given."""
+
+import math
+from dataclasses import dataclass
+from functools import lru_cache, partial
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax.extend import core as jex
+
+from snnfuse.core.neuron import Neuron
+
+Leaves = tuple[jax.Array, ...]
+
+
+@dataclass(frozen=True)
+class Step:
+    """`neuron.step` over flat tuples of leaves. `constants[i]` is the value of a Python number in params, None for an array."""
+
+    neuron: Neuron
+    params_tree: Any
+    state_tree: Any
+    x_tree: Any
+    constants: tuple[float | None, ...]
+
+    def trees(self, params: Leaves, state: Leaves, x: Leaves):
+        """(state, out) as the neuron returns them."""
+        arrays = iter(params)
+        params = self.params_tree.unflatten([next(arrays) if c is None else c for c in self.constants])
+        return self.neuron.step(params, self.state_tree.unflatten(state), self.x_tree.unflatten(x))
+
+    def __call__(self, params: Leaves, state: Leaves, x: Leaves) -> tuple[Leaves, Leaves]:
+        state, out = self.trees(params, state, x)
+        return tuple(jax.tree.leaves(state)), tuple(jax.tree.leaves(out))
+
+
+@dataclass(frozen=True)
+class Problem:
+    """All that is static about one call. It is hashable: compiled code is cached by it."""
+
+    step: Step
+    T: int
+    lane_shape: tuple[int, ...]
+    param_shapes: tuple[tuple[int, ...], ...]
+    x_dtypes: tuple[Any, ...]
+    out_dtypes: tuple[Any, ...]
+    out_tree: Any
+    dtype: Any
+
+    @property
+    def M(self) -> int:
+        return math.prod(self.lane_shape)
+
+    @property
+    def num_state(self) -> int:
+        return self.step.state_tree.num_leaves
+
+    @property
+    def differentiable(self) -> tuple[bool, ...]:
+        """Which outputs carry a cotangent: those of a floating dtype."""
+        return tuple(bool(jnp.issubdtype(d, jnp.floating)) for d in self.out_dtypes)
+
+    def _structs(self, shape):
+        struct = jax.ShapeDtypeStruct(shape, self.dtype)
+        return tuple((struct,) * n for n in (len(self.param_shapes), self.num_state, len(self.x_dtypes)))
+
+    @lru_cache(maxsize=128)  # noqa: B019  a Problem is a value
+    def forward(self, shape) -> jex.ClosedJaxpr:
+        """(*params, *state, *x) -> (*state, *outs), every leaf of `shape`."""
+        return _flat_jaxpr(self.step, *self._structs(shape))
+
+    @lru_cache(maxsize=128)  # noqa: B019
+    def pullback(self, shape) -> jex.ClosedJaxpr:
+        """(*params, *state, *x, *d_state, *d_outs) -> (*d_params, *d_state, *d_x); d_outs of differentiable outputs only."""
+        params, state, x = self._structs(shape)
+
+        def pullback(params, state, x, d_state, d_outs):
+            def differentiable_step(*args):
+                state, outs = self.step(*args)
+                return state, tuple(o for o, d in zip(outs, self.differentiable, strict=True) if d)
+
+            return jax.vjp(differentiable_step, params, state, x)[1]((d_state, d_outs))
+
+        return _flat_jaxpr(pullback, params, state, x, state, state[:1] * sum(self.differentiable))
+
+    def why_not_lanewise(self, shape) -> str | None:
+        """None if the step and its gradient treat every lane alike, so that a kernel may own any block of lanes."""
+        name = type(self.step.neuron).__name__
+        try:
+            for trace in (self.forward, self.pullback):
+                if (fault := _mixing(trace(shape).jaxpr, shape)) is not None:
+                    return f"neuron {name}: its step is not pointwise over lanes, {fault}"
+            if _shapeless(self.forward(shape)) != _shapeless(self.forward(self.lane_shape)):
+                return f"neuron {name}: its step depends on the shape of its inputs, a kernel sees {shape} at a time"
+        except (TypeError, ValueError, IndexError, NotImplementedError) as e:
+            return f"neuron {name}: its step cannot be traced on lanes of shape {shape}: {e}"
+        return None
+
+
+# What a step may be made of: primitives whose output element depends only on the input elements at the same place.
+_POINTWISE = frozenset(
+    """abs acos acosh add and asin asinh atan atan2 atanh broadcast_in_dim cbrt ceil clamp convert_element_type copy cos
+    cosh digamma div eq erf erf_inv erfc exp exp2 expm1 floor ge gt integer_pow is_finite le lgamma log log1p logistic
+    lt max min mul ne neg nextafter not or pow reduce_precision rem round rsqrt select_n sign sin sinh sqrt square sub
+    tan tanh xor""".split()
+)
+_NO_MESH = jax.sharding.AbstractMesh((), ())
+_CALLS = frozenset(
+    "jit pjit closed_call core_call custom_jvp_call custom_vjp_call custom_vjp_call_jaxpr remat checkpoint remat2".split()
+)
+
+
+def _mixing(jaxpr, shape) -> str | None:
+    for eqn in jaxpr.eqns:
+        name = eqn.primitive.name
+        shapes = {v.aval.shape for v in (*eqn.invars, *eqn.outvars)}
+        if name not in _POINTWISE or not shapes <= {(), shape}:
+            return f"it uses `{name}` on shapes {[v.aval.shape for v in eqn.invars]}"
+    return None
+
+
+def _shapeless(closed: jex.ClosedJaxpr):
+    """The equations of a jaxpr without their shapes: primitive names and literal values."""
+    return [
+        (e.primitive.name, *(float(v.val) for v in e.invars if isinstance(v, jex.Literal))) for e in closed.jaxpr.eqns
+    ]
+
+
+def _flat_jaxpr(f, *structs) -> jex.ClosedJaxpr:
+    """The jaxpr of f over flat leaves, with every call inlined and no constants: equations of primitives only."""
+    leaves, tree = jax.tree.flatten(structs)
+
+    def flat(*args):
+        return tuple(jax.tree.leaves(f(*tree.unflatten(args))))
+
+    with jax.sharding.use_abstract_mesh(_NO_MESH):  # a lane is on one device, whatever mesh the caller is under
+        traced = jax.make_jaxpr(flat)(*leaves)
+        return jax.make_jaxpr(partial(_evaluate, traced.jaxpr, [_scalar(c) for c in traced.consts]))(*leaves)
+
+
+def _scalar(const):
+    if jnp.size(const) != 1:
+        raise ValueError(f"the step closes over an array of shape {jnp.shape(const)}; hand it over in params")
+    return jnp.reshape(const, ()).item()
+
+
+def _evaluate(jaxpr, consts, *args):
+    env = dict(zip((*jaxpr.constvars, *jaxpr.invars), (*consts, *args), strict=True))
+    for eqn in jaxpr.eqns:
+        values = [v.val if isinstance(v, jex.Literal) else env[v] for v in eqn.invars]
+        name = eqn.primitive.name
+        if name in _CALLS:
+            inner = next(p for k in ("jaxpr", "call_jaxpr", "fun_jaxpr") if (p := eqn.params.get(k)) is not None)
+            inner, inner_consts = (inner.jaxpr, inner.consts) if isinstance(inner, jex.ClosedJaxpr) else (inner, ())
+            results = _evaluate(inner, [_scalar(c) for c in inner_consts], *values)
+        elif name == "add_any":  # the sum of cotangents, which not every kernel compiler knows by this name
+            results = [values[0] + values[1]]
+        elif name == "stop_gradient" or (name == "reshape" and jnp.shape(values[0]) == eqn.outvars[0].aval.shape):
+            results = values[:1]
+        else:
+            results = eqn.primitive.bind(*values, **eqn.params)
+            results = results if eqn.primitive.multiple_results else [results]
+        env.update(zip(eqn.outvars, results, strict=True))
+    return [v.val if isinstance(v, jex.Literal) else env[v] for v in jaxpr.outvars]

@@ -1,0 +1,20 @@
+"""The baseline and oracle: the step under `jax.lax.scan`, its gradient by JAX."""
+
+import jax
+
+from snnfuse.ops.problem import Leaves, Problem
+
+
+def why_not(problem: Problem) -> str | None:
+    return None
+
+
+def unroll(problem: Problem, params: Leaves, state: Leaves, xs: Leaves) -> tuple[Leaves, Leaves]:
+    params = tuple(p.astype(problem.dtype) for p in params)
+
+    def body(state, x):
+        state, outs = problem.step(params, state, tuple(leaf.astype(problem.dtype) for leaf in x))
+        return state, tuple(o.astype(d) for o, d in zip(outs, problem.out_dtypes, strict=True))
+
+    state, outs = jax.lax.scan(body, state, xs)
+    return outs, state
