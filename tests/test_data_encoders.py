@@ -1,0 +1,125 @@
+"""Encoders: shapes, statistics, equations, and what they refuse."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from snnfuse.data import encoders
+
+KEY = jax.random.key(0)
+RAMP = jnp.linspace(0, 1, 11)
+ENCODERS = {
+    "direct": encoders.direct,
+    "bernoulli": lambda images, T, **kw: encoders.bernoulli(KEY, images, T, **kw),
+    "poisson": lambda images, T, **kw: encoders.poisson(KEY, images, T, **kw),
+    "latency": encoders.latency,
+    "phase": encoders.phase,
+}
+
+
+@pytest.mark.parametrize("name", ENCODERS)
+@pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16, jnp.uint8, jnp.bool_])
+@pytest.mark.parametrize("T", [1, 7])
+def test_time_first_in_the_dtype_asked(name, dtype, T):
+    images = jax.random.uniform(KEY, (2, 3, 5))
+    spikes = ENCODERS[name](images, T, dtype=dtype)
+    assert spikes.shape == (T, 2, 3, 5) and spikes.dtype == dtype
+
+
+@pytest.mark.parametrize("name", ENCODERS)
+def test_refuses_integer_images_and_no_steps(name):
+    with pytest.raises(TypeError, match="images must be floating"):
+        ENCODERS[name](jnp.arange(4), 3)
+    with pytest.raises(ValueError, match="T must be at least 1"):
+        ENCODERS[name](RAMP, 0)
+
+
+def test_bernoulli_rate_is_the_intensity_and_steps_are_independent():
+    T, n = 400, 100
+    spikes = np.asarray(encoders.bernoulli(KEY, jnp.tile(RAMP, (n, 1)), T))
+    assert set(np.unique(spikes)) == {0, 1}
+    p = np.asarray(RAMP)
+    sd = np.sqrt(p * (1 - p) / (T * n))
+    assert np.all(np.abs(spikes.mean((0, 1)) - p) <= 5 * sd)  # 0 and 1 exactly
+    middle = spikes[:, :, 5] - 0.5
+    assert abs((middle[1:] * middle[:-1]).mean()) < 5 * 0.25 / np.sqrt((T - 1) * n)  # in time
+    assert abs((middle[:, 1:] * middle[:, :-1]).mean()) < 5 * 0.25 / np.sqrt(T * (n - 1))  # in space
+
+
+def test_bernoulli_is_the_papers_protocol_with_our_generator():
+    images = jax.random.uniform(jax.random.key(1), (4, 9))
+    rand = jax.random.uniform(KEY, (6, 4, 9))
+    assert jnp.array_equal(encoders.bernoulli(KEY, images, 6), encoders.paper(images, rand))
+    assert jnp.array_equal(encoders.paper(images, rand), np.asarray(images) > np.asarray(rand))
+    assert not encoders.paper(jnp.full(3, 0.5), jnp.full((1, 3), 0.5)).any()  # equal is no spike
+    with pytest.raises(ValueError, match="rand must be"):
+        encoders.paper(images, rand[:, :3])
+
+
+def test_keys_decide_everything():
+    a, b, c = (encoders.bernoulli(jax.random.key(k), RAMP, 50) for k in (0, 0, 1))
+    assert jnp.array_equal(a, b) and not jnp.array_equal(a, c)
+
+
+def test_poisson_mean_and_variance():
+    counts = np.asarray(encoders.poisson(KEY, jnp.full(20_000, 0.6), 10, rate=2.5))
+    assert abs(counts.mean() - 1.5) < 5 * np.sqrt(1.5 / counts.size)
+    assert abs(counts.var() - 1.5) < 0.05
+    assert counts.max() > 1
+
+
+def test_direct_repeats():
+    assert jnp.array_equal(encoders.direct(RAMP, 3), jnp.stack([RAMP] * 3))
+
+
+def test_latency_spikes_once_brighter_earlier():
+    spikes = encoders.latency(RAMP, 11)
+    assert jnp.array_equal(spikes.sum(0), (RAMP > 0).astype(jnp.float32))
+    assert jnp.array_equal(spikes[:, 1:].argmax(0), jnp.arange(9, -1, -1))
+    assert encoders.latency(RAMP, 11, silent_to=-1.0)[10, 0] == 1
+
+
+@pytest.mark.parametrize("T", [5, 30, 500])
+def test_latency_log_is_its_equation_in_float64(T):
+    images = np.linspace(0, 1, 37)
+    spikes = np.asarray(encoders.latency(jnp.asarray(images, jnp.float32), T, curve="log", silent_to=-1.0))
+    wanted = (T - 1) - np.log1p(np.expm1(T - 1.0) * images)
+    assert np.all(spikes.sum(0) == 1)
+    assert np.all(np.abs(spikes.argmax(0) - wanted) <= 0.501)
+    with pytest.raises(ValueError, match="curve"):
+        encoders.latency(RAMP, T, curve="cubic")
+
+
+def test_delta_marks_changes():
+    xs = jnp.array([[0.0], [0.5], [0.5], [0.1], [0.05], [0.9]])
+    spikes = encoders.delta(xs, 0.3)
+    assert spikes.shape == (6, 1, 2)
+    assert spikes[:, 0, 0].tolist() == [0, 1, 0, 0, 0, 1]
+    assert spikes[:, 0, 1].tolist() == [0, 0, 0, 1, 0, 0]
+    assert jnp.array_equal(encoders.delta(xs, 0.3, two_sided=False), spikes[..., 0])
+    with pytest.raises(ValueError, match="threshold"):
+        encoders.delta(xs, 0.0)
+
+
+def test_population_nearest_field_answers_first():
+    K = 10
+    spikes = encoders.population(jnp.array([0.0, 0.3, 1.0]), 20, K)
+    assert spikes.shape == (20, 3, K) and spikes.sum(0).max() == 1
+    first = jnp.where(spikes.any(0), spikes.argmax(0), 99).argmin(-1)
+    centres = (np.arange(K) - 0.5) / (K - 2)
+    assert [abs(centres[k] - x) <= 0.5 / (K - 2) + 1e-6 for k, x in zip(first, (0.0, 0.3, 1.0), strict=True)] == [
+        True
+    ] * 3
+    with pytest.raises(ValueError, match="neurons"):
+        encoders.population(RAMP, 20, 2)
+
+
+@pytest.mark.parametrize("bits", [1, 4, 8, 24])
+def test_phase_weighs_back_to_the_image(bits):
+    images = jax.random.uniform(KEY, (100,))
+    spikes = encoders.phase(images, 2 * bits, bits)
+    assert jnp.array_equal(spikes[:bits], spikes[bits:])
+    back = (spikes[:bits] * encoders.phase_weights(bits, bits)[:, None]).sum(0)
+    assert jnp.array_equal(back, jnp.floor(images * 2**bits) / 2**bits)
+    assert encoders.phase(jnp.ones(1), bits, bits).all()
