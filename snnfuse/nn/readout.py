@@ -1,0 +1,24 @@
+"""Readouts: one value a neuron from its whole sequence, [T, *B, N] -> [*B, N]."""
+
+import jax.numpy as jnp
+from jax import Array
+
+
+def spike_rate(spikes: Array) -> Array:
+    """Spikes a step, in float32 whatever the dtype of the spikes (bool and int8 too)."""
+    return jnp.mean(spikes, axis=0, dtype=jnp.float32)
+
+
+def membrane_mean(v: Array) -> Array:
+    """The mean over T, in float32."""
+    return jnp.mean(v, axis=0, dtype=jnp.float32)
+
+
+def membrane_max(v: Array) -> Array:
+    """The largest over T."""
+    return jnp.max(v, axis=0)
+
+
+def membrane_last(v: Array) -> Array:
+    """The value at the last step."""
+    return v[-1]

@@ -1,0 +1,107 @@
+"""Layers over time: which layers run along T, and how the ordinary ones run once on [T*B, ...]."""
+
+from collections.abc import Callable
+
+import jax
+from flax import nnx
+from jax import Array
+
+from snnfuse.core.neuron import PyTree
+
+
+class Temporal(nnx.Module):
+    """A layer along time: xs is [T, B, ...], the state goes in and comes out, so that pieces in turn equal the whole.
+
+    outs, state = layer(xs, state)    state None: the one before the first step
+    """
+
+    def init_state(self, xs: PyTree) -> PyTree:
+        """The state before the first step of `xs` (arrays or shapes), for a scan's carry."""
+        raise NotImplementedError(f"{type(self).__name__} must define init_state(xs)")
+
+    def __call__(self, xs: PyTree, state: PyTree | None = None) -> tuple[PyTree, PyTree]:
+        raise NotImplementedError(f"{type(self).__name__} must define __call__(xs, state)")
+
+
+class Folded(nnx.Module):
+    """A layer without time (nnx.Conv, nnx.BatchNorm, a function) run once on [T*B, ...]: [T, B, ...] -> [T, B, ...]."""
+
+    def __init__(self, layer: Callable):
+        if isinstance(layer, Temporal):
+            raise TypeError(f"Folded takes a layer without time; {type(layer).__name__} runs along time itself")
+        self.layer = layer
+
+    def __call__(self, xs: PyTree, *args, **kwargs) -> PyTree:
+        return _fold(self.layer, xs, *args, **kwargs)
+
+
+class Sequential(Temporal):
+    """Layers in turn: the temporal ones with their state, all others folded (see `Folded`).
+
+    The state is a tuple, one entry a temporal layer. A layer that looks at the whole batch, like BatchNorm in training,
+    sees all of T*B: only without it do pieces in turn equal the whole.
+    """
+
+    def __init__(self, *layers: Callable):
+        for i, layer in enumerate(layers):
+            if not callable(layer):
+                raise TypeError(f"layer {i} must be callable; got {layer!r}")
+        self.layers = nnx.List(layers)
+
+    def init_state(self, xs: PyTree) -> tuple:
+        state = []
+        for layer in self.layers:
+            if isinstance(layer, Temporal):
+                state.append(layer.init_state(xs))
+                xs, _ = nnx.eval_shape(lambda layer, xs: layer(xs), layer, xs)
+            else:
+                xs = nnx.eval_shape(lambda layer, xs: layer(xs), Folded(layer), xs)
+        return tuple(state)
+
+    def __call__(self, xs: PyTree, state: tuple | None = None) -> tuple[PyTree, tuple]:
+        (outs, _), state = self._run(xs, state, traced=False)
+        return outs, state
+
+    def trace(self, xs: PyTree, state: tuple | None = None) -> tuple[tuple[PyTree, list], tuple]:
+        """The same run with what each temporal layer did: ((outs, traces), state), a trace being (outs, states)."""
+        return self._run(xs, state, traced=True)
+
+    def _run(self, xs, state, traced):
+        temporal = [layer for layer in self.layers if isinstance(layer, Temporal)]
+        before = [None] * len(temporal) if state is None else list(state)
+        if len(before) != len(temporal):
+            raise ValueError(f"state must have {len(temporal)} entries, one a temporal layer; got {len(before)}")
+        after, traces = [], []
+        for layer in self.layers:
+            if not isinstance(layer, Temporal):
+                xs = _fold(layer, xs)
+            elif traced:
+                (xs, states), s = layer.trace(xs, before[len(after)])
+                traces.append((xs, states))
+                after.append(s)
+            else:
+                xs, s = layer(xs, before[len(after)])
+                after.append(s)
+        return (xs, traces), tuple(after)
+
+
+def flatten(x: Array) -> Array:
+    """[B, ...] -> [B, N]."""
+    return x.reshape(x.shape[0], -1)
+
+
+def _fold(layer, xs, *args, **kwargs):
+    shapes = [x.shape for x in jax.tree.leaves(xs)]
+    if any(len(s) < 3 or s[:2] != shapes[0][:2] for s in shapes):
+        raise ValueError(
+            f"xs must be [T, B, ...], of rank 3 or more, to run {_name(layer)} on [T*B, ...]; got {shapes}"
+        )
+    T, B = shapes[0][:2]
+    outs = layer(jax.tree.map(lambda x: x.reshape(T * B, *x.shape[2:]), xs), *args, **kwargs)
+    if bad := [o.shape for o in jax.tree.leaves(outs) if o.shape[:1] != (T * B,)]:
+        raise ValueError(f"{_name(layer)} must keep the first axis, T*B = {T * B}; it returned {bad[0]}")
+    return jax.tree.map(lambda o: o.reshape(T, B, *o.shape[1:]), outs)
+
+
+def _name(layer):
+    return getattr(layer, "__name__", type(layer).__name__)
