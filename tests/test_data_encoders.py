@@ -19,9 +19,8 @@ ENCODERS = {
 
 
 @pytest.mark.parametrize("name", ENCODERS)
-@pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16, jnp.uint8, jnp.bool_])
-@pytest.mark.parametrize("T", [1, 7])
-def test_time_first_in_the_dtype_asked(name, dtype, T):
+@pytest.mark.parametrize("T, dtype", [(1, jnp.bfloat16), (7, jnp.bool_)])
+def test_time_first_in_the_dtype_asked(name, T, dtype):
     images = jax.random.uniform(KEY, (2, 3, 5))
     spikes = ENCODERS[name](images, T, dtype=dtype)
     assert spikes.shape == (T, 2, 3, 5) and spikes.dtype == dtype
