@@ -19,6 +19,10 @@ def triton_blocks(problem: Problem) -> Blocks:
     return Blocks(64, 2, _chunk(problem.T, 32))
 
 
+def interpreter_blocks(problem: Problem) -> Blocks:
+    return Blocks(128, 4, _chunk(problem.T, 4))  # short chunks: XLA for CPU takes long over unrolled ones
+
+
 def _chunk(T: int, most: int) -> int:
     """The longest chunk up to `most` that divides T, so that no short chunk is compiled beside it; `most` if all are short."""
     if T <= most:

@@ -10,7 +10,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton as plt
 
 from snnfuse.ops import fused
-from snnfuse.ops.blocks import Blocks, triton_blocks
+from snnfuse.ops.blocks import Blocks, interpreter_blocks, triton_blocks
 from snnfuse.ops.device import platform
 from snnfuse.ops.problem import Leaves, Problem
 
@@ -21,8 +21,20 @@ def why_not(problem: Problem) -> str | None:
     return _why_not_kernels(problem)
 
 
-def unroll(problem: Problem, params: Leaves, state: Leaves, xs: Leaves, interpret: bool = False):
-    return fused.unroll(PallasKernels(problem, triton_blocks(problem), interpret), params, state, xs)
+def unroll(problem: Problem, params: Leaves, state: Leaves, xs: Leaves) -> tuple[Leaves, Leaves]:
+    return fused.unroll(PallasKernels(problem, triton_blocks(problem)), params, state, xs)
+
+
+class interpreted:
+    """The same kernels run by the interpreter of Pallas, on any device and slowly: for tests and debugging."""
+
+    @staticmethod
+    def why_not(problem: Problem) -> str | None:
+        return _why_not_kernels(problem)
+
+    @staticmethod
+    def unroll(problem: Problem, params: Leaves, state: Leaves, xs: Leaves) -> tuple[Leaves, Leaves]:
+        return fused.unroll(PallasKernels(problem, interpreter_blocks(problem), interpret=True), params, state, xs)
 
 
 def _why_not_kernels(problem: Problem) -> str | None:
@@ -31,16 +43,6 @@ def _why_not_kernels(problem: Problem) -> str | None:
     if any(jnp.dtype(d).itemsize == 1 for d in problem.out_dtypes) and problem.T * problem.M >= 2**31:
         return "an 8-bit output of 2^31 or more elements overflows the 32-bit offsets of the Pallas Triton lowering"
     return problem.why_not_lanewise((triton_blocks(problem).lanes,))
-
-
-class interpreted:
-    """The same kernels run by the interpreter of Pallas, on any device and slowly: for tests and debugging."""
-
-    why_not = staticmethod(_why_not_kernels)
-
-    @staticmethod
-    def unroll(problem, params, state, xs):
-        return unroll(problem, params, state, xs, interpret=True)
 
 
 @dataclass(frozen=True)
@@ -72,7 +74,7 @@ class PallasKernels:
 
             s = lax.fori_loop(0, T // K, chunk, self._load_lanes(state_refs, mask))
             if T % K:
-                s = chunk(T // K, s, T % K)
+                s = chunk(jnp.int32(T // K), s, T % K)
             for ref, leaf in zip(final_refs, s, strict=True):
                 plt.store(ref.at[:], leaf, mask=mask)
 
@@ -112,7 +114,7 @@ class PallasKernels:
             carry = tuple(jnp.zeros_like(leaf) for leaf in p), self._load_lanes(d_final_refs, mask)
             C = T // K
             if T % K:
-                carry = chunk(C, carry, T % K)
+                carry = chunk(jnp.int32(C), carry, T % K)
             d_p, d_s = lax.fori_loop(0, C, lambda i, carry: chunk(C - 1 - i, carry), carry)
             for ref, leaf in zip((*d_param_refs, *d_state_refs), (*d_p, *d_s), strict=True):
                 plt.store(ref.at[:], leaf, mask=mask)

@@ -1,0 +1,129 @@
+"""The contract: every implementation gives what scan gives, outputs, final state and all gradients, for every neuron."""
+
+from functools import partial
+
+import cases
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from compare import assert_close, assert_fires, assert_same_spikes
+
+import snnfuse as sf
+
+IMPLEMENTATIONS = ["interpret", pytest.param("pallas", marks=pytest.mark.gpu)]
+f32, bf16, f16 = jnp.float32, jnp.bfloat16, jnp.float16
+
+CASES = {
+    "plain": dict(T=12, lanes=(3, 50)),
+    "one_step": dict(T=1, lanes=(2, 64)),
+    "one_lane": dict(T=16, lanes=(1,)),
+    "short_chunk": dict(T=37, lanes=(2, 3, 7)),
+    "bfloat16": dict(T=9, lanes=(4, 33), dtype=bf16),
+    "float16": dict(T=9, lanes=(4, 33), dtype=f16),
+}
+
+
+@partial(jax.jit, static_argnums=(0, 1))
+def run(neuron, implementation, params, state, xs):
+    """(outs, final state), gradients under random cotangents on every output and the final state."""
+    out, vjp = jax.vjp(partial(sf.unroll, neuron, implementation=implementation), params, state, xs)
+    return out, vjp(cases.cotangents(out))
+
+
+def check(name, implementation, **kwargs):
+    case = cases.make(name, **kwargs)
+    args = case.params, case.state, case.xs
+    (outs, state), gradients = run(case.neuron, implementation, *args)
+    (want_outs, want_state), want_gradients = run(case.neuron, "scan", *args)
+    if name != "li":
+        spikes = jax.tree.leaves(want_outs)[0]
+        if spikes.size > 1000:
+            assert_fires(spikes)
+        assert_same_spikes(jax.tree.leaves(outs)[0], spikes)
+    narrow = {f32: 1.0, bf16: 2**-8, f16: 2**-11}[kwargs.get("dtype", f32)]  # one rounding of a result to its dtype
+    rtol = case.rtol if narrow == 1.0 else max(case.rtol, 2 * narrow)
+    assert_close(outs, want_outs, rtol)
+    assert_close(state, want_state, case.rtol)
+    assert_close(gradients, want_gradients, rtol)
+    again = run(case.neuron, implementation, *args)
+    jax.tree.map(np.testing.assert_array_equal, again, ((outs, state), gradients))  # the same bits twice
+
+
+@pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
+@pytest.mark.parametrize("case", CASES)
+@pytest.mark.parametrize("name", cases.NEURONS)
+def test_contract(name, case, implementation, strict):
+    if implementation == "interpret" and case != "plain" and name not in ("lif", "affine", "cuba"):
+        pytest.skip("in the interpreter, on a CPU, three neurons stand for all in this case")
+    check(name, implementation, **CASES[case])
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", [f32, bf16])
+@pytest.mark.parametrize("name", ["lif", "adaptive", "affine"])
+def test_a_million_and_three_lanes(name, dtype):
+    check(name, "pallas", T=19, lanes=(1_000_003,), dtype=dtype)
+
+
+@pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
+def test_many_lanes_few_steps(implementation):
+    check("lif", implementation, T=3, lanes=(257, 256))
+
+
+@pytest.mark.parametrize("implementation", ["scan", *IMPLEMENTATIONS])
+@pytest.mark.parametrize("dtype", [jnp.int8, jnp.bool_, bf16, f32])
+def test_out_dtype(dtype, implementation):
+    neuron, params, state, xs, _ = cases.make("lif", T=12, lanes=(3, 40))
+    outs, final = sf.unroll(neuron, params, state, xs, implementation=implementation, out_dtype=dtype)
+    want, want_final = sf.unroll(neuron, params, state, xs, implementation="scan")
+    assert outs.dtype == dtype and final.v.dtype == f32
+    assert_fires(want)
+    assert_same_spikes(outs, want)
+    assert_close(final, want_final, 1e-6)
+
+
+@pytest.mark.parametrize("implementation", ["scan", *IMPLEMENTATIONS])
+def test_an_integer_output_carries_no_gradient_and_the_state_still_does(implementation):
+    neuron, params, state, xs, _ = cases.make("outputs", T=12, lanes=(3, 40))
+    dtypes = {"spike": jnp.int8, "v": f32}
+
+    def f(implementation, dtypes, params, xs):
+        outs, final = sf.unroll(neuron, params, state, xs, implementation=implementation, out_dtype=dtypes)
+        return outs["v"], final
+
+    def gradients(implementation, dtypes):
+        out, vjp = jax.vjp(partial(f, implementation, dtypes), params, xs)
+        return vjp(cases.cotangents(out))
+
+    want = gradients("scan", f32)
+    assert np.abs(want[1]["current"]).max() > 0 and np.abs(want[0].decay).max() > 0
+    assert_close(gradients(implementation, dtypes), want, 1e-5)
+
+
+@pytest.mark.parametrize("implementation", ["scan", *IMPLEMENTATIONS])
+@pytest.mark.parametrize("cut", [1, 8, 13])
+def test_a_sequence_in_two_pieces_equals_the_whole(cut, implementation):
+    neuron, params, state, xs, _ = cases.make("cuba", T=21, lanes=(3, 40))
+    run = jax.jit(partial(sf.unroll, neuron, implementation=implementation))
+    outs, final = run(params, state, xs)
+    first, middle = run(params, state, xs[:cut])
+    second, end = run(params, middle, xs[cut:])
+    assert_fires(outs)
+    assert_same_spikes(np.concatenate([first, second]), outs)
+    assert_close(end, final, 1e-6)
+
+
+def test_no_state_means_the_initial_state():
+    neuron, params, _, xs, _ = cases.make("izhikevich")
+    got = sf.unroll(neuron, params, None, xs)
+    want = sf.unroll(neuron, params, neuron.init_state(xs.shape[1:]), xs)
+    jax.tree.map(np.testing.assert_array_equal, got, want)
+
+
+def test_with_state_returns_every_state():
+    neuron, params, state, xs, _ = cases.make("adaptive")
+    (spikes, states), final = sf.unroll(sf.WithState(neuron), params, state, xs)
+    want, _ = sf.unroll(neuron, params, state, xs)
+    np.testing.assert_array_equal(spikes, want)
+    jax.tree.map(lambda all_, last: np.testing.assert_array_equal(all_[-1], last), states, final)
