@@ -1,7 +1,7 @@
 """Events: what one is, what is wrong with some, and how a recording of them becomes frames, on the host.
 
 A recording is a dict of equally long arrays: `t` in microseconds, never decreasing; `x` and `y` in pixels; `p`, 0 for
-OFF and 1 for ON. Frames are [T, H, W, P], P the polarities. Everything here is NumPy; `packed.py` bins on the device.
+OFF and 1 for ON. `y` may be missing where the sensor is one row, `p` where it has one polarity. Frames are [T, H, W, P], P the polarities. Everything here is NumPy; `packed.py` bins on the device.
 
 Every way of making frames is a bin for each event, and one sum: no event is lost or counted twice, unless a window
 was asked for that ends before the recording does.
@@ -25,6 +25,11 @@ class Sensor(NamedTuple):
     def size(self) -> int:
         return self.height * self.width * self.polarities
 
+    @property
+    def columns(self) -> str:
+        """The columns that say something: no y in one row, no p for one polarity."""
+        return "tx" + "y" * (self.height > 1) + "p" * (self.polarities > 1)
+
 
 class BadSample(ValueError):
     """A sample, named, that is not what its format promises."""
@@ -46,12 +51,14 @@ class Unsorted(BadSample):
 
 def check(events: Events, sensor: Sensor, name: str) -> None:
     """Raises BadSample, or Unsorted for that fault alone, unless `events` is a recording by `sensor`."""
-    lengths = {column: len(events[column]) for column in "txyp"}
+    lengths = {column: len(events[column]) for column in sensor.columns}
     if len(set(lengths.values())) != 1:
         raise BadSample(name, f"columns of different lengths: {lengths}")
     if lengths["t"] == 0:
         raise BadSample(name, "no events")
     for column, limit in (("x", sensor.width), ("y", sensor.height), ("p", sensor.polarities)):
+        if column not in sensor.columns:
+            continue
         values = np.asarray(events[column]).astype(np.int64)
         if np.any(bad := (values < 0) | (values >= limit)):
             i = int(bad.argmax())
@@ -103,8 +110,13 @@ def split_by_dt(t: np.ndarray, dt: int, T: int | None = None, start: int | None 
 
 def addresses(events: Events, sensor: Sensor) -> np.ndarray:
     """(y W + x) P + p of each event, its place in a flattened frame; p is left out where P is 1."""
-    place = events["y"].astype(np.int64) * sensor.width + events["x"]
+    place = _pixels(events, sensor)
     return place if sensor.polarities == 1 else place * sensor.polarities + (events["p"] != 0)
+
+
+def _pixels(events: Events, sensor: Sensor) -> np.ndarray:
+    x = events["x"].astype(np.int64)
+    return x if sensor.height == 1 else events["y"].astype(np.int64) * sensor.width + x
 
 
 def count_events(events: Events, bins: np.ndarray, T: int, sensor: Sensor) -> np.ndarray:
@@ -150,9 +162,8 @@ def voxel_grid(events: Events, sensor: Sensor, T: int) -> np.ndarray:
     since = events["t"].astype(np.float64) - float(events["t"][0])
     s = (T - 1) * since / max(since[-1], 1.0)
     left = np.floor(s).astype(np.int64)
-    place = events["y"].astype(np.int64) * sensor.width + events["x"]
-    pixels = sensor.height * sensor.width
-    sign = np.where(events["p"] != 0, 1.0, -1.0)
+    place, pixels = _pixels(events, sensor), sensor.height * sensor.width
+    sign = np.where(events["p"] != 0, 1.0, -1.0) if sensor.polarities > 1 else 1.0
     grid = np.bincount(left * pixels + place, sign * (1 - (s - left)), minlength=(T + 1) * pixels)
     grid += np.bincount((left + 1) * pixels + place, sign * (s - left), minlength=(T + 1) * pixels)
     return grid[: T * pixels].reshape(T, sensor.height, sensor.width, 1).astype(np.float32)

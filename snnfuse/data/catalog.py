@@ -1,0 +1,100 @@
+"""Data sets by name: which there are, preparing one, and reading it as a random-access source, without TensorFlow."""
+
+import os
+from collections.abc import Sequence
+from contextlib import suppress
+from importlib import import_module
+from pathlib import Path
+
+from snnfuse.data import archives
+from snnfuse.data.optional import require
+
+_HERE = "snnfuse.data.builders."
+CATALOG = {
+    "mnist5k": _HERE + "images.Mnist5k",
+    "digits": _HERE + "images.Digits",
+    "mnist": _HERE + "images.Mnist",
+    "fashion_mnist": _HERE + "images.FashionMnist",
+    "cifar10": _HERE + "images.Cifar10",
+    "cifar100": _HERE + "images.Cifar100",
+    "nmnist": _HERE + "neuromorphic.NMNIST",
+    "cifar10dvs": _HERE + "neuromorphic.CIFAR10DVS",
+    "dvs128_gesture": _HERE + "neuromorphic.DVS128Gesture",
+    "shd": _HERE + "neuromorphic.SHD",
+    "ssc": _HERE + "neuromorphic.SSC",
+    "synthetic_saccades": _HERE + "synthetic.SyntheticSaccades",
+}
+BUILT_IN = ("mnist5k", "digits", "synthetic_saccades")  # prepared when first asked for: they need no archive
+
+
+def data_dir(folder: str | os.PathLike | None = None) -> Path:
+    """Where prepared data sets lie: `folder`, else $TFDS_DATA_DIR, else tfds's own ~/tensorflow_datasets."""
+    return Path(folder or os.environ.get("TFDS_DATA_DIR") or "~/tensorflow_datasets").expanduser()
+
+
+def builder(name: str, folder: str | os.PathLike | None = None, **choices):
+    """The tfds builder of a name in `CATALOG`; `choices` are on_bad="raise" | "skip", on_unsorted="raise" | "sort" | "skip"."""
+    if name not in CATALOG:
+        raise ValueError(f"name must be one of {', '.join(CATALOG)}; got {name!r}")
+    require("tensorflow_datasets"), require("array_record"), require("importlib_resources")
+    module, _, cls = CATALOG[name].rpartition(".")
+    return getattr(import_module(module), cls)(data_dir=str(data_dir(folder)), **choices)
+
+
+def prepare(
+    name: str,
+    folder: str | os.PathLike | None = None,
+    *,
+    manual: str | os.PathLike | None = None,
+    download=False,
+    **choices,
+):
+    """The builder, prepared: from its archives in `manual`/NAME (default FOLDER/downloads/manual), fetched first if `download`.
+
+    Once prepared, it is only read. A preparation that fails leaves nothing behind.
+    """
+    made = builder(name, folder, **choices)
+    if is_prepared(made):
+        return made
+    manual = Path(manual or data_dir(folder) / "downloads" / "manual")
+    for archive in made.ARCHIVES if download else ():
+        try:
+            archives.find(archive, manual / name, name)
+        except archives.Missing:
+            archives.fetch(archive, manual / name)
+    tfds = require("tensorflow_datasets")
+    try:
+        made.download_and_prepare(download_config=tfds.download.DownloadConfig(manual_dir=str(manual)))
+    except BaseException:
+        with suppress(OSError):  # tfds removes its unfinished folder, and leaves an empty one around it
+            Path(made.data_dir).parent.rmdir()
+        raise
+    return made
+
+
+def is_prepared(made) -> bool:
+    return Path(made.data_dir, "dataset_info.json").exists()
+
+
+def prepared(name: str, folder: str | os.PathLike | None = None):
+    """The builder of a prepared data set, ours or tfds's own of that name; the built-in ones are prepared on the spot."""
+    made = builder(name, folder)
+    if is_prepared(made):
+        return made
+    if name in BUILT_IN:
+        return prepare(name, folder)
+    tfds = require("tensorflow_datasets")
+    for info in sorted(data_dir(folder).glob(f"{name}/*.*.*/dataset_info.json"), reverse=True):
+        return tfds.builder_from_directory(str(info.parent))
+    raise archives.Missing(
+        f"{name} is not prepared in {data_dir(folder)}: python -m snnfuse.data prepare {name}"
+        + (" --download" if all(archive.direct for archive in made.ARCHIVES) else "")
+    )
+
+
+def source(name: str, split: str, folder: str | os.PathLike | None = None) -> Sequence[dict]:
+    """A split as a random-access source of dicts of NumPy arrays: source[i], len(source). It pickles, for workers."""
+    made = prepared(name, folder)
+    if split not in made.info.splits:
+        raise ValueError(f"{name} has splits {', '.join(made.info.splits)}; got {split!r}")
+    return made.as_data_source(split=split)

@@ -1,0 +1,159 @@
+"""The file formats that neuromorphic data sets are published in, read whole and checked: a fault names the sample.
+
+N-MNIST's are read by tonic, HDF5 by h5py. AEDAT 2 and 3 are read here, because tonic 1.7's readers of them drop a
+truncated tail, take packets of any type for polarity events, and ignore the timestamp overflow (and its `read_dvs_*`
+raise on every file, for they unpack two of three returned values).
+"""
+
+import csv
+import io
+import re
+from typing import NamedTuple
+
+import numpy as np
+
+from snnfuse.data.events import BadSample, Events
+from snnfuse.data.optional import require
+
+
+def read_nmnist(data: bytes, name: str) -> Events:
+    """N-MNIST .bin, 5 bytes an event: x, y, then polarity (1 bit) and microseconds (23 bits), the highest byte first.
+
+    A y of 240 is no event but 2^13 microseconds to add from there on. Orchard et al. 2015,
+    https://www.garrickorchard.com/datasets/n-mnist.
+    """
+    if len(data) % 5:
+        raise BadSample(name, f"truncated: {len(data)} bytes are no multiple of 5")
+    if not data:
+        raise BadSample(name, "no events")
+    dtype = np.dtype([("x", np.int64), ("y", np.int64), ("t", np.int64), ("p", np.int64)])
+    events = require("tonic.io").read_mnist_file(io.BytesIO(data), dtype, is_stream=True)
+    return {column: events[column] for column in "txyp"}
+
+
+_COMMENTS = re.compile(rb"(?:#[^\n]*\n)*")
+
+
+def read_aedat2(data: bytes, name: str) -> Events:
+    """AEDAT 2.0 of a DVS128, as CIFAR10-DVS publishes: comments, then address and microseconds, big-endian uint32.
+
+    Address bit 0 is 1 for OFF, bits 1-7 and 8-14 the axes, both flipped. They are named here so that the pictures of
+    CIFAR10-DVS stand upright, as SpikingJelly has them. https://docs.inivation.com/software/software-advanced-usage/
+    file-formats/aedat-2.0.html.
+    """
+    if not data.startswith(b"#!AER-DAT2.0"):
+        raise BadSample(name, f"wrong magic: starts with {data[:12]!r}, not b'#!AER-DAT2.0'")
+    body = data[_COMMENTS.match(data).end() :]
+    if len(body) % 8:
+        raise BadSample(name, f"truncated: {len(body)} bytes of events are no multiple of 8")
+    address, t = np.frombuffer(body, ">u4").astype(np.int64).reshape(-1, 2).T
+    if len(other := np.flatnonzero(address >> 15)):
+        raise BadSample(name, f"event {other[0]} has address {address[other[0]]:#x}, which is no DVS128 polarity event")
+    return {"t": t, "x": 127 - (address >> 8 & 0x7F), "y": 127 - (address >> 1 & 0x7F), "p": 1 - (address & 1)}
+
+
+_PACKET = np.dtype(
+    [("type", "<i2"), ("source", "<i2")]
+    + [(field, "<i4") for field in ("size", "ts_offset", "ts_overflow", "capacity", "number", "valid")]
+)
+
+
+def read_aedat3(data: bytes, name: str) -> Events:
+    """AEDAT 3.1, as DVS128 Gesture publishes: a header, then packets of 28 bytes and `capacity` events.
+
+    Polarity packets are type 1. Of an event's data, bit 0 says valid, bit 1 ON, bits 2-16 y, bits 17-31 x; its time
+    is the 31 bits that follow, below ts_overflow. Events marked invalid, and the unused end of a packet, are no
+    events. https://docs.inivation.com/software/software-advanced-usage/file-formats/aedat-3.1.html.
+    """
+    if not data.startswith(b"#!AER-DAT3."):
+        raise BadSample(name, f"wrong magic: starts with {data[:11]!r}, not b'#!AER-DAT3.'")
+    end = b"#!END-HEADER\r\n"
+    if (start := data.find(end)) < 0:
+        raise BadSample(name, "no end of the header")
+    at, columns = start + len(end), []
+    while at < len(data):
+        if len(data) - at < _PACKET.itemsize:
+            raise BadSample(name, f"truncated: {len(data) - at} bytes of a packet header at {at}")
+        head = np.frombuffer(data, _PACKET, 1, at)[0]
+        size, capacity, number = (int(head[field]) for field in ("size", "capacity", "number"))
+        at += _PACKET.itemsize
+        if size < 1 or not 0 <= number <= capacity:
+            raise BadSample(name, f"packet before {at} claims {number} of {capacity} events of {size} bytes")
+        if len(data) - at < size * capacity:
+            raise BadSample(name, f"truncated: a packet of {size * capacity} bytes at {at}, {len(data) - at} left")
+        if head["type"] == 1:
+            if size != 8:
+                raise BadSample(name, f"packet before {at} has polarity events of {size} bytes, not 8")
+            words = np.frombuffer(data, "<u4", 2 * number, at).astype(np.int64).reshape(-1, 2)
+            words[:, 1] |= int(head["ts_overflow"]) << 31
+            columns.append(words[words[:, 0] & 1 == 1])
+        at += size * capacity
+    word, t = np.concatenate(columns).T if columns else np.empty((2, 0), np.int64)
+    return {"t": t, "x": word >> 17 & 0x7FFF, "y": word >> 2 & 0x7FFF, "p": word >> 1 & 1}
+
+
+class Trial(NamedTuple):
+    """A line of a DVS128 Gesture labels file: class from 0, and microseconds [start, end)."""
+
+    label: int
+    start: int
+    end: int
+
+
+def read_trials(text: str, name: str, classes: int = 11) -> list[Trial]:
+    """DVS128 Gesture's *_labels.csv: class (from 1), startTime_usec, endTime_usec."""
+    header, *rows = list(csv.reader(io.StringIO(text))) or [[]]
+    if [column.strip() for column in header] != ["class", "startTime_usec", "endTime_usec"]:
+        raise BadSample(name, f"wrong header {header}")
+    trials = []
+    for number, row in enumerate(filter(None, rows), start=2):
+        try:
+            label, start, end = (int(field) for field in row)
+        except ValueError:
+            raise BadSample(name, f"line {number} is {row}, not three whole numbers") from None
+        if not 1 <= label <= classes or start >= end:
+            raise BadSample(name, f"line {number} is {row}: a class is 1..{classes}, and starts before it ends")
+        trials.append(Trial(label - 1, start, end))
+    if not trials:
+        raise BadSample(name, "no trials")
+    return trials
+
+
+class Hsd:
+    """An SHD or SSC .h5: spikes/times in seconds, spikes/units 0..699, labels, extra/keys the label names.
+
+    Times become whole microseconds, towards zero, as in tonic. Cramer et al. 2020, https://arxiv.org/abs/1910.07407.
+    """
+
+    def __init__(self, path, name: str):
+        h5py = require("h5py")
+        try:
+            self.file = h5py.File(path, "r")
+        except OSError as error:
+            raise BadSample(name, f"no HDF5 file, or a truncated one: {error}") from error
+        self.name = name
+        wanted = ("spikes/times", "spikes/units", "labels", "extra/keys")
+        if missing := [key for key in wanted if key not in self.file]:
+            self.file.close()
+            raise BadSample(name, f"has no {', '.join(missing)}")
+        lengths = {key: len(self.file[key]) for key in wanted[:3]}
+        if len(set(lengths.values())) != 1:
+            self.file.close()
+            raise BadSample(name, f"labels that disagree: lengths {lengths}")
+        self.keys = [key.decode() for key in self.file["extra/keys"][()]]
+        self.speakers = self.file["extra/speaker"][()] if "extra/speaker" in self.file else None
+
+    def __len__(self) -> int:
+        return len(self.file["labels"])
+
+    def read(self, index: int) -> tuple[Events, int, int]:
+        """Events, label and speaker (-1 if none is given) of one row; no other is in memory."""
+        name = f"{self.name}[{index}]"
+        times = self.file["spikes/times"][index].astype(np.float64)
+        if not np.all(np.isfinite(times)):
+            raise BadSample(name, f"event {int((~np.isfinite(times)).argmax())} has no finite time")
+        label = int(self.file["labels"][index])
+        if not 0 <= label < len(self.keys):
+            raise BadSample(name, f"label {label} is none of {len(self.keys)}")
+        events = {"t": (times * 1e6).astype(np.int64), "x": self.file["spikes/units"][index].astype(np.int64)}
+        return events, label, -1 if self.speakers is None else int(self.speakers[index])
