@@ -43,7 +43,7 @@ class Camera:
     """
 
     sensor: Sensor = Sensor(34, 34)
-    contrast: float = 0.45
+    contrast: float = 0.5
     dark: float = 0.1
     step: int = 5_000
 
@@ -56,7 +56,7 @@ class Camera:
         memory, found = level[0].copy(), []
         for k in range(1, len(times)):
             before, after = level[k - 1], level[k]
-            crossed = np.trunc((after - memory) / self.contrast)
+            crossed = np.where(after == before, 0, np.trunc((after - memory) / self.contrast))
             for n in range(1, int(np.abs(crossed).max(initial=0)) + 1):
                 y, x = np.nonzero(np.abs(crossed) >= n)
                 sign = np.sign(crossed[y, x])
