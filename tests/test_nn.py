@@ -1,0 +1,331 @@
+"""The modules: parameters, gradients, streaming, time folding, NNX transforms, and what they say to bad input."""
+
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+from compare import assert_close, assert_fires, assert_same_spikes
+from flax import nnx
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+import snnfuse
+from snnfuse import nn
+
+strict = pytest.mark.usefixtures("strict")  # not where flax's layers or optax run: they promote dtypes and ranks
+
+B, N = 3, 5
+# every module with all its parameters learned, one a channel, and inputs that make it fire
+MODULES = {
+    "IF": (partial(nn.IF, learn=("threshold",)), 0.3),
+    "LIF": (partial(nn.LIF, tau=2.0, learn=("decay", "threshold"), reset=snnfuse.SoftReset()), 0.6),
+    "ParametricLIF": (partial(nn.ParametricLIF, tau=2.0, learn=("threshold",)), 1.1),
+    "CubaLIF": (partial(nn.CubaLIF, tau_syn=2.0, tau=4.0, learn=("decay_syn", "decay", "threshold")), 0.4),
+    "AdaptiveLIF": (
+        partial(nn.AdaptiveLIF, tau=3.0, tau_adapt=10.0, learn=("decay", "decay_adapt", "beta", "threshold")),
+        0.6,
+    ),
+    "ExpIF": (partial(nn.ExpIF, tau=2.0, learn=("decay", "theta", "delta", "threshold")), 0.7),
+    "Izhikevich": (partial(nn.Izhikevich, learn=("a", "b", "c", "d", "threshold")), 18.0),
+    "LI": (partial(nn.LI, tau=3.0, learn=("decay",)), 1.0),
+}
+
+
+def inputs(scale, T=40, seed=0):
+    return scale * (0.5 + jax.random.normal(jax.random.key(seed), (T, B, N)))
+
+
+def module(name):
+    make, scale = MODULES[name]
+    layer, xs = make(shape=(N,)), inputs(scale)
+    if name != "LI":
+        assert_fires(layer(xs)[0])
+    return layer, xs
+
+
+@strict
+@pytest.mark.parametrize("name", MODULES)
+def test_a_module_is_unroll_by_hand(name):
+    """Outputs, final state and the gradient of every learned parameter and of xs, under random cotangents."""
+    layer, xs = module(name)
+    graphdef, params, rest = nnx.split(layer, nnx.Param, ...)
+
+    def by_module(params, xs):
+        return nnx.merge(graphdef, params, rest)(xs)
+
+    def by_hand(params, xs):
+        params = {path[0]: variable[...] for path, variable in nnx.to_flat_state(params)}
+        if name == "ParametricLIF":
+            params["decay"] = 1 - jax.nn.sigmoid(params.pop("w"))  # 1 / tau = sigmoid(w), as SpikingJelly has it
+        return snnfuse.unroll(layer.neuron, layer.params_type(**params), None, xs, implementation="scan")
+
+    got, vjp = jax.vjp(by_module, params, xs)
+    want, want_vjp = jax.vjp(by_hand, params, xs)
+    assert_same_spikes(got[0], want[0]) if name != "LI" else assert_close(got[0], want[0], 1e-6)
+    assert_close(got[1], want[1], 1e-6)
+    leaves, tree = jax.tree.flatten(want)
+    keys = jax.random.split(jax.random.key(1), len(leaves))
+    cotangents = tree.unflatten([jax.random.normal(k, leaf.shape) for k, leaf in zip(keys, leaves, strict=True)])
+    (got_params, got_xs), (want_params, want_xs) = vjp(cotangents), want_vjp(cotangents)
+    assert_close(got_params, want_params, 1e-5)
+    assert_close(got_xs, want_xs, 1e-5)
+    for path, gradient in nnx.to_flat_state(got_params):
+        assert gradient[...].shape == (N,) and jnp.all(gradient[...] != 0), f"no gradient reaches {path}"
+    assert len(jax.tree.leaves(got_params)) == len(layer.params_type._fields), "a learned parameter was left out"
+
+
+@strict
+@pytest.mark.parametrize("shape", [(), (N,), (B, N), (B, 1)])
+def test_parametric_lif_shapes(shape):
+    layer = nn.ParametricLIF(tau=4.0, shape=shape)
+    assert layer.w[...].shape == shape
+    np.testing.assert_allclose(layer.decay, 0.75, rtol=1e-6)
+    np.testing.assert_allclose(layer.w[...], -np.log(3.0), rtol=1e-6)
+    same = nn.LIF(tau=4.0, decay_input=True)
+    xs = inputs(3.0)
+    assert_fires(same(xs)[0])
+    assert_same_spikes(layer(xs)[0], same(xs)[0])
+
+
+@strict
+def test_what_is_not_learned_is_not_a_param():
+    taus = jnp.linspace(1.5, 6.0, N)
+    layer = nn.LIF(tau=taus, learn="threshold")
+    assert set(nnx.state(layer, nnx.Param)) == {"threshold"} and set(nnx.state(layer, nn.Fixed)) == {"decay"}
+    assert jax.tree.leaves(nnx.state(nn.LIF(tau=2.0))) == [] and nn.LIF(tau=2.0).decay == 0.5
+    xs = inputs(0.6)
+    each = [nn.LIF(tau=float(tau))(xs[..., i : i + 1])[0] for i, tau in enumerate(taus)]
+    assert_fires(layer(xs)[0])
+    assert_same_spikes(layer(xs)[0], jnp.concatenate(each, -1))
+
+
+@strict
+def test_learned_per_neuron_values_are_kept():
+    decay = jnp.linspace(0.1, 0.9, N)
+    np.testing.assert_array_equal(nn.LIF(decay=decay, learn="decay").decay[...], decay)
+
+
+def conv_net(rngs, **options):
+    return nn.Sequential(
+        nnx.Conv(1, 4, (3, 3), rngs=rngs),
+        nnx.BatchNorm(4, rngs=rngs),
+        nn.LIF(tau=2.0, learn=("decay", "threshold"), shape=(4,), **options),
+        partial(nnx.avg_pool, window_shape=(2, 2), strides=(2, 2)),
+        nn.Sequential(nnx.Conv(4, 4, (3, 3), rngs=rngs), nn.AdaptiveLIF(tau=2.0, tau_adapt=5.0, threshold=0.3)),
+        nn.flatten,
+        nnx.Linear(4 * 3 * 3, 6, rngs=rngs),
+        nn.ParametricLIF(tau=2.0, threshold=0.2, decay_input=False),
+        nnx.Linear(6, 2, rngs=rngs),
+        nn.LI(tau=2.0),
+    )
+
+
+@nnx.jit
+def run(model, xs, state=None):
+    return model(xs, state)
+
+
+@pytest.fixture(scope="module")
+def firing():
+    model = conv_net(nnx.Rngs(0))
+    xs = 2 * jax.random.normal(jax.random.key(3), (5, 2, 6, 6, 1))
+    model.eval()
+    (_, ((first, _), (_, [(second, _)]), (third, _), _)), _ = nnx.jit(lambda m, xs: m.trace(xs))(model, xs)
+    for spikes in (first, second, third):
+        assert_fires(spikes)
+    return model, xs
+
+
+@pytest.fixture
+def network(firing):
+    model, xs = firing
+    return nnx.clone(model), xs
+
+
+@settings(deadline=None, max_examples=10)
+@given(cuts=st.sets(st.integers(1, 4), max_size=3))
+def test_pieces_in_turn_equal_the_whole(firing, cuts):
+    model, xs = firing
+    whole, last = run(model, xs)
+    assert float(jnp.std(whole)) > 0.01
+    pieces, state = [], None
+    for piece in jnp.split(xs, sorted(cuts)):
+        outs, state = run(model, piece, state)
+        pieces.append(outs)
+    assert_close(jnp.concatenate(pieces), whole, 1e-6)
+    assert_close(state, last, 1e-6)
+
+
+def test_state_matters(network):
+    """Pieces that do not hand over the state differ: the test above can fail."""
+    model, xs = network
+    assert not np.allclose(run(model, xs)[0][3:], run(model, xs[3:])[0], rtol=1e-3)
+
+
+def test_init_state_is_where_a_run_begins(network):
+    model, xs = network
+    state = model.init_state(jax.ShapeDtypeStruct(xs.shape, xs.dtype))
+    assert_close(run(model, xs, state), run(model, xs), 1e-6)
+    assert float(nn.ExpIF(tau=2.0, v_rest=-0.5).init_state(xs).v[0, 0, 0, 0]) == -0.5
+
+
+def test_gradients_reach_every_parameter(network):
+    model, xs = network
+    target = jax.random.normal(jax.random.key(4), (2, 2))
+
+    @nnx.jit
+    def gradients(model, xs):
+        return nnx.grad(lambda model: jnp.mean((nn.membrane_mean(model(xs)[0]) - target) ** 2))(model)
+
+    model.train()
+    found = nnx.to_flat_state(gradients(model, xs))
+    assert {path[-1] for path, _ in found} == {"kernel", "bias", "scale", "decay", "threshold", "w"}
+    before_batch_norm = (
+        "layers",
+        0,
+        "bias",
+    )  # taken out again by the normalisation: its gradient is 0 but for rounding
+    dead = [path for path, g in found if not float(jnp.abs(g[...]).max()) > 1e-7 and path != before_batch_norm]
+    assert dead == []
+
+
+def test_batch_norm_sees_all_of_time(network):
+    model, xs = network
+    layer = nnx.BatchNorm(1, rngs=nnx.Rngs(0))
+    outs = nn.Folded(layer)(xs)
+    np.testing.assert_allclose(outs, (xs - xs.mean()) / jnp.sqrt(xs.var() + 1e-5), rtol=1e-4, atol=1e-5)
+    np.testing.assert_allclose(layer.mean[...], [0.01 * xs.mean()], rtol=1e-4)
+
+
+def test_folded_is_the_layer_at_every_step(network):
+    _, xs = network
+    layer = nnx.Conv(1, 3, (3, 3), rngs=nnx.Rngs(0))
+    assert_close(nn.Folded(layer)(xs), jnp.stack([layer(x) for x in xs]), 1e-6)
+    both = nn.Folded(lambda pair: {"sum": pair[0] + pair[1]})((xs, xs))
+    assert_close(both, {"sum": 2 * xs}, 0.0)
+
+
+def test_trace_is_the_same_run_with_its_states(network):
+    model, xs = network
+    (outs, traces), state = model.trace(xs)
+    assert_close((outs, state), model(xs), 0.0)
+    assert len(traces) == 4
+    spikes, states = traces[0]
+    assert spikes.shape == states.v.shape == (5, 2, 6, 6, 4)
+    assert_close(states.v[-1], state[0].v, 0.0)
+    assert float(jnp.abs(states.v * spikes).max()) == 0, "a hard reset leaves nothing where a spike was"
+
+
+def test_nnx_transforms(network):
+    model, xs = network
+    whole, last = model(xs)
+    assert_close(nnx.jit(lambda m, xs: m(xs))(model, xs), (whole, last), 1e-5)
+
+    graphdef, state = nnx.split(model)
+    assert_close(nnx.merge(graphdef, state)(xs), (whole, last), 0.0)
+
+    @nnx.scan(in_axes=(nnx.Carry, None, 0), out_axes=(nnx.Carry, 0))
+    def step(state, model, x):
+        outs, state = model(x[None], state)
+        return state, outs[0]
+
+    stepped_state, stepped = step(model.init_state(xs), model, xs)
+    assert_close(stepped, whole, 1e-5)
+    assert_close(stepped_state, last, 1e-5)
+
+    @nnx.split_rngs(splits=3)
+    @nnx.vmap
+    def ensemble(rngs):
+        return nn.Sequential(nnx.Linear(N, N, rngs=rngs), nn.LIF(tau=2.0, learn="decay"))
+
+    models = ensemble(nnx.Rngs(0))
+    currents = inputs(2.0)
+    together, _ = nnx.vmap(lambda m, xs: m(xs), in_axes=(0, None))(models, currents)
+    assert_fires(together)
+    graphdef, state = nnx.split(models)
+    for i in range(3):
+        alone = nnx.merge(graphdef, jax.tree.map(lambda leaf, i=i: leaf[i], state))
+        assert_same_spikes(together[i], alone(currents)[0])
+
+
+def test_a_network_learns(network):
+    """Two classes, by the rate in which half of the input; the loss falls and the learned decay moves."""
+    rngs = nnx.Rngs(0)
+    model = nn.Sequential(
+        nnx.Linear(8, 16, rngs=rngs), nn.ParametricLIF(threshold=0.5), nnx.Linear(16, 2, rngs=rngs), nn.LI(tau=2.0)
+    )
+    labels = jnp.arange(32) % 2
+    rates = jnp.where(jnp.arange(8)[None] // 4 == labels[:, None], 0.5, 0.2)
+    xs = (jax.random.uniform(jax.random.key(0), (20, 32, 8)) < rates).astype(jnp.float32)
+    optimizer = nnx.Optimizer(model, optax.adam(1e-2), wrt=nnx.Param)
+
+    @nnx.jit
+    def step(model, optimizer):
+        def loss_of(model):
+            logits = nn.membrane_mean(model(xs)[0])
+            return optax.softmax_cross_entropy_with_integer_labels(logits, labels).mean()
+
+        loss, grads = nnx.value_and_grad(loss_of)(model)
+        optimizer.update(model, grads)
+        return loss
+
+    losses = [float(step(model, optimizer)) for _ in range(60)]
+    assert losses[-1] < 0.3 * losses[0]
+    assert abs(float(model.layers[1].w[...])) > 1e-3
+
+
+@strict
+def test_readouts():
+    outs = jnp.asarray(np.random.default_rng(0).normal(size=(6, 2, 3)).astype(np.float32))
+    host = np.asarray(outs)
+    np.testing.assert_allclose(nn.membrane_mean(outs), host.mean(0), rtol=1e-5)
+    np.testing.assert_array_equal(nn.membrane_max(outs), host.max(0))
+    np.testing.assert_array_equal(nn.membrane_last(outs), host[-1])
+    spikes = outs > 0.5
+    assert_fires(spikes)
+    for dtype in (bool, jnp.int8, jnp.bfloat16):
+        rate = nn.spike_rate(spikes.astype(dtype))
+        assert rate.dtype == jnp.float32
+        np.testing.assert_allclose(rate, np.asarray(spikes).mean(0), rtol=1e-6)
+    long = jnp.ones((300, 1), jnp.int8)  # 300 does not fit an int8, nor 257 a bfloat16
+    assert float(nn.spike_rate(long)[0]) == float(nn.membrane_mean(long.astype(jnp.bfloat16))[0]) == 1.0
+
+
+@strict
+def test_dtypes():
+    layer, xs = nn.LIF(tau=2.0, out_dtype=jnp.int8), inputs(0.6)
+    assert_fires(layer(xs)[0])
+    assert layer(xs)[0].dtype == jnp.int8 and layer(xs)[1].v.dtype == jnp.float32
+    (spikes, states), _ = nn.LIF(tau=2.0).trace(xs.astype(jnp.bfloat16))
+    assert spikes.dtype == jnp.bfloat16 and states.v.dtype == jnp.float32
+
+
+@pytest.mark.parametrize(
+    "make, error, message",
+    [
+        (lambda: nn.LIF(), ValueError, "give tau or decay, one of them; got tau=None, decay=None"),
+        (lambda: nn.LIF(tau=2.0, decay=0.5), ValueError, "give tau or decay"),
+        (lambda: nn.CubaLIF(tau=2.0), ValueError, "give tau_syn or decay_syn"),
+        (lambda: nn.LIF(tau=1.0), ValueError, "tau must be above 1 step.*got 1.0"),
+        (lambda: nn.ParametricLIF(tau=0.5), ValueError, "tau must be above 1 step.*got 0.5"),
+        (lambda: nn.LIF(decay=2.0), ValueError, r"decay must be in \[0, 1\]; got 2.0"),
+        (lambda: nn.LIF(tau=2.0, learn="tau"), ValueError, r"learn must name .*\('decay', 'threshold'\); got 'tau'"),
+        (lambda: nn.ParametricLIF(learn="decay"), ValueError, r"learn must name .*\('threshold',\); got 'decay'"),
+        (lambda: nn.LIF(tau=2.0, shape=(4,)), ValueError, "learn names none; got shape"),
+        (lambda: nn.LIF(decay=jnp.ones(3), learn="decay", shape=(4,)), ValueError, r"decay must broadcast to .*\(3,\)"),
+        (lambda: nn.LIF(tau=2.0, tua=2.0), TypeError, "LIF has no argument or choice 'tua'; its choices are"),
+        (lambda: nn.Spiking(snnfuse.LIF(), {"decay": 0.5}), TypeError, "params must be a NamedTuple"),
+        (lambda: nn.Sequential(nnx.relu, 3), TypeError, "layer 1 must be callable; got 3"),
+        (lambda: nn.Folded(nn.IF()), TypeError, "Folded takes a layer without time; IF"),
+        (lambda: nn.Folded(nnx.relu)(jnp.ones((4, 5))), ValueError, r"xs must be \[T, B, ...\].*relu.*\(4, 5\)"),
+        (lambda: nn.Folded(jnp.sum)(jnp.ones((4, 5, 6))), ValueError, r"sum must keep the first axis, T\*B = 20"),
+        (lambda: nn.Sequential(nn.IF())(jnp.ones((4, 5, 6)), ()), ValueError, "state must have 1 entries.*got 0"),
+        (lambda: nn.IF(implementation="cuda")(jnp.ones((4, 5, 6))), ValueError, "implementation must be"),
+    ],
+)
+def test_bad_input_is_named(make, error, message):
+    with pytest.raises(error, match=message):
+        make()
