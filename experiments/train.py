@@ -16,14 +16,12 @@ so a resumed run repeats, bit for bit, what it would have been.
 
 import dataclasses
 import json
-import shutil
 import signal
 import sys
 import time
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import lru_cache, partial
-from pathlib import Path
 from typing import Any
 
 import config as configuration
@@ -31,16 +29,14 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
-import orbax.checkpoint as ocp
 import report
 from flax import nnx
 from inputs import DATASETS, Mnist5k
 from models import MODELS, READOUTS, ConvNet
-from tensorboardX import SummaryWriter
+from runs import NOT_COMPARED, Run, Stopped
 from tqdm import tqdm
 
 CHOICES = {"model": MODELS, "data": DATASETS}
-NOT_COMPARED = ("name", "out", "resume", "stop_at")  # may differ between a run and its resumption
 
 
 @dataclass(frozen=True)
@@ -69,13 +65,6 @@ class Config:
                 raise ValueError(f"--{name} must be at least 1; got {getattr(self, name)}")
         if not 0 <= self.warmup < 1:
             raise ValueError(f"--warmup, a fraction of the steps, must be in [0, 1); got {self.warmup}")
-
-
-class Stopped(RuntimeError):
-    """Training cannot go on, or was interrupted; the message says what to do."""
-
-
-# ---- the model and its two jitted steps
 
 
 def create(config: Config, shape: tuple[int, ...], classes: int):
@@ -135,129 +124,9 @@ def _key(config, use, step):
     return jax.random.fold_in(jax.random.fold_in(jax.random.key(config.seed), use), step)
 
 
-# ---- the directory of a run
-
-
-class Run:
-    """runs/<name>: its configuration, its metrics and its checkpoints."""
-
-    def __init__(self, config: Config):
-        self.flat = configuration.flatten(config, CHOICES)
-        self.path = _open_directory(config, self.flat)
-        self._jsonl = None
-        self._checkpoints = ocp.CheckpointManager(
-            (self.path / "checkpoints").absolute(), options=ocp.CheckpointManagerOptions(max_to_keep=2)
-        )
-
-    def start(self, state) -> tuple[int, Any]:
-        """(the step to begin at, the state there): those of the last checkpoint, if there is one."""
-        _check_space(self.path, state)
-        step = self._checkpoints.latest_step()
-        if step is not None:
-            state = _from_flat(state, self._checkpoints.restore(step, args=ocp.args.StandardRestore(_flat(state))))
-        step = step or 0
-        kept = [json.dumps(row) + "\n" for row in self.rows() if row["step"] <= step]
-        (self.path / "metrics.new").write_text("".join(kept))
-        (self.path / "metrics.new").replace(self.path / "metrics.jsonl")
-        self._jsonl = open(self.path / "metrics.jsonl", "a")
-        self._tensorboard = SummaryWriter(str(self.path / "tensorboard"), purge_step=step + 1)
-        return step, state
-
-    def rows(self) -> list[dict]:
-        path = self.path / "metrics.jsonl"
-        lines = path.read_text().split("\n")[:-1] if path.exists() else []  # a line without its end was cut off
-        return [json.loads(line) for line in lines]
-
-    def record(self, step: int, metrics: dict):
-        self._jsonl.write(json.dumps({"step": step, **metrics}) + "\n")
-        self._jsonl.flush()
-        for name, value in metrics.items():
-            self._tensorboard.add_scalar(name.replace("eval_", "eval/"), value, step)
-
-    def save(self, step: int, state):
-        if self._checkpoints.latest_step() != step:
-            self._checkpoints.save(step, args=ocp.args.StandardSave(_flat(state)))
-
-    def saved(self) -> int | None:
-        self._checkpoints.wait_until_finished()
-        return self._checkpoints.latest_step()
-
-    def close(self):
-        self._checkpoints.close()
-        if self._jsonl:
-            self._jsonl.close()
-            self._tensorboard.close()
-
-
-def _open_directory(config, flat):
-    path = Path(config.out) / config.name
-    saved = path / "config.json"
-    if config.resume:
-        if not saved.exists():
-            raise Stopped(f"--resume true, but there is no run in {path}: {saved} does not exist")
-        before = json.loads(saved.read_text())
-        for key in sorted(before.keys() | flat.keys()):
-            if key not in NOT_COMPARED and before.get(key) != flat.get(key):
-                raise Stopped(
-                    f"{path} was made with {key}={before.get(key)}; got {key}={flat.get(key)}. "
-                    f"Resume it as it was, or start another with --name"
-                )
-        _check_writable(path)
-        return path
-    n = 1
-    while path.exists():
-        n += 1
-        path = Path(config.out) / f"{config.name}-{n}"
-    _check_writable(path)
-    (path / "config.json").write_text(json.dumps(flat, indent=1) + "\n")
-    return path
-
-
-def _check_writable(path):
-    try:
-        path.mkdir(parents=True, exist_ok=True)
-        probe = path / ".probe"
-        probe.write_bytes(bytes(4096))
-        probe.unlink()
-    except OSError as e:
-        raise Stopped(f"cannot write to {path} (see --out, --name): {e.strerror or e}") from e
-
-
-def _check_space(path, state):
-    size = sum(x.nbytes for x in jax.tree.leaves(state))
-    need, free = 4 * size + 2**24, shutil.disk_usage(path).free  # two checkpoints, a third being written, the rest
-    if free < need:
-        raise Stopped(f"{path} needs {need / 2**20:.0f} MiB for checkpoints; its disk has {free / 2**20:.0f} MiB free")
-
-
-def _flat(state):
-    """{path: array} of an nnx state: what a checkpoint holds. Random keys are kept as their bits."""
-    leaves = jax.tree_util.tree_leaves_with_path(state)
-    return {jax.tree_util.keystr(path): _bits(leaf) for path, leaf in leaves}
-
-
-def _from_flat(state, flat):
-    def restored(path, leaf):
-        value = flat[jax.tree_util.keystr(path)]
-        return jax.random.wrap_key_data(value) if _is_key(leaf) else value
-
-    return jax.tree_util.tree_map_with_path(restored, state)
-
-
-def _bits(leaf):
-    return jax.random.key_data(leaf) if _is_key(leaf) else leaf
-
-
-def _is_key(leaf):
-    return jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key)
-
-
-# ---- the loop
-
-
 def train(config: Config) -> dict:
     """Run to the end and return the summary. Raises Stopped."""
-    run = Run(config)
+    run = Run(configuration.flatten(config, CHOICES))
     try:
         data = config.data.load()
         if config.batch > len(data.train_labels):

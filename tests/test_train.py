@@ -20,6 +20,7 @@ from flax import nnx
 sys.path.insert(0, str(Path(__file__).parent.parent / "experiments"))
 
 import config as configuration
+import runs
 import train
 from inputs import DATASETS, Mnist5k
 from models import READOUTS, ConvNet
@@ -82,7 +83,7 @@ def test_the_trained_network_fires(whole):
     path, _ = whole
     data = TINY.data.load()
     graphdef, state = train.create(TINY, (28, 28, 1), 10)
-    model, _ = nnx.merge(graphdef, train._from_flat(state, checkpoint(path, 40)))
+    model, _ = nnx.merge(graphdef, runs.from_flat(state, checkpoint(path, 40)))
     model.eval()
     (_, traces), _ = model.trace(TINY.data.encode(jax.random.key(0), jnp.asarray(data.test_images), 3, train=False))
     for spikes, _ in traces[:-1]:
@@ -173,6 +174,23 @@ def test_a_directory_that_cannot_be_written_stops_before_training(tmp_path, monk
     with pytest.raises(train.Stopped, match=r"needs \d+ MiB for checkpoints; its disk has 1 MiB free"):
         train.train(dataclasses.replace(TINY, out=str(tmp_path)))
     assert not (tmp_path / TINY.name / "metrics.jsonl").exists()
+
+
+def test_random_keys_are_checkpointed(tmp_path):
+    """A model with dropout has typed random keys in its state."""
+    make = lambda seed: nnx.split(nnx.Dropout(0.5, rngs=nnx.Rngs(seed)))[1]
+    run = runs.Run(configuration.flatten(dataclasses.replace(TINY, out=str(tmp_path)), train.CHOICES))
+    run.start(make(0))
+    run.save(1, make(0))
+    assert run.saved() == 1
+    run.close()
+    run = runs.Run(configuration.flatten(dataclasses.replace(TINY, out=str(tmp_path), resume=True), train.CHOICES))
+    step, state = run.start(make(1))
+    run.close()
+    assert step == 1
+    got, want, other = (jax.random.key_data(jax.tree.leaves(s)[1]) for s in (state, make(0), make(1)))
+    np.testing.assert_array_equal(got, want)
+    assert not np.array_equal(got, other)
 
 
 def test_the_split_is_stratified_fixed_and_disjoint():
