@@ -20,16 +20,10 @@ def position(t: np.ndarray) -> np.ndarray:
     return np.stack([np.interp(t, at, CORNERS[:, axis]) for axis in (0, 1)], -1)
 
 
-def _shifted(image: np.ndarray, sensor: Sensor, offset: np.ndarray) -> np.ndarray:
-    """The image on the sensor at a fractional offset, bilinear, black around."""
-    whole = np.floor(offset).astype(int)
-    canvas = np.zeros((sensor.height + 2, sensor.width + 2))
-    for dx, wx in ((0, 1 - (offset[0] - whole[0])), (1, offset[0] - whole[0])):
-        for dy, wy in ((0, 1 - (offset[1] - whole[1])), (1, offset[1] - whole[1])):
-            x, y = whole[0] + dx, whole[1] + dy
-            part = image[: sensor.height + 2 - y, : sensor.width + 2 - x]
-            canvas[y : y + part.shape[0], x : x + part.shape[1]] += wx * wy * part
-    return canvas[: sensor.height, : sensor.width]
+def _shift_matrices(offsets: np.ndarray, size: int, length: int) -> np.ndarray:
+    """[k, size, length]: each puts a line of pixels at a fractional offset, linearly interpolated, black around."""
+    at = np.arange(size)[:, None] - np.arange(length) - offsets[:, None, None]
+    return np.maximum(0, 1 - np.abs(at))
 
 
 @dataclass(frozen=True)
@@ -52,7 +46,10 @@ class Camera:
         if image.ndim != 2 or image.min() < 0 or image.max() > 1:
             raise ValueError(f"image must be [h, w] in [0, 1]; got shape {image.shape}, {image.min()}..{image.max()}")
         times = np.arange(0, 3 * SACCADE + 1, self.step)
-        level = np.stack([np.log(self.dark + _shifted(image, self.sensor, at)) for at in position(times)])
+        x, y = position(times).T
+        rows = _shift_matrices(y, self.sensor.height, image.shape[0])
+        columns = _shift_matrices(x, self.sensor.width, image.shape[1])
+        level = np.log(self.dark + rows @ image @ columns.swapaxes(1, 2))
         memory, found = level[0].copy(), []
         for k in range(1, len(times)):
             before, after = level[k - 1], level[k]

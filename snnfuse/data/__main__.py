@@ -1,0 +1,85 @@
+"""python -m snnfuse.data list | prepare NAME | info NAME | show NAME --index I
+
+Data sets are kept in --folder, by default $TFDS_DATA_DIR or ~/tensorflow_datasets. Archives are looked for in
+--manual/NAME, by default FOLDER/downloads/manual/NAME; --download fetches those that may be fetched.
+"""
+
+import argparse
+import json
+import sys
+from pathlib import Path
+
+from snnfuse.data import catalog, show
+
+
+def _list(options) -> None:
+    for name in catalog.CATALOG:
+        made = catalog.builder(name, options.folder)
+        if catalog.is_prepared(made):
+            state = f"prepared in {made.data_dir}"
+        elif name in catalog.BUILT_IN:
+            state = "needs no download"
+        else:
+            direct = all(archive.direct for archive in made.ARCHIVES)
+            state = "can be downloaded" if direct else f"get it from {made.ARCHIVES[0].url}"
+        print(f"{name:20} {state}\n{'':20} {type(made).__doc__.splitlines()[0]}")
+
+
+def _prepare(options) -> None:
+    made = catalog.prepare(
+        options.name,
+        options.folder,
+        manual=options.manual,
+        download=options.download,
+        on_bad=options.on_bad,
+        on_unsorted=options.on_unsorted,
+    )
+    sizes = ", ".join(f"{split} {part.num_examples}" for split, part in made.info.splits.items())
+    print(f"{options.name} is prepared in {made.data_dir}: {sizes}")
+    for what in ("skipped", "sorted"):
+        done = dict(made.info.metadata or {}).get(what, {"count": 0})
+        if done["count"]:
+            print(f"{what} {done['count']} samples:", *done["first"], sep="\n  ")
+
+
+def _info(options) -> None:
+    print(json.dumps(show.summary(options.name, options.folder), indent=1))
+
+
+def _show(options) -> None:
+    out = options.out or Path(f"{options.name}_{options.split}_{options.index}.png")
+    print(show.render(options.name, options.split, options.index, out, options.folder, options.T))
+
+
+def main(arguments: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(
+        prog="python -m snnfuse.data", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    commands = parser.add_subparsers(required=True, metavar="command")
+    for run in (_list, _prepare, _info, _show):
+        command = commands.add_parser(run.__name__[1:])
+        command.set_defaults(run=run)
+        command.add_argument("--folder", type=Path)
+        if run is not _list:
+            command.add_argument("name", choices=catalog.CATALOG, metavar="NAME")
+        if run is _prepare:
+            command.add_argument("--manual", type=Path)
+            command.add_argument("--download", action="store_true")
+            command.add_argument("--on-bad", choices=("raise", "skip"), default="raise")
+            command.add_argument("--on-unsorted", choices=("raise", "sort", "skip"), default="raise")
+        if run is _show:
+            command.add_argument("--split", default="train")
+            command.add_argument("--index", type=int, default=0)
+            command.add_argument("--out", type=Path, help=".png: a strip of frames; .gif: one after another")
+            command.add_argument("-T", type=int, default=10, help="frames of equal duration")
+    options = parser.parse_args(arguments)
+    try:
+        options.run(options)
+    except (ValueError, OSError, ImportError, IndexError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 1
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,78 @@
+"""What is in a data set: a table of its splits, and a picture of a sample."""
+
+from pathlib import Path
+
+import numpy as np
+
+from snnfuse.data import catalog
+from snnfuse.data.events import Sensor, to_frames
+from snnfuse.data.optional import require
+
+ON, OFF, GREY = (32, 96, 200), (200, 48, 48), (255, 255, 255)
+
+
+def summary(name: str, folder=None) -> dict:
+    """Splits, sizes, label names and, of events, counts and rates, from what preparing it wrote down: no sample is read."""
+    info = catalog.prepared(name, folder).info
+    sizes = {split: {"samples": part.num_examples, "bytes": part.num_bytes} for split, part in info.splits.items()}
+    metadata = dict(info.metadata or {})
+    sensor = Sensor(*metadata["sensor"]) if "sensor" in metadata else None
+    for split, totals in metadata.get("totals", {}).items():
+        seconds = totals["microseconds"] * 1e-6
+        sizes[split] |= {
+            "events": totals["events"],
+            "events_per_sample": totals["events"] / max(1, sizes[split]["samples"]),
+            "seconds_per_sample": seconds / max(1, sizes[split]["samples"]),
+            "hertz_per_place": totals["events"] / seconds / sensor.size if seconds else float("nan"),
+        }
+    about = {
+        "name": info.full_name,
+        "folder": str(info.data_dir),
+        "about": " ".join((info.description or "").split()),
+        "labels": info.features["label"].names,
+        "sensor": sensor and sensor._asdict(),
+        "splits": sizes,
+    }
+    return about | {key: metadata[key] for key in ("skipped", "sorted") if metadata.get(key, {}).get("count")}
+
+
+def strip(counts: np.ndarray, scale: int) -> list[np.ndarray]:
+    """Frames [T, H, W, P] as T pictures [H', W', 3]: ON blue, OFF red, the stronger the more events."""
+    top = max(1, np.percentile(counts[counts > 0], 95) if counts.any() else 1)
+    strength = np.clip(counts / top, 0, 1)[..., None]
+    ink = np.array([ON] if counts.shape[-1] == 1 else [OFF, ON], float) - GREY
+    pictures = np.clip(GREY + (strength * ink).sum(-2), 0, 255).astype(np.uint8)
+    return [picture.repeat(scale, 0).repeat(scale, 1) for picture in pictures]
+
+
+def _raster(events: dict, sensor: Sensor, T: int) -> np.ndarray:
+    """A one-row sensor, as channels by time."""
+    counts = to_frames(events, sensor, T, split="time")[:, 0]  # [T, W, P]
+    return counts.transpose(1, 0, 2)[None, ::-1]
+
+
+def render(name: str, split: str, index: int, out: Path, folder=None, T: int = 10) -> str:
+    """Writes a sample to `out`, a .png strip or, of events, a .gif, and returns a line about it."""
+    Image = require("PIL.Image")
+    source = catalog.source(name, split, folder)
+    if not 0 <= index < len(source):
+        raise IndexError(f"{name}/{split} has samples 0..{len(source) - 1}; got {index}")
+    info, sample = catalog.prepared(name, folder).info, source[index]
+    line = f"{name}/{split}[{index}]: {info.features['label'].int2str(int(sample['label']))}"
+    if "image" in sample:
+        pictures = [np.squeeze(sample["image"].repeat(8, 0).repeat(8, 1))]
+    else:
+        events, sensor = sample["events"], Sensor(*info.metadata["sensor"])
+        line += f", {len(events['t'])} events in {int(events['t'][-1] - events['t'][0]) * 1e-6:.3f} s"
+        if sensor.height == 1:
+            pictures = strip(_raster(events, sensor, 350), 2)
+        else:
+            counts = to_frames(events, sensor, T, split="time")
+            pictures = strip(counts, max(1, 128 // sensor.width))
+    if out.suffix == ".gif":
+        first, *rest = [Image.fromarray(picture) for picture in pictures]
+        first.save(out, save_all=True, append_images=rest, duration=100, loop=0)
+    else:
+        gap = np.full((pictures[0].shape[0], 2, *pictures[0].shape[2:]), 128, np.uint8)
+        Image.fromarray(np.concatenate([part for picture in pictures for part in (picture, gap)][:-1], 1)).save(out)
+    return f"{line}; {out}"
