@@ -62,9 +62,9 @@ def normal_like(tree, seed=1):
 
 def record(name, **row):
     """Append one row to results/<name>.jsonl, with where, when and from which code it came; and print it."""
-    git = lambda *a: subprocess.run(["git", *a], capture_output=True, text=True, cwd=RESULTS).stdout.strip()
+    git = lambda *a: subprocess.run(["git", *a], capture_output=True, text=True, cwd=RESULTS.parent).stdout.strip()
     commit = os.environ.get("SNNFUSE_COMMIT") or git("rev-parse", "--short", "HEAD")  # a copied tree has no .git
-    dirty = bool(git("status", "--porcelain", "--untracked-files=no", "--", "../../snnfuse", "..", ":!."))
+    dirty = bool(git("status", "--porcelain", "--untracked-files=no", "--", "../snnfuse", ".", ":!results"))
     device = jax.devices()[0]
     row |= dict(
         device=device.device_kind,

@@ -45,7 +45,8 @@ def check(name, implementation, **kwargs):
     rtol = case.rtol if narrow == 1.0 else max(case.rtol, 2 * narrow)
     assert_close(outs, want_outs, rtol)
     assert_close(state, want_state, case.rtol)
-    assert_close(gradients, want_gradients, rtol)
+    assert_close(gradients[0], want_gradients[0], 10 * rtol)  # a parameter's is a sum over time and lanes that cancels
+    assert_close(gradients[1:], want_gradients[1:], rtol)
     again = run(case.neuron, implementation, *args)
     jax.tree.map(np.testing.assert_array_equal, again, ((outs, state), gradients))  # the same bits twice
 

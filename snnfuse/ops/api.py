@@ -29,8 +29,9 @@ def unroll(
       neuron: the step; any hashable object with `init_state` and `step` (see `snnfuse.Neuron`).
       params: a tree of arrays, each broadcasting from the right against [*B, N], and of Python numbers, which are
         compiled in and get no gradient.
-      state: a tree of float32 [*B, N] like `neuron.init_state([*B, N])`, or None for just that. A sequence run in
-        pieces, each from the final state of the one before, equals the whole.
+      state: a tree of float32 [*B, N] like `neuron.init_state([*B, N])`, or None for just that (a constant one is then
+        compiled in, and costs no memory traffic). A sequence run in pieces, each from the final state of the one
+        before, equals the whole.
       xs: a tree of [T, *B, N], T >= 1, in float32, bfloat16 or float16. float64 works with "scan" alone.
       implementation: "pallas" (one fused GPU kernel forward, one backward), "scan" (`jax.lax.scan`, the baseline),
         "interpret" (the Pallas kernels in the interpreter of Pallas). A named one runs or raises; None takes the first
@@ -70,9 +71,9 @@ def _check(neuron, params, state, xs, out_dtype):
     _check_neuron(neuron)
     xs, x_tree, shape, dtype = _check_xs(xs)
     params, params_tree, constants = _check_params(params, shape)
-    state, state_tree = _check_state(neuron, state, shape, dtype)
+    state, state_tree, initial = _check_state(neuron, state, shape, dtype)
     step = Step(neuron, params_tree, state_tree, x_tree, constants)
-    out_struct, out_tree = _check_step(step, params, state, xs, shape, dtype)
+    out_struct, out_tree = _check_step(step, params, xs, shape, dtype)
     problem = Problem(
         step=step,
         T=xs[0].shape[0],
@@ -82,6 +83,7 @@ def _check(neuron, params, state, xs, out_dtype):
         out_dtypes=_out_dtypes(out_dtype, out_struct, xs),
         out_tree=out_tree,
         dtype=dtype,
+        initial=initial,
     )
     return problem, params, state, xs
 
@@ -136,8 +138,12 @@ def _check_params(params, shape):
 
 
 def _check_state(neuron, state, shape, dtype):
-    like = jax.eval_shape(lambda: neuron.init_state(shape))
+    """(leaves, tree, None), or ((), tree, values) if the state is not given and each leaf of the initial one is constant."""
+    initial = jax.make_jaxpr(lambda: neuron.init_state(shape), return_shape=True)
+    jaxpr, like = initial()
     if state is None:
+        if (values := _constants(jaxpr, shape)) is not None:
+            return (), jax.tree.structure(like), values
         state = jax.tree.map(lambda leaf: leaf.astype(dtype), neuron.init_state(shape))
     if jax.tree.structure(state) != jax.tree.structure(like):
         raise ValueError(
@@ -153,14 +159,28 @@ def _check_state(neuron, state, shape, dtype):
         if leaf.dtype != dtype:
             raise TypeError(f"{name} must be {dtype}; got {leaf.dtype}")
         leaves.append(leaf)
-    return tuple(leaves), tree
+    return tuple(leaves), tree, None
 
 
-def _check_step(step, params, state, xs, shape, dtype):
+def _constants(closed, shape):
+    """The value of each output of a jaxpr without inputs, if all are one number broadcast to `shape`; else None."""
+    made = {v: e for e in closed.jaxpr.eqns for v in e.outvars}
+    values = []
+    for out in closed.jaxpr.outvars:
+        eqn = made.get(out)
+        if eqn is None or eqn.primitive.name != "broadcast_in_dim" or not hasattr(eqn.invars[0], "val"):
+            return None
+        if out.aval.shape != shape:
+            return None
+        values.append(float(eqn.invars[0].val))
+    return tuple(values)
+
+
+def _check_step(step, params, xs, shape, dtype):
     name = type(step.neuron).__name__
     structs = tuple(jax.ShapeDtypeStruct(p.shape, dtype) for p in params)
-    lanes = lambda leaves: tuple(jax.ShapeDtypeStruct(shape, dtype) for _ in leaves)
-    new_state, out = jax.eval_shape(step.trees, structs, lanes(state), lanes(xs))
+    lanes = (jax.ShapeDtypeStruct(shape, dtype),)
+    new_state, out = jax.eval_shape(step.trees, structs, lanes * step.state_tree.num_leaves, lanes * len(xs))
     if jax.tree.structure(new_state) != step.state_tree:
         raise ValueError(
             f"neuron {name}.step must return the state in its own structure, {step.state_tree}; "

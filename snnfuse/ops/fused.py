@@ -4,32 +4,49 @@ A sequence [T, *B, N] is flattened to [T, M] lanes; a kernel owns a block of lan
 of K steps. In training the forward kernel also stores the state at the start of each chunk. The backward kernel walks
 the chunks in reverse: it reloads the chunk's inputs, recomputes its states from the checkpoint, and pulls the
 cotangents back step by step. The residuals are the inputs themselves and the checkpoints, 1/K of a float32 tensor for
-each state leaf, and nothing else.
+each state leaf, and nothing else. What nobody asks for, a cotangent that is zero or a gradient not wanted, is neither
+read nor written, and a constant initial state is compiled in.
 
 Bytes per element and step, forward + backward, one input and one output: x and s forward, x, ds and dx backward, so
 5 x itemsize (20 in float32, 10 in bfloat16), and the checkpoints, written and read once, 8 / K.
 """
 
+from dataclasses import dataclass
 from functools import partial
 from typing import Protocol
 
 import jax
 import jax.numpy as jnp
+from jax.custom_derivatives import SymbolicZero
 from jax.extend import core as jex
 
 from snnfuse.ops.problem import Leaves, Problem
 
 
+@jax.tree_util.register_static
+@dataclass(frozen=True)
+class Wanted:
+    """Which of the arguments somebody differentiates with respect to; nothing is computed for the others."""
+
+    params: tuple[bool, ...]
+    state: tuple[bool, ...]
+    xs: tuple[bool, ...]
+
+
 class Kernels(Protocol):
-    """A pair of kernels over lanes. Hashable; `params` are [P] with P dividing M (lane m reads element m % P)."""
+    """A pair of kernels over lanes. Hashable; `params` are [P] with P dividing M (lane m reads element m % P).
+
+    `state` is () where the initial state is constant (`problem.initial`). Checkpoints are the states before each chunk
+    but the first. Where a cotangent is zero, or a gradient is not wanted, None stands for the array.
+    """
 
     problem: Problem
 
     def forward(self, params: Leaves, state: Leaves, xs: Leaves, *, save: bool) -> tuple[Leaves, Leaves, Leaves]:
-        """(outs [T, M], final state [M], checkpoints [C, M], none unless `save`)."""
+        """(outs [T, M], final state [M], checkpoints [C - 1, M], none unless `save`)."""
 
-    def backward(self, params, checkpoints, xs, d_outs, d_state) -> tuple[Leaves, Leaves, Leaves]:
-        """(d_params, a float32 [M] each; d_state [M]; d_xs [T, M]); d_outs are those of differentiable outputs."""
+    def backward(self, params, state, checkpoints, xs, d_outs, d_state, wanted: Wanted):
+        """(d_params, a float32 [M] each; d_state [M]; d_xs [T, M])."""
 
 
 def unroll(kernels: Kernels, params: Leaves, state: Leaves, xs: Leaves) -> tuple[Leaves, Leaves]:
@@ -60,21 +77,26 @@ def _run(kernels, params, state, xs):
     return outs, state
 
 
-def _run_forward(kernels, params, state, xs):
-    outs, state, checkpoints = kernels.forward(params, state, xs, save=True)
-    return (outs, state), (params, checkpoints, xs)
+def _run_forward(kernels, *args):
+    values = params, state, xs = jax.tree.map(lambda a: a.value, args)
+    wanted = Wanted(*jax.tree.map(lambda a: a.perturbed, args))
+    outs, final, checkpoints = kernels.forward(params, state, xs, save=True)
+    return (outs, final), (values, checkpoints, wanted)
 
 
 def _run_backward(kernels, residuals, cotangents):
-    params, checkpoints, xs = residuals
-    d_outs, d_state = cotangents
-    d_outs = tuple(d for d, float_ in zip(d_outs, kernels.problem.differentiable, strict=True) if float_)
-    d_params, d_state, d_xs = kernels.backward(params, checkpoints, xs, d_outs, d_state)
-    d_params = tuple(d.reshape(-1, *p.shape).sum(0).astype(p.dtype) for d, p in zip(d_params, params, strict=True))
+    (params, state, xs), checkpoints, wanted = residuals
+    d_outs, d_state = (tuple(None if isinstance(d, SymbolicZero) else d for d in group) for group in cotangents)
+    d_outs = tuple(d if live else None for d, live in zip(d_outs, kernels.problem.differentiable, strict=True))
+    d_params, d_state, d_xs = kernels.backward(params, state, checkpoints, xs, d_outs, d_state, wanted)
+    d_params = tuple(
+        None if d is None else d.reshape(-1, *p.shape).sum(0).astype(p.dtype)
+        for d, p in zip(d_params, params, strict=True)
+    )
     return d_params, d_state, d_xs
 
 
-_run.__wrapped__.defvjp(_run_forward, _run_backward)
+_run.__wrapped__.defvjp(_run_forward, _run_backward, symbolic_zeros=True)
 
 
 def chunk_forward(problem: Problem, params: Leaves, state: Leaves, xs: list[Leaves]) -> tuple[Leaves, list[Leaves]]:
@@ -86,17 +108,21 @@ def chunk_forward(problem: Problem, params: Leaves, state: Leaves, xs: list[Leav
     return state, outs
 
 
-def chunk_backward(problem: Problem, params, state, xs: list[Leaves], d_outs: list[Leaves], d_params, d_state):
-    """K steps in reverse, from the state before the chunk. (d_params, d_state before the chunk, the d_x of each step)."""
-    shape = jnp.shape(xs[0][0])
-    pullback = jex.jaxpr_as_fun(problem.pullback(shape))
+def chunk_backward(
+    problem: Problem, pullback, params, state, xs: list[Leaves], d_outs: list[Leaves], d_params, d_state
+):
+    """K steps in reverse, from the state before the chunk: (d_params, d_state before the chunk, the d_x of each step).
+
+    `pullback` is `problem.pullback` of the gradients wanted; `d_params` and the d_x are those.
+    """
+    pullback = jex.jaxpr_as_fun(pullback)
     states = [state]
     for x in xs[:-1]:
         states.append(_step(problem, params, states[-1], x)[0])
     d_xs = [None] * len(xs)
     for k in reversed(range(len(xs))):
         d = pullback(*params, *states[k], *xs[k], *d_state, *d_outs[k])
-        here, d_state, d_xs[k] = split(d, len(params), len(state))
+        d_state, here, d_xs[k] = split(d, len(state), len(d_params))
         d_params = tuple(total + d_p for total, d_p in zip(d_params, here, strict=True))
     return d_params, d_state, d_xs
 

@@ -54,80 +54,94 @@ class PallasKernels:
     interpret: bool = False
 
     def forward(self, params, state, xs, *, save):
-        problem, (_, _, K), T = self.problem, self.blocks, self.problem.T
-        f32 = problem.dtype
+        problem, K, T = self.problem, self.blocks.chunk, self.problem.T
+        num_checkpoints = problem.num_state if save and T > K else 0
 
         def kernel(*refs):
             param_refs, state_refs, x_refs, out_refs, final_refs, checkpoint_refs = fused.split(
-                refs, len(params), len(state), len(xs), len(problem.out_dtypes), len(state)
+                refs, len(params), len(state), len(xs), len(problem.out_dtypes), problem.num_state
             )
             mask = self._mask()
             p = self._load_params(param_refs, mask)
 
             def chunk(c, s, k=K):
-                for ref, leaf in zip(checkpoint_refs, s, strict=bool(checkpoint_refs)):
-                    plt.store(ref.at[c], leaf, mask=mask)
+                for ref, leaf in zip(checkpoint_refs, s, strict=bool(num_checkpoints)):
+                    plt.store(ref.at[jnp.maximum(c - 1, 0)], leaf, mask=self._where(c > 0, mask))
                 x = self._load_steps(x_refs, c * K, k, mask)
                 s, outs = fused.chunk_forward(problem, p, s, x)
                 self._store_steps(out_refs, c * K, outs, mask)
                 return s
 
-            s = lax.fori_loop(0, T // K, chunk, self._load_lanes(state_refs, mask))
+            s = lax.fori_loop(0, T // K, chunk, self._initial(state_refs, mask))
             if T % K:
                 s = chunk(jnp.int32(T // K), s, T % K)
             for ref, leaf in zip(final_refs, s, strict=True):
                 plt.store(ref.at[:], leaf, mask=mask)
 
-        state_like = [jax.ShapeDtypeStruct((problem.M,), f32)] * len(state)
         results = self._call(
             kernel,
             "snn_forward",
             (*params, *state, *xs),
             len(params),
             [jax.ShapeDtypeStruct((T, problem.M), d) for d in problem.out_dtypes]
-            + state_like
-            + [jax.ShapeDtypeStruct((-(-T // K), problem.M), f32)] * (len(state) if save else 0),
+            + [self._float(problem.M)] * problem.num_state
+            + [self._float(pl.cdiv(T, K) - 1, problem.M)] * num_checkpoints,
         )
-        return fused.split(results, len(problem.out_dtypes), len(state))
+        return fused.split(results, len(problem.out_dtypes), problem.num_state)
 
-    def backward(self, params, checkpoints, xs, d_outs, d_state):
-        problem, (_, _, K), T = self.problem, self.blocks, self.problem.T
+    def backward(self, params, state, checkpoints, xs, d_outs, d_state, wanted):
+        problem, K, T = self.problem, self.blocks.chunk, self.problem.T
+        live_outs = tuple(d is not None for d in d_outs)
+        live_state = tuple(d is not None for d in d_state)
+        pullback = problem.pullback((self.blocks.lanes,), wanted.params, wanted.xs, live_outs)
+        inputs = (params, state, checkpoints, xs, _compact(d_outs), _compact(d_state))
 
         def kernel(*refs):
-            param_refs, checkpoint_refs, x_refs, d_out_refs, d_final_refs, d_param_refs, d_state_refs, d_x_refs = (
-                fused.split(
-                    refs, len(params), len(checkpoints), len(xs), len(d_outs), len(d_state), len(params), len(d_state)
-                )
+            *in_refs, d_param_refs, d_state_refs, d_x_refs = fused.split(
+                refs, *map(len, inputs), sum(wanted.params), sum(wanted.state)
             )
+            param_refs, state_refs, checkpoint_refs, x_refs, d_out_refs, d_final_refs = in_refs
             mask = self._mask()
             p = self._load_params(param_refs, mask)
 
             def chunk(c, carry, k=K):
                 d_p, d_s = carry
-                s = tuple(_load(ref.at[c], mask) for ref in checkpoint_refs)
+                s = self._initial(state_refs, self._where(c == 0, mask) if checkpoint_refs else mask)
+                if checkpoint_refs:
+                    later = self._where(c > 0, mask)
+                    saved = (_load(ref.at[jnp.maximum(c - 1, 0)], later) for ref in checkpoint_refs)
+                    s = tuple(jnp.where(c > 0, b, a) for a, b in zip(s, saved, strict=True))
                 x = self._load_steps(x_refs, c * K, k, mask)
                 d_out = self._load_steps(d_out_refs, c * K, k, mask)
-                d_p, d_s, d_x = fused.chunk_backward(problem, p, s, x, d_out, d_p, d_s)
+                d_p, d_s, d_x = fused.chunk_backward(problem, pullback, p, s, x, d_out, d_p, d_s)
                 self._store_steps(d_x_refs, c * K, d_x, mask)
                 return d_p, d_s
 
-            carry = tuple(jnp.zeros_like(leaf) for leaf in p), self._load_lanes(d_final_refs, mask)
+            zero = jnp.zeros((self.blocks.lanes,), problem.dtype)
+            d_final = iter(d_final_refs)
+            d_s = tuple(_load(next(d_final).at[:], mask) if live else zero for live in live_state)
+            carry = (zero,) * len(d_param_refs), d_s
             C = T // K
             if T % K:
                 carry = chunk(jnp.int32(C), carry, T % K)
             d_p, d_s = lax.fori_loop(0, C, lambda i, carry: chunk(C - 1 - i, carry), carry)
+            d_s = [leaf for leaf, want in zip(d_s, wanted.state, strict=bool(wanted.state)) if want]
             for ref, leaf in zip((*d_param_refs, *d_state_refs), (*d_p, *d_s), strict=True):
                 plt.store(ref.at[:], leaf, mask=mask)
 
-        lanes = jax.ShapeDtypeStruct((problem.M,), problem.dtype)
         results = self._call(
             kernel,
             "snn_backward",
-            (*params, *checkpoints, *xs, *d_outs, *d_state),
+            sum(inputs, ()),
             len(params),
-            [lanes] * (len(params) + len(d_state)) + [jax.ShapeDtypeStruct(x.shape, x.dtype) for x in xs],
+            [self._float(problem.M)] * (sum(wanted.params) + sum(wanted.state))
+            + [jax.ShapeDtypeStruct(x.shape, x.dtype) for x, want in zip(xs, wanted.xs, strict=True) if want],
         )
-        return fused.split(results, len(params), len(d_state))
+        results = iter(results)
+        return tuple(tuple(next(results) if want else None for want in group) for group in vars(wanted).values())
+
+    def _float(self, *shape):
+        return jax.ShapeDtypeStruct(shape, self.problem.dtype)
 
     def _call(self, kernel, name, args, num_params, out_shape):
         lanes, warps, _ = self.blocks
@@ -151,6 +165,16 @@ class PallasKernels:
     def _mask(self):
         return None if self.problem.M % self.blocks.lanes == 0 else self._lanes() < self.problem.M
 
+    def _where(self, condition, mask):
+        """The lanes of `mask`, all or none of them."""
+        mine = jnp.full((self.blocks.lanes,), condition)
+        return mine if mask is None else mine & mask
+
+    def _initial(self, state_refs, mask):
+        if self.problem.initial is None:
+            return tuple(_load(ref.at[:], mask) for ref in state_refs)
+        return tuple(jnp.full((self.blocks.lanes,), value, self.problem.dtype) for value in self.problem.initial)
+
     def _load_params(self, refs, mask):
         f32, M, shape = self.problem.dtype, self.problem.M, (self.blocks.lanes,)
 
@@ -160,9 +184,6 @@ class PallasKernels:
             return _load(ref.at[:], mask) if ref.shape == shape else _load(ref.at[self._lanes() % ref.shape[0]], mask)
 
         return tuple(load(ref) for ref in refs)
-
-    def _load_lanes(self, refs, mask):
-        return tuple(_load(ref.at[:], mask) for ref in refs)
 
     def _load_steps(self, refs, start, k, mask):
         """The inputs of k steps. All loads come before any use, so that k of them are in flight."""
@@ -176,3 +197,7 @@ class PallasKernels:
 
 def _load(ref, mask):
     return plt.load(ref, mask=mask, other=None if mask is None else 0.0).astype(jnp.float32)
+
+
+def _compact(leaves):
+    return tuple(leaf for leaf in leaves if leaf is not None)

@@ -47,6 +47,7 @@ class Problem:
     out_dtypes: tuple[Any, ...]
     out_tree: Any
     dtype: Any
+    initial: tuple[float, ...] | None  # the value of each leaf of a constant initial state; None: it is an argument
 
     @property
     def M(self) -> int:
@@ -71,24 +72,33 @@ class Problem:
         return _flat_jaxpr(self.step, *self._structs(shape))
 
     @lru_cache(maxsize=128)  # noqa: B019
-    def pullback(self, shape) -> jex.ClosedJaxpr:
-        """(*params, *state, *x, *d_state, *d_outs) -> (*d_params, *d_state, *d_x); d_outs of differentiable outputs only."""
+    def pullback(self, shape, wanted_params, wanted_xs, live_outs) -> jex.ClosedJaxpr:
+        """(*params, *state, *x, *d_state, *d_outs) -> (*d_state, *d_params, *d_x), every leaf of `shape`.
+
+        The tuples of bools say which outputs have a cotangent and which gradients are returned; d_state always is.
+        """
         params, state, x = self._structs(shape)
 
         def pullback(params, state, x, d_state, d_outs):
-            def differentiable_step(*args):
-                state, outs = self.step(*args)
-                return state, tuple(o for o, d in zip(outs, self.differentiable, strict=True) if d)
+            def step(state, wanted):
+                step_params, step_x = _put(params, wanted_params, wanted[0]), _put(x, wanted_xs, wanted[1])
+                state, outs = self.step(step_params, state, step_x)
+                return state, _pick(outs, live_outs)
 
-            return jax.vjp(differentiable_step, params, state, x)[1]((d_state, d_outs))
+            wanted = _pick(params, wanted_params), _pick(x, wanted_xs)
+            return jax.vjp(step, state, wanted)[1]((d_state, d_outs))
 
-        return _flat_jaxpr(pullback, params, state, x, state, state[:1] * sum(self.differentiable))
+        return _flat_jaxpr(pullback, params, state, x, state, x[:1] * sum(live_outs))
+
+    def full_pullback(self, shape) -> jex.ClosedJaxpr:
+        """The pullback of all outputs to everything."""
+        return self.pullback(shape, (True,) * len(self.param_shapes), (True,) * len(self.x_dtypes), self.differentiable)
 
     def why_not_lanewise(self, shape) -> str | None:
         """None if the step and its gradient treat every lane alike, so that a kernel may own any block of lanes."""
         name = type(self.step.neuron).__name__
         try:
-            for trace in (self.forward, self.pullback):
+            for trace in (self.forward, self.full_pullback):
                 if (fault := _mixing(trace(shape).jaxpr, shape)) is not None:
                     return f"neuron {name}: its step is not pointwise over lanes, {fault}"
             if _shapeless(self.forward(shape)) != _shapeless(self.forward(self.lane_shape)):
@@ -96,6 +106,15 @@ class Problem:
         except (TypeError, ValueError, IndexError, NotImplementedError) as e:
             return f"neuron {name}: its step cannot be traced on lanes of shape {shape}: {e}"
         return None
+
+
+def _pick(leaves, which):
+    return tuple(leaf for leaf, w in zip(leaves, which, strict=True) if w)
+
+
+def _put(leaves, which, values):
+    values = iter(values)
+    return tuple(next(values) if w else leaf for leaf, w in zip(leaves, which, strict=True))
 
 
 # What a step may be made of: primitives whose output element depends only on the input elements at the same place.

@@ -1,0 +1,133 @@
+"""The fused kernels against `lax.scan` and against the copy rate: forward and backward, time and peak memory.
+
+python benchmarks/core.py        about two minutes on an H100; rows go to results/core.jsonl
+
+A case is checked before it is timed: spikes equal to scan's, gradients to rounding. `of_copy_rate` counts 5 tensors
+moved (x and s; x, ds and dx) at the rate that x + 1 reaches in the same process; `over_scan` is scan's time over ours.
+"""
+
+import argparse
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from measure import copy_rate, fwd_bwd, normal_like, record, time_ms
+
+import snnfuse as sf
+
+f32, bf16 = jnp.float32, jnp.bfloat16
+
+
+class ThetaParams(NamedTuple):
+    decay: jax.Array
+    gain: jax.Array
+
+
+class ThetaState(NamedTuple):
+    v: jax.Array
+    trace: jax.Array
+
+
+@dataclass(frozen=True)
+class Resonator:
+    """A neuron that exists only in this file: a damped oscillator that spikes, and inhibits itself by its spike trace."""
+
+    def init_state(self, shape):
+        return ThetaState(jnp.zeros(shape, f32), jnp.zeros(shape, f32))
+
+    def step(self, params, state, x):
+        u = params.decay * state.v - 0.3 * state.trace + params.gain * x
+        s = sf.spike(u - 1.0, sf.FastSigmoid())
+        return ThetaState(u * (1 - s), params.decay * state.trace + u * 0.1 + s), s
+
+
+NEURONS = {
+    "lif": (sf.LIF(), sf.LIFParams()),
+    "lif learned tau": (sf.LIF(), sf.LIFParams(f32(0.5))),
+    "adaptive lif": (sf.AdaptiveLIF(), sf.AdaptiveLIFParams(*map(f32, (0.9, 0.95, 0.2, 1.0)))),
+    "izhikevich": (sf.Izhikevich(), sf.IzhikevichParams()),
+    "own neuron": (Resonator(), ThetaParams(f32(0.8), f32(1.0))),
+}
+CASES = [
+    ("lif", 32, 2**20, f32),
+    ("lif", 32, 2**20, bf16),
+    ("lif", 256, 2**17, f32),
+    ("lif", 500, 2**13, f32),
+    ("lif", 8, 2**22, f32),
+    ("lif", 8, 2**22, bf16),
+    ("lif", 32, 2**24, f32),
+    ("lif", 32, 2**24, bf16),
+    ("lif", 4096, 4096, f32),
+    ("lif learned tau", 32, 2**20, f32),
+    ("adaptive lif", 32, 2**20, f32),
+    ("izhikevich", 32, 2**20, f32),
+    ("own neuron", 32, 2**20, f32),
+]
+
+
+def compare(got, want):
+    """The largest gradient error against its scale, and the number of spikes that differ."""
+    flips = int((got[0][0] != want[0][0]).sum())
+    error = 0.0
+    for a, b in zip(jax.tree.leaves(got[1]), jax.tree.leaves(want[1]), strict=True):
+        a, b = (jnp.asarray(g, f32) for g in (a, b))
+        error = max(error, float(jnp.abs(a - b).max() / jnp.abs(b).max()))
+    return flips, error
+
+
+def bench(name, T, M, dtype, rate, implementations):
+    neuron, params = NEURONS[name]
+    learned = {k: v for k, v in params._asdict().items() if isinstance(v, jax.Array)}
+    scale = 20.0 if name == "izhikevich" else 1.0
+    xs = (scale * (jax.random.normal(jax.random.key(0), (T, M), f32) + 0.3)).astype(dtype)
+    cotangents = None
+    results, times = {}, {}
+    for implementation in implementations:
+        f = lambda learned, xs: sf.unroll(neuron, params._replace(**learned), None, xs, implementation=implementation)
+        row = dict(case=name, T=T, M=M, dtype=jnp.dtype(dtype).name, implementation=implementation)
+        try:
+            args = (learned, xs)
+            cotangents = cotangents or normal_like(jax.eval_shape(f, *args))
+            spikes_only = jax.jit(lambda *args: f(*args)[0])
+            # the loss sees the spikes: the final state has no cotangent, as in a network
+            run = fwd_bwd(lambda *args: (f(*args)[0],))
+            compiled = run.lower(args, cotangents[:1]).compile()
+            results[implementation] = compiled(args, cotangents[:1])
+            ms, low, high = time_ms(compiled, args, cotangents[:1])
+            times[implementation] = ms
+            memory = compiled.memory_analysis()
+            unit = T * M * jnp.dtype(dtype).itemsize
+            row |= dict(
+                status="ok",
+                ms=ms,
+                quartiles=(low, high),
+                forward_ms=time_ms(spikes_only, *args)[0],
+                of_copy_rate=5 * unit / rate / (ms * 1e-3),
+                firing_rate=float(jnp.mean(results[implementation][0][0].astype(f32))),
+                peak_units=(memory.argument_size_in_bytes + memory.output_size_in_bytes + memory.temp_size_in_bytes)
+                / unit,
+            )
+            if "scan" in results and implementation != "scan":
+                flips, error = compare(results[implementation], results["scan"])
+                row |= dict(over_scan=times["scan"] / ms, spikes_that_differ=flips, gradient_error=error)
+                if error > (1e-3 if dtype == f32 else 2e-2):
+                    row |= dict(status=f"wrong: gradient error {error:.2g}", ms=None)
+        except Exception as e:  # a failure is a row
+            row |= dict(status=repr(e)[:300])
+        record("core", **row)
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--implementations", default="scan,pallas")
+    args = parser.parse_args()
+    rate = float(np.median([copy_rate() for _ in range(3)]))
+    record("core", case="copy", status="ok", bytes_per_s=rate)
+    for case in CASES:
+        bench(*case, rate, args.implementations.split(","))
+
+
+if __name__ == "__main__":
+    main()

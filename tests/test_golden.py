@@ -1,0 +1,141 @@
+"""The library against PyTorch: spikes exactly, the last v and every gradient, from SpikingJelly's and snnTorch's own code.
+
+The golden vectors, and how their equations map to ours, are in golden/make_spikingjelly.py.
+"""
+
+import importlib.util
+import json
+from collections import defaultdict
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+import snnfuse
+
+MAKE = Path(__file__).parent / "golden" / "make_spikingjelly.py"
+GOLDEN = dict(np.load(MAKE.with_name("spikingjelly.npz")))
+CASES = {case["id"]: case for case in json.loads(str(GOLDEN["cases"]))}
+WITHOUT_TORCH = any(importlib.util.find_spec(name) is None for name in ("torch", "spikingjelly", "snntorch"))
+
+SURROGATES = {
+    "ATan": snnfuse.ATan,
+    "Sigmoid": snnfuse.Sigmoid,
+    "PiecewiseQuadratic": snnfuse.PiecewiseQuadratic,
+    "SuperSpike": lambda alpha: {1.0: snnfuse.FastSigmoid(1.0)}[alpha],  # alpha / (1 + |u|)^2: the same at alpha 1 only
+    "Erf": snnfuse.Gaussian,
+    "LeakyKReLU": lambda leak, k: snnfuse.LeakyReLU(leak=leak, slope=k),
+    "fast_sigmoid": lambda slope: snnfuse.FastSigmoid(slope),
+}
+
+
+def neuron_of(case):
+    hard, detach = case["v_reset"] is not None, case["detach_reset"]
+    reset = snnfuse.HardReset(v_reset=case["v_reset"], detach=detach) if hard else snnfuse.SoftReset(detach=detach)
+    surrogate = SURROGATES[case["surrogate"]](**case["surrogate_args"])
+    if case["neuron"] == "IFNode":
+        return snnfuse.IF(reset=reset, surrogate=surrogate)
+    v_rest = case["v_reset"] if hard else 0.0
+    return snnfuse.LIF(reset=reset, decay_input=case["decay_input"], v_rest=v_rest, surrogate=surrogate)
+
+
+def learned_of(case):
+    """The parameters that the case has a gradient of, under their names in PyTorch."""
+    if case["neuron"] == "ParametricLIFNode":
+        return {"w": jnp.float32(-np.log(case["tau"] - 1))}
+    if case["neuron"] == "Leaky":
+        return {"beta": GOLDEN["beta"], "threshold": np.ones_like(GOLDEN["beta"])}
+    return {}
+
+
+def params_of(case, learned):
+    if case["neuron"] == "IFNode":
+        return snnfuse.IFParams(threshold=1.0)
+    if case["neuron"] == "LIFNode":
+        return snnfuse.LIFParams(decay=1 - 1 / case["tau"], threshold=1.0)
+    if case["neuron"] == "ParametricLIFNode":
+        return snnfuse.LIFParams(decay=1 - jax.nn.sigmoid(learned["w"]), threshold=1.0)
+    return snnfuse.LIFParams(decay=learned["beta"], threshold=learned["threshold"])
+
+
+def stack_params(*leaves):
+    """[B, N], one row a case; a number that all cases share stays a constant."""
+    if all(isinstance(leaf, float) for leaf in leaves) and len(set(leaves)) == 1:
+        return leaves[0]
+    return jnp.stack([jnp.broadcast_to(jnp.float32(leaf), GOLDEN["v0"].shape) for leaf in leaves])
+
+
+def batches():
+    """The cases with the same neuron, whatever their parameters, run as one batch: compiling is what takes the time."""
+    batches = defaultdict(list)
+    for case in CASES.values():
+        batches[neuron_of(case)].append(case)
+    return [pytest.param(neuron, cases, id=cases[0]["id"]) for neuron, cases in batches.items()]
+
+
+def assert_same_spikes(got, want, name):
+    got = np.asarray(got)
+    assert 0.02 < got.mean() < 0.4, f"{name}: firing rate {got.mean():.3f}, nothing is tested"
+    flipped = np.argwhere(got != want)
+    assert not flipped.size, f"{name}: {len(flipped)} of {got.size} spikes differ, the first at {flipped[0].tolist()}"
+
+
+def assert_close(got, want, name, tolerance):
+    """The largest error, against the largest value wanted."""
+    got, want = np.asarray(got), np.asarray(want)
+    assert got.shape == want.shape, f"{name}: shape {got.shape}, want {want.shape}"
+    error, scale = np.abs(got - want), np.abs(want).max()
+    worst = tuple(int(i) for i in np.unravel_index(np.argmax(error), error.shape))
+    assert error.max() <= tolerance * scale, (
+        f"{name}{list(worst)}: got {got[worst]:.9g}, want {want[worst]:.9g}; error {error.max() / scale:.2g} of scale {scale:.3g}"
+    )
+
+
+@pytest.mark.parametrize("implementation", ("scan", "interpret"))
+@pytest.mark.parametrize(("neuron", "cases"), batches())
+def test_matches_pytorch(neuron, cases, implementation):
+    State = snnfuse.IFState if isinstance(neuron, snnfuse.IF) else snnfuse.LIFState
+
+    def forward(x, v0, learned):
+        params = jax.tree.map(stack_params, *map(params_of, cases, learned))
+        outs, final = snnfuse.unroll(neuron, params, State(v=v0), x, implementation=implementation)
+        return outs, final.v
+
+    @jax.jit
+    def run(x, v0, learned, g_s, g_v):
+        outs, vjp = jax.vjp(forward, x, v0, learned)
+        return *outs, *vjp((g_s, g_v))
+
+    rows = {key: np.stack([GOLDEN[key]] * len(cases), axis=-2) for key in ("v0", "g_s", "g_v")}
+    x = np.stack([GOLDEN[case["x"]] for case in cases], axis=1)
+    s, v, d_x, d_v0, d_learned = run(x, rows["v0"], [learned_of(case) for case in cases], rows["g_s"], rows["g_v"])
+
+    for b, case in enumerate(cases):
+        name = case["id"]
+        got = {"v": v[b], "d_x": d_x[:, b], "d_v0": d_v0[b]} | {f"d_{key}": d for key, d in d_learned[b].items()}
+        assert_same_spikes(s[:, b], GOLDEN[f"{name}/s"], name)
+        assert {f"{name}/{key}" for key in ("s", *got)} == {key for key in GOLDEN if key.startswith(f"{name}/")}
+        for key, value in got.items():
+            assert_close(value, GOLDEN[f"{name}/{key}"], f"{name}/{key}", 1e-5)
+
+
+@pytest.mark.skipif(
+    WITHOUT_TORCH,
+    reason="torch, spikingjelly and snntorch are not installed: the committed golden vectors were made by "
+    "tests/golden/make_spikingjelly.py",
+)
+def test_the_golden_vectors_can_be_made_again():
+    spec = importlib.util.spec_from_file_location(MAKE.stem, MAKE)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    made = module.make()
+    assert made.keys() == GOLDEN.keys()
+    assert json.loads(str(made.pop("cases"))) == list(CASES.values())
+    print("committed with", GOLDEN["versions"], "made again with", made.pop("versions"))
+    for key, value in made.items():
+        if key.endswith("/s"):
+            assert np.array_equal(value, GOLDEN[key]), f"{key}: spikes differ"
+        else:
+            assert_close(value, GOLDEN[key], key, 1e-6)

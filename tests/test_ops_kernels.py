@@ -1,0 +1,233 @@
+"""What the kernels are made of: how many, how long to compile, what they keep, and that tests would see them break."""
+
+import re
+from functools import partial
+
+import cases
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from compare import assert_close, assert_fires, assert_same_spikes
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+import snnfuse as sf
+from snnfuse.ops import api, fused
+from snnfuse.ops.blocks import Blocks
+from snnfuse.ops.pallas_triton import PallasKernels
+
+
+@pytest.fixture
+def h100():
+    """Traces as for an H100, on a machine that has none."""
+    device = jax.sharding.AbstractDevice(device_kind="NVIDIA H100 80GB HBM3", num_cores=132, platform="gpu")
+    with jax.sharding.use_abstract_mesh(jax.sharding.AbstractMesh((1,), ("x",), abstract_device=device)):
+        yield
+
+
+def struct(tree):
+    return jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), tree)
+
+
+def lowered_kernels(f, *args):
+    """The names of the kernels in f lowered for CUDA, by their custom calls."""
+    text = jax.jit(f).trace(*struct(args)).lower(lowering_platforms=("cuda",)).as_text()
+    calls = re.findall(r"custom_call @(\S+?)\(", text)
+    assert all("triton" in c for c in calls), calls
+    names = re.findall(r'name = "(snn_\w+)"', text)
+    assert len(names) == len(calls)
+    return names
+
+
+@pytest.mark.parametrize("name", cases.NEURONS)
+def test_lowers_for_cuda_to_one_kernel_and_with_the_gradient_to_two(name, h100):
+    neuron, *args, _ = cases.make(name, T=20, lanes=(3, 50))
+    f = partial(sf.unroll, neuron, implementation="pallas")
+
+    def gradient(args, cotangents):
+        out, vjp = jax.vjp(f, *args)
+        return out, vjp(cotangents)
+
+    assert lowered_kernels(f, *args) == ["snn_forward"]
+    assert lowered_kernels(gradient, args, jax.eval_shape(f, *args)) == ["snn_forward", "snn_backward"]
+
+
+def test_none_takes_the_fused_kernel_on_a_gpu_and_scan_for_a_neuron_it_cannot_have(h100):
+    neuron, *args, _ = cases.make("lif")
+    assert lowered_kernels(partial(sf.unroll, neuron), *args) == ["snn_forward"]
+    assert lowered_kernels(partial(sf.unroll, SumsLanes(neuron)), *args) == []
+
+
+@pytest.mark.parametrize("gradient", [False, True])
+def test_the_program_does_not_grow_with_time(gradient):
+    def equations(T):
+        neuron, params, state, xs, _ = cases.make("adaptive", T=T, lanes=(70000,))
+        f = lambda *args: sf.unroll(neuron, *args, implementation="interpret")
+        g = (lambda *args: jax.vjp(f, *args)[1](f(*args))) if gradient else f
+        return count(jax.make_jaxpr(g)(*struct((params, state, xs))).jaxpr)
+
+    def count(jaxpr):
+        inner = [p for e in jaxpr.eqns for p in jax.tree.leaves(e.params, is_leaf=lambda p: hasattr(p, "eqns"))]
+        return len(jaxpr.eqns) + sum(
+            count(getattr(p, "jaxpr", p)) for p in inner if hasattr(getattr(p, "jaxpr", p), "eqns")
+        )
+
+    assert 30 < equations(16) == equations(4096)
+
+
+def test_keeps_its_inputs_and_checkpoints_and_nothing_else():
+    neuron, params, state, xs, _ = cases.make("cuba", T=24, lanes=(2, 50))
+    f = partial(sf.unroll, neuron, implementation="interpret")
+    _, vjp = jax.vjp(f, params, state, xs)
+    kept = sorted(leaf.shape for leaf in jax.tree.leaves(vjp))
+    checkpoints = [(24 // 4 - 1, 100)] * 2  # two state leaves, the interpreter's chunk of 4, none for the first chunk
+    assert kept == sorted([(24, 100), (100,), (100,), *checkpoints, (1,), (50,), (100,)])
+
+
+def test_what_nobody_asks_for_is_not_computed(h100):
+    """First layer of a network: no gradient of xs, a constant state, no use of the final state."""
+    neuron, params, _, xs, _ = cases.make("lif", T=24, lanes=(512,))
+
+    def loss(params, xs):
+        return (sf.unroll(neuron, params, None, xs, implementation="pallas")[0] * xs).sum()
+
+    text = jax.jit(jax.value_and_grad(loss)).trace(*struct((params, xs))).lower(lowering_platforms=("cuda",)).as_text()
+    calls = [line for line in text.splitlines() if "custom_call" in line and "triton" in line]
+    ins, outs = zip(*(line.rsplit(" : ", 1)[1].split(" -> ") for line in calls), strict=True)
+    assert [i.count("tensor") for i in ins] == [3, 4]  # params and xs; and, backward, the cotangent of the spikes
+    assert [o.count("tensor") for o in outs] == [2, 2]  # spikes and final state; the gradients of the params
+    assert "24x512" in outs[0] and "24x512" not in outs[1]
+
+
+class SumsLanes:
+    """Lateral inhibition: not pointwise."""
+
+    def __init__(self, inner):
+        self.inner = inner
+
+    def init_state(self, shape):
+        return self.inner.init_state(shape)
+
+    def step(self, params, state, x):
+        return self.inner.step(params, state, x - 0.01 * x.mean(-1, keepdims=True))
+
+
+@pytest.mark.parametrize(
+    "mix",
+    [
+        lambda x: x - x.mean(-1, keepdims=True),
+        lambda x: jnp.cumsum(x, -1),
+        lambda x: jnp.roll(x, 1, -1),
+        lambda x: x[..., ::-1],
+        lambda x: jnp.sort(x, -1),
+        lambda x: x / x.shape[-1],
+        lambda x: x + jnp.arange(x.shape[-1], dtype=x.dtype),
+        lambda x: jax.nn.softmax(x, -1),
+        lambda x: x @ jnp.eye(x.shape[-1]),
+        lambda x: x + jax.random.normal(jax.random.key(0), x.shape),
+        lambda x: x * jax.lax.stop_gradient(x.max()),
+    ],
+)
+def test_a_neuron_that_mixes_lanes_is_refused(mix):
+    class Mixes:
+        def init_state(self, shape):
+            return sf.LIF().init_state(shape)
+
+        def step(self, params, state, x):
+            return sf.LIF().step(params, state, mix(x))
+
+    xs = jax.random.normal(jax.random.key(0), (5, 3, 40))
+    sf.unroll(Mixes(), sf.LIFParams(), None, xs, implementation="scan")
+    with pytest.raises(NotImplementedError, match="neuron Mixes: its step"):
+        sf.unroll(Mixes(), sf.LIFParams(), None, xs, implementation="interpret")
+
+
+PLANTED = {
+    "d_x is late by a step": lambda d_s, d_p, d_x: (d_s, d_p, [d_x[0], *d_x[:-1]]),
+    "the last step of a chunk has no d_x": lambda d_s, d_p, d_x: (d_s, d_p, [*d_x[:-1], [0 * d for d in d_x[-1]]]),
+    "one lane in a block is wrong": lambda d_s, d_p, d_x: (
+        d_s,
+        d_p,
+        [[d + (jnp.arange(d.shape[0]) == 77) for d in step] for step in d_x],
+    ),
+    "the state's cotangent is lost between chunks": lambda d_s, d_p, d_x: (tuple(0 * d for d in d_s), d_p, d_x),
+    "a parameter's gradient is doubled": lambda d_s, d_p, d_x: (d_s, (2 * d_p[0], *d_p[1:]), d_x),
+}
+
+
+@pytest.mark.parametrize("bug", [None, *PLANTED])
+def test_planted_bugs_in_the_backward_kernel_are_caught(bug, monkeypatch):
+    """The comparison of the contract test, with a bug planted in the chunk that the backward kernel is made of."""
+    real = fused.chunk_backward
+
+    def planted(*args):
+        d_p, d_s, d_x = real(*args)
+        d_s, d_p, d_x = PLANTED[bug](d_s, d_p, d_x)
+        return d_p, d_s, d_x
+
+    if bug:
+        monkeypatch.setattr(fused, "chunk_backward", planted)
+    jax.clear_caches()
+    neuron, params, state, xs, _ = cases.make("lif", T=8, lanes=(2, 50))
+
+    def gradients(implementation):
+        out, vjp = jax.vjp(partial(sf.unroll, neuron, implementation=implementation), params, state, xs)
+        return vjp(cases.cotangents(out))
+
+    want = gradients("scan")
+    if bug is None:
+        assert_close(gradients("interpret"), want, 1e-5)
+    else:
+        with pytest.raises(AssertionError, match="error"):
+            assert_close(gradients("interpret"), want, 1e-5)
+    jax.clear_caches()
+
+
+RESETS = st.sampled_from([sf.HardReset(), sf.HardReset(-0.2, True), sf.SoftReset(), sf.SoftReset(True), sf.NoReset()])
+SURROGATES = st.sampled_from([sf.ATan(), sf.Sigmoid(), sf.FastSigmoid(), sf.Triangle(), sf.Rectangle(), sf.Gaussian()])
+
+
+@settings(max_examples=10, deadline=None, derandomize=True)
+@given(
+    T=st.integers(1, 11),
+    lanes=st.lists(st.integers(1, 9), min_size=1, max_size=3),
+    chunk=st.integers(1, 5),
+    block=st.sampled_from([16, 64]),
+    reset=RESETS,
+    surrogate=SURROGATES,
+    decay_input=st.booleans(),
+    learned=st.booleans(),
+)
+def test_any_shape_any_option_any_blocks(T, lanes, chunk, block, reset, surrogate, decay_input, learned):
+    neuron = sf.LIF(reset, decay_input, surrogate=surrogate)
+    _, params, state, xs, _ = cases.make("lif", T=T, lanes=tuple(lanes))
+    params = params if learned else sf.LIFParams(0.6, 1.0)
+    problem, *_ = api._check(neuron, params, state, xs, None)
+    kernels = PallasKernels(problem, Blocks(block, 1, min(chunk, T)), interpret=True)
+
+    def kernel(params, state, xs):
+        _, *leaves = api._check(neuron, params if learned else sf.LIFParams(0.6, 1.0), state, xs, None)
+        (s,), (v,) = fused.unroll(kernels, *leaves)
+        return s, sf.LIFState(v)
+
+    def scan(params, state, xs):
+        params = params if learned else sf.LIFParams(0.6, 1.0)
+        return sf.unroll(neuron, params, state, xs, implementation="scan")
+
+    args = params if learned else (), state, xs
+    out, vjp = jax.vjp(kernel, *args)
+    want, want_vjp = jax.vjp(scan, *args)
+    assert_same_spikes(out[0], want[0])
+    assert_close(out[1], want[1], 1e-5)
+    cotangents = cases.cotangents(want)
+    got, want = vjp(cotangents), want_vjp(cotangents)
+    assert_close(got[1:], want[1:], 1e-5)
+    scale = max(np.abs(g).max() for g in jax.tree.leaves(want)) * np.sqrt(T)
+    for a, b in zip(jax.tree.leaves(got[0]), jax.tree.leaves(want[0]), strict=True):
+        np.testing.assert_allclose(a, b, atol=1e-5 * scale)  # sums that may cancel, against the scale of their terms
+
+
+def test_the_reference_of_the_property_test_fires():
+    neuron, params, state, xs, _ = cases.make("lif", T=11, lanes=(9, 9, 9))
+    assert_fires(sf.unroll(neuron, params, state, xs)[0])
