@@ -20,7 +20,11 @@ COLOURS = ["#3b6fb6", "#2a9d8f", "#e08e29", "#c8553d", "#7a5195"]
 
 
 def draw(path: Path, rows: list[dict], config, model, data) -> Path:
-    figure = plt.figure(figsize=(14, 8), constrained_layout=True)
+    figure = plt.figure(figsize=(14, 8.3), constrained_layout=True)
+    accuracy = [row["eval_accuracy"] for row in rows if "eval_accuracy" in row][-1]
+    figure.suptitle(
+        f"{path.parent}: {accuracy:.1%} of {len(data.test_labels):,} held-out images in {config.model.T} time steps"
+    )
     top, bottom = figure.subfigures(2, 1, height_ratios=(1, 1.25))
     loss, accuracy, image = top.subplots(1, 3, width_ratios=(2, 2, 1))
     _curves(loss, rows, "loss", "cross-entropy")
@@ -63,11 +67,20 @@ def _activity(config, model, data, image_axes, raster, membranes, outputs):
     threshold = float(np.mean([layer for layer in model.layers if isinstance(layer, nn.Spiking)][-2].threshold))
     _membranes(membranes, spikes, np.asarray(states.v)[:, 0].reshape(T, -1), threshold)
 
+    heights = _apart(outs[-1], 0.045 * (outs.max() - outs.min()))
     for k in range(outs.shape[1]):
         right = k == label
         outputs.plot(outs[:, k], color=COLOURS[3] if right else "0.7", lw=2.2 if right else 1, zorder=2 if right else 1)
-        outputs.text(T, outs[-1, k], str(k), fontsize=9, va="center", color=COLOURS[3] if right else "0.5")
+        outputs.text(T, heights[k], str(k), fontsize=9, va="center", color=COLOURS[3] if right else "0.5")
     outputs.set(xlabel="time step", xlim=(-1, T + 2), title="membranes of the outputs")
+
+
+def _apart(heights, gap):
+    """The same heights, moved up until no two labels are nearer than `gap`."""
+    heights, order = np.array(heights), np.argsort(heights)
+    for below, above in zip(order, order[1:], strict=False):
+        heights[above] = max(heights[above], heights[below] + gap)
+    return heights
 
 
 def _traced(config, model, images, T):

@@ -90,6 +90,31 @@ def test_parametric_lif_shapes(shape):
     assert_same_spikes(layer(xs)[0], same(xs)[0])
 
 
+@pytest.mark.parametrize(
+    "layer, params",
+    [
+        (nn.IF(threshold=2.0), snnfuse.IFParams(threshold=2.0)),
+        (nn.LIF(tau=4.0, threshold=2.0), snnfuse.LIFParams(decay=0.75, threshold=2.0)),
+        (
+            nn.CubaLIF(tau_syn=2.0, tau=4.0, threshold=3.0),
+            snnfuse.CubaLIFParams(decay_syn=0.5, decay=0.75, threshold=3.0),
+        ),
+        (
+            nn.AdaptiveLIF(tau=2.0, tau_adapt=4.0, beta=0.3, threshold=3.0),
+            snnfuse.AdaptiveLIFParams(decay=0.5, decay_adapt=0.75, beta=0.3, threshold=3.0),
+        ),
+        (
+            nn.ExpIF(tau=2.0, theta=0.7, delta=2.0, threshold=3.0),
+            snnfuse.ExpIFParams(decay=0.5, theta=0.7, delta=2.0, threshold=3.0),
+        ),
+        (nn.Izhikevich(a=1, b=2, c=3, d=4, threshold=5), snnfuse.IzhikevichParams(a=1, b=2, c=3, d=4, threshold=5)),
+        (nn.LI(decay=0.3), snnfuse.LIParams(decay=0.3)),
+    ],
+)
+def test_arguments_reach_their_parameters(layer, params):
+    assert layer.params == params and type(layer.neuron) is getattr(snnfuse, type(layer).__name__)
+
+
 @strict
 def test_what_is_not_learned_is_not_a_param():
     taus = jnp.linspace(1.5, 6.0, N)
