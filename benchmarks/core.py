@@ -69,7 +69,7 @@ CASES = [
 
 def compare(got, want):
     """The largest gradient error against its scale, and the number of spikes that differ."""
-    flips = int((got[0][0] != want[0][0]).sum())
+    flips = int((got[0] != want[0]).sum())
     error = 0.0
     for a, b in zip(jax.tree.leaves(got[1]), jax.tree.leaves(want[1]), strict=True):
         a, b = (jnp.asarray(g, f32) for g in (a, b))
@@ -82,41 +82,46 @@ def bench(name, T, M, dtype, rate, implementations):
     learned = {k: v for k, v in params._asdict().items() if isinstance(v, jax.Array)}
     scale = 20.0 if name == "izhikevich" else 1.0
     xs = (scale * (jax.random.normal(jax.random.key(0), (T, M), f32) + 0.3)).astype(dtype)
-    cotangents = None
-    results, times = {}, {}
+    scan = None
     for implementation in implementations:
-        f = lambda learned, xs: sf.unroll(neuron, params._replace(**learned), None, xs, implementation=implementation)
         row = dict(case=name, T=T, M=M, dtype=jnp.dtype(dtype).name, implementation=implementation)
+
+        def spikes(learned, xs, implementation=implementation):
+            return sf.unroll(neuron, params._replace(**learned), None, xs, implementation=implementation)[0]
+
         try:
-            args = (learned, xs)
-            cotangents = cotangents or normal_like(jax.eval_shape(f, *args))
-            spikes_only = jax.jit(lambda *args: f(*args)[0])
-            # the loss sees the spikes: the final state has no cotangent, as in a network
-            run = fwd_bwd(lambda *args: (f(*args)[0],))
-            compiled = run.lower(args, cotangents[:1]).compile()
-            results[implementation] = compiled(args, cotangents[:1])
-            ms, low, high = time_ms(compiled, args, cotangents[:1])
-            times[implementation] = ms
-            memory = compiled.memory_analysis()
-            unit = T * M * jnp.dtype(dtype).itemsize
-            row |= dict(
-                status="ok",
-                ms=ms,
-                quartiles=(low, high),
-                forward_ms=time_ms(spikes_only, *args)[0],
-                of_copy_rate=5 * unit / rate / (ms * 1e-3),
-                firing_rate=float(jnp.mean(results[implementation][0][0].astype(f32))),
-                peak_units=(memory.argument_size_in_bytes + memory.output_size_in_bytes + memory.temp_size_in_bytes)
-                / unit,
-            )
-            if "scan" in results and implementation != "scan":
-                flips, error = compare(results[implementation], results["scan"])
-                row |= dict(over_scan=times["scan"] / ms, spikes_that_differ=flips, gradient_error=error)
+            result, measured = run(spikes, (learned, xs), rate)
+            row |= measured
+            if implementation == "scan":
+                scan = result, row["ms"]
+            elif scan:
+                flips, error = compare(result, scan[0])
+                row |= dict(over_scan=scan[1] / row["ms"], spikes_that_differ=flips, gradient_error=error)
                 if error > (1e-3 if dtype == f32 else 2e-2):
                     row |= dict(status=f"wrong: gradient error {error:.2g}", ms=None)
         except Exception as e:  # a failure is a row
             row |= dict(status=repr(e)[:300])
         record("core", **row)
+
+
+def run(spikes, args, rate):
+    """((spikes, gradients), the measured part of a row); the loss sees the spikes alone, as in a network."""
+    xs = args[1]
+    cotangent = normal_like(jax.eval_shape(spikes, *args))
+    compiled = fwd_bwd(spikes).lower(args, cotangent).compile()
+    result = compiled(args, cotangent)
+    ms, low, high = time_ms(compiled, args, cotangent)
+    memory = compiled.memory_analysis()
+    held = memory.argument_size_in_bytes + memory.output_size_in_bytes + memory.temp_size_in_bytes
+    return result, dict(
+        status="ok",
+        ms=ms,
+        quartiles=(low, high),
+        forward_ms=time_ms(jax.jit(spikes), *args)[0],
+        of_copy_rate=5 * xs.nbytes / rate / (ms * 1e-3),
+        firing_rate=float(jnp.mean(result[0].astype(f32))),
+        peak_units=held / xs.nbytes,
+    )
 
 
 def main():

@@ -5,6 +5,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from snnfuse.core.neuron import Neuron, PyTree
 from snnfuse.ops import pallas_triton, scan
@@ -131,7 +132,7 @@ def _check_params(params, shape):
             if len(padded) != len(shape) or any(p not in (1, s) for p, s in zip(padded, shape, strict=True)):
                 raise ValueError(f"{name} must broadcast from the right against [*B, N] = {shape}; got {leaf.shape}")
             arrays.append(leaf.reshape(padded))
-        if not isinstance(leaf, jax.core.Tracer) and jnp.isnan(leaf).any():  # under jit there is no value to look at
+        if not isinstance(leaf, jax.core.Tracer) and np.isnan(leaf).any():  # under jit there is no value to look at
             raise ValueError(f"{name} must not be NaN; got {leaf}")
         constants.append(leaf if constant else None)
     return tuple(arrays), tree, tuple(constants)
