@@ -123,7 +123,7 @@ def main() -> None:
     parser.add_argument("--data", choices=("images", "events"), default="images")
     parser.add_argument("--source", choices=("disk", "memory"), default="disk")
     for name, value in dict(
-        T=32, batch=100, workers=4, threads=4, ahead=4, steps=200, rounds=5, samples=20_000
+        T=32, batch=100, workers=8, threads=4, ahead=4, steps=200, rounds=5, samples=20_000
     ).items():
         parser.add_argument(f"--{name}", type=int, default=value)
     options = parser.parse_args()
@@ -176,6 +176,7 @@ def main() -> None:
             state, _ = run(state, there, 20)  # what was fetched ahead in the meantime
             state, ms = run(state, there, options.steps)
             times["fed"].append(ms)
+        fed.close()  # and its workers
     middle = {name: statistics.median(values) for name, values in times.items()}
     record(
         "loader",
