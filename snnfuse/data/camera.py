@@ -50,7 +50,9 @@ class Camera:
         rows = _shift_matrices(y, self.sensor.height, image.shape[0])
         columns = _shift_matrices(x, self.sensor.width, image.shape[1])
         level = np.log(self.dark + rows @ image @ columns.swapaxes(1, 2))
-        memory, found = level[0].copy(), []
+        # Pixels start out of step, each at its own place: else all that ends as it began would end on a threshold.
+        phase = np.random.default_rng(0).uniform(-0.5, 0.5, level[0].shape)
+        memory, found = level[0] + self.contrast * phase, []
         for k in range(1, len(times)):
             before, after = level[k - 1], level[k]
             crossed = np.where(after == before, 0, np.trunc((after - memory) / self.contrast))

@@ -12,6 +12,7 @@ With workers > 0 guard the program with `if __name__ == "__main__"`, for they ar
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import Any
 
 import jax
@@ -120,17 +121,33 @@ class Images:
         return images.astype(dtype) / 255
 
 
-def _stack(time_major: bool, samples: Sequence[dict]) -> dict[str, np.ndarray]:
-    axis = {name: 1 if time_major and name == "frames" else 0 for name in samples[0]}
-    return {name: np.stack([sample[name] for sample in samples], axis[name]) for name in samples[0]}
+@lru_cache(maxsize=2)
+def _order(count: int, seed: int, epoch: int, shuffle: bool) -> np.ndarray:
+    return np.random.default_rng((seed, epoch)).permutation(count) if shuffle else np.arange(count)
 
 
 @dataclass(frozen=True)
-class _Stack:
-    time_major: bool
+class _Fetch:
+    """Batch number to batch. Whole batches, because what Grain and tfds do for each element costs more than a small image."""
 
-    def __call__(self, samples: Sequence[dict]) -> dict[str, np.ndarray]:
-        return _stack(self.time_major, samples)
+    source: Sequence[dict]
+    example: Example
+    batch: int
+    seed: int
+    shuffle: bool
+    used: int  # samples an epoch, of all shards
+    shard: tuple[int, int]
+    batches: int  # an epoch, of this shard
+
+    def __call__(self, number: int, rng: np.random.Generator) -> dict[str, np.ndarray]:
+        epoch, at = divmod(int(number), self.batches)
+        mine = _order(len(self.source), self.seed, epoch, self.shuffle)[: self.used][self.shard[0] :: self.shard[1]]
+        indices = mine[at * self.batch : (at + 1) * self.batch].tolist()
+        read = getattr(self.source, "__getitems__", lambda wanted: [self.source[i] for i in wanted])
+        samples = [self.example(sample, rng) for sample in read(indices)]
+        time_major = not isinstance(self.example, Packed)
+        axis = {name: 1 if time_major and name == "frames" else 0 for name in samples[0]}
+        return {name: np.stack([sample[name] for sample in samples], axis[name]) for name in samples[0]}
 
 
 def load(
@@ -161,15 +178,13 @@ def load(
         raise ValueError(f"shard must be (i, n) with 0 <= i < n; got {(index, count)}")
     if drop_remainder and len(source) // count < batch:
         raise ValueError(f"batch is {batch}, but a shard has {len(source) // count} of {len(source)} samples")
-    samples = grain.MapDataset.source(source).seed(seed)
-    samples = samples.shuffle() if shuffle else samples
-    if drop_remainder:
-        samples = samples[: len(source) // count * count]
-    samples = samples[index::count].random_map(example)
-    batches = samples.batch(batch, drop_remainder=drop_remainder, batch_fn=_Stack(not isinstance(example, Packed)))
-    batches = batches.repeat(epochs).to_iter_dataset(
-        grain.ReadOptions(num_threads=threads, prefetch_buffer_size=2 * threads)
-    )
+    used = len(source) // count * count if drop_remainder else len(source)
+    mine = len(range(index, used, count))
+    each = mine // batch if drop_remainder else -(-mine // batch)
+    fetch = _Fetch(source, example, batch, seed, shuffle, used, (index, count), each)
+    numbers = grain.MapDataset.range(each * (2**31 if epochs is None else epochs)).seed(seed)
+    reading = grain.ReadOptions(num_threads=threads, prefetch_buffer_size=2 * threads)
+    batches = numbers.random_map(fetch).to_iter_dataset(reading)
     if workers:
         flags = require("absl.flags").FLAGS
         if not flags.is_parsed():  # grain hands its flags to its workers, also in a program that has none
