@@ -1,0 +1,141 @@
+"""The fused kernels at the caller's shapes, [T, *B, N]: on lanes sharded over any devices, and under `vmap`.
+
+A kernel knows one device and flat lanes [M]. `jit` cannot split it, and would gather its operands; so each call is
+wrapped in `custom_partitioning`, whose rule says that every axis of [*B, N] may be sharded and that time may not. A
+device then runs the same kernel on its own lanes, and nothing is communicated. The kernels return the gradient of a
+parameter lane by lane; XLA's sum over lanes reduces it, over devices too.
+
+`vmap` adds an axis of lanes and nothing else, so its rule calls the same kernel with one more axis in *B.
+"""
+
+from dataclasses import replace
+
+import jax
+import jax.numpy as jnp
+from jax.custom_batching import custom_vmap
+from jax.experimental.custom_partitioning import custom_partitioning
+from jax.sharding import NamedSharding, PartitionSpec
+
+
+def on_lanes(run, kernels, params, *groups):
+    """`run(kernels, params, *groups)`, whose arguments and results are flat lanes, on arrays that are not flat.
+
+    params leaves are [*B, N], any axis 1; those of `groups` and of the results are [*B, N] or [time, *B, N]. A device
+    gets the kernels of its own lanes; what `kernels` says about time stays, so that forward and backward agree on K.
+    """
+    leaves, tree = jax.tree.flatten((params, groups))
+    call = _Lanes(run, kernels, tree, len(params), len(kernels.problem.lane_shape))
+    lanes = jax.typeof(leaves[-1]).sharding
+    if not lanes.mesh.explicit_axes:
+        return call(*leaves)
+    for leaf in leaves[len(params) :]:
+        if leaf.ndim > call.rank and (time := jax.typeof(leaf).sharding.spec[0]) is not None:
+            raise ValueError(
+                f"the time axis of a sequence must not be sharded; got {leaf.shape} with it along {time!r}"
+            )
+    return call.with_explicit_axes(lanes)(*leaves)
+
+
+def like(d, primal):
+    """A cotangent in the type of its primal: summed over the lanes that the primal broadcasts over, and sharded as it."""
+    axes = [i for i, (n, m) in enumerate(zip(d.shape, primal.shape, strict=True)) if n != m]
+    d = (d.sum(axes, keepdims=True) if axes else d).astype(primal.dtype)
+    if not (mesh := jax.typeof(d).sharding.mesh).explicit_axes:
+        return d
+    return jax.sharding.reshard(d, NamedSharding(mesh, jax.typeof(primal).sharding.spec))
+
+
+class _Lanes:
+    """One such call, over flat leaves: `rank` is that of [*B, N], the first `num_params` leaves are params."""
+
+    def __init__(self, run, kernels, tree, num_params, rank):
+        self.run, self.kernels, self.tree, self.num_params, self.rank = run, kernels, tree, num_params, rank
+
+    def __call__(self, *leaves):
+        sharded = custom_partitioning(self.on_one_device)
+        sharded.def_partition(partition=self.partition, sharding_rule=self.sharding_rule)
+        call = custom_vmap(lambda *leaves: sharded(*leaves))
+        call.def_vmap(self.vmap)
+        return call(*leaves)
+
+    def with_explicit_axes(self, like):
+        """The same under a mesh whose axes are part of types: what comes out is sharded as the lanes of `like` are."""
+        lanes = like.spec[-self.rank :]
+
+        def sharding(struct):
+            return NamedSharding(like.mesh, PartitionSpec(*[None] * (struct.ndim - self.rank), *lanes))
+
+        def call(*leaves):
+            structs = [jax.ShapeDtypeStruct(a.shape, a.dtype) for a in leaves]
+            with jax.sharding.use_abstract_mesh(jax.sharding.AbstractMesh((), ())):
+                results = jax.eval_shape(self.on_one_device, *structs)
+            out = jax.tree.map(sharding, results)
+            return jax.sharding.auto_axes(
+                lambda *leaves: self(*leaves), axes=like.mesh.explicit_axes, out_sharding=out
+            )(*leaves)
+
+        return call
+
+    def on_one_device(self, *leaves):
+        params, groups = self.tree.unflatten(leaves)
+        shape = leaves[-1].shape[-self.rank :]
+        problem = replace(self.kernels.problem, lane_shape=shape, param_shapes=tuple(p.shape for p in params))
+        flat = lambda a: a.reshape(*a.shape[: a.ndim - self.rank], problem.M)
+        results = self.run(
+            replace(self.kernels, problem=problem),
+            tuple(_periodic(p, shape) for p in params),
+            *jax.tree.map(flat, groups),
+        )
+        return jax.tree.map(lambda a: a.reshape(*a.shape[:-1], *shape), results)
+
+    def sharding_rule(self, mesh, operands, results):
+        """Axes of lanes share their factors across all arrays; a time axis, or a 1 in params, has a factor of its own."""
+        lanes = [f"lane{i}" for i in range(self.rank)]
+        times, terms = [], []
+        for i, t in enumerate((*operands, *results)):
+            axes = [f"one{i}x{j}" if i < self.num_params and t.shape[j] == 1 else lanes[j] for j in range(self.rank)]
+            if len(t.shape) > self.rank:
+                times.append(f"time{i}")
+                axes.insert(0, times[-1])
+            terms.append(" ".join(axes))
+        n = len(operands)
+        return f"{', '.join(terms[:n])} -> {', '.join(terms[n:])}", {"need_replication_factors": tuple(times)}
+
+    def partition(self, mesh, operands, results):
+        shardings = jax.tree.leaves(operands, is_leaf=lambda s: hasattr(s, "sharding"))
+        lanes = tuple(shardings[-1].sharding.spec)
+        lanes = (lanes + (None,) * (len(shardings[-1].shape) - len(lanes)))[-self.rank :]
+
+        def sharding(i, struct):
+            axes = [
+                None if i < self.num_params and n == 1 else s
+                for n, s in zip(struct.shape[-self.rank :], lanes, strict=True)
+            ]
+            return NamedSharding(mesh, PartitionSpec(*[None] * (len(struct.shape) - self.rank), *axes))
+
+        args = tuple(sharding(i, s) for i, s in enumerate(shardings))
+        outs = jax.tree.map(lambda s: sharding(self.num_params, s), results)
+        return mesh, self.on_one_device, outs, args
+
+    def vmap(self, size, batched, *leaves):
+        """The mapped axis becomes the first of *B: [V, time, *B, N] is [time, V, *B, N] to the kernels."""
+
+        def lead(i, leaf, mapped):
+            if not mapped:
+                leaf = leaf[None] if i < self.num_params else jnp.broadcast_to(leaf, (size, *leaf.shape))
+            return jnp.moveaxis(leaf, 0, leaf.ndim - 1 - self.rank)
+
+        leaves = [lead(i, leaf, mapped) for i, (leaf, mapped) in enumerate(zip(leaves, batched, strict=True))]
+        results = _Lanes(self.run, self.kernels, self.tree, self.num_params, self.rank + 1)(*leaves)
+        results = jax.tree.map(lambda a: jnp.moveaxis(a, a.ndim - 1 - self.rank, 0), results)
+        return results, jax.tree.map(lambda _: True, results)
+
+
+def _periodic(p, shape):
+    """A parameter flattened to one period of the lanes: [1], [M], or the trailing axes that it covers whole."""
+    covered = p.shape
+    while covered and covered[0] == 1:
+        covered = covered[1:]
+    if covered == shape[len(shape) - len(covered) :]:
+        return p.reshape(-1)
+    return jnp.broadcast_to(p, shape).reshape(-1)

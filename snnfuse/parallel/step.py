@@ -1,0 +1,127 @@
+"""A train step written for one device, on all devices of a mesh.
+
+    def step(state, batch, key):
+        loss, grads = jax.value_and_grad(loss_of)(...)
+        grads = snnfuse.parallel.mean(grads)        # on one device: the same grads
+        ...
+        return state, {"loss": loss}
+
+    parallel_step = jax.jit(data_parallel(step, make_mesh("data=4")))
+
+Every device runs the step on its own part of the batch, with its own random keys and, but for `mean`, alone. The
+gradients move once and nothing else does but scalars and batch statistics.
+"""
+
+from collections.abc import Callable
+from functools import wraps
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jax import lax
+from jax.sharding import Mesh, PartitionSpec
+
+from snnfuse.core.neuron import PyTree
+from snnfuse.parallel.mesh import EVERYWHERE, check_axes, check_divisible
+
+TIME = "time"
+ALONG_DATA = PartitionSpec("data")
+
+
+def axes_here() -> tuple[str, ...]:
+    """The names of the device axes that the code being traced runs on, () outside of `data_parallel` (or `shard_map`)."""
+    return tuple(jax.sharding.get_abstract_mesh().manual_axes)
+
+
+def mean(tree: PyTree, axes: tuple[str, ...] | None = None) -> PyTree:
+    """The mean over devices: over `axes`, or all there are. On one device, outside of `data_parallel`, the tree itself."""
+    axes = axes_here() if axes is None else axes
+    return lax.pmean(tree, axes) if axes else tree
+
+
+def fold(key: jax.Array, axes: tuple[str, ...] | None = None) -> jax.Array:
+    """The key of this device: `key` with its index along `axes` folded in. Outside of `data_parallel`, `key` itself."""
+    axes = axes_here() if axes is None else axes
+    return jax.random.fold_in(key, lax.axis_index(axes)) if axes else key
+
+
+def synchronise_batch_norm(model: nnx.Module, axes: str | tuple[str, ...]) -> nnx.Module:
+    """Let every nnx.BatchNorm of `model`, changed in place, take its statistics over the devices along `axes` too.
+
+    Training then equals one device with the whole batch, and the model trains only inside of `data_parallel`.
+    """
+    for _, module in nnx.iter_modules(model):
+        if isinstance(module, nnx.BatchNorm):
+            module.axis_name = axes
+    return model
+
+
+def data_parallel(step: Callable, mesh: Mesh, *, batch: PyTree = ALONG_DATA) -> Callable:
+    """`step(state, batch, *rest) -> (state, metrics)` for one device, as the same function of global arrays on `mesh`.
+
+    Args:
+      step: it must pass its gradients through `mean`. `rest` is the same on every device, but for random keys.
+      batch: a PartitionSpec, or a tree of them: how the leaves of the batch are cut. With a time axis (see
+        `over_time`), PartitionSpec("time", "data") for sequences [T, B, ...].
+
+    Random keys, in `rest` and in the state, have the device's index folded in (but along an axis `time`: its devices
+    share their samples); the state keeps the keys it came with. Metrics that are floats are averaged, integers summed
+    (over samples: not along `time`).
+    Every device has its own batch statistics unless `synchronise_batch_norm` says otherwise; what the state keeps of
+    them (`nnx.BatchStat`) is averaged. All other leaves of the state are the same on every device because the
+    gradients are.
+
+    The batch must divide by the devices. The step is traced with `check_vma=False`.
+    """
+    check_axes(mesh, batch, "batch")
+
+    @wraps(step)
+    def parallel_step(state, data, *rest):
+        check_divisible(mesh, data, batch, "batch")
+        return jax.shard_map(
+            _on_each_device(step, mesh.axis_names),
+            mesh=mesh,
+            in_specs=(EVERYWHERE, batch, *[EVERYWHERE] * len(rest)),
+            out_specs=(EVERYWHERE, EVERYWHERE),
+            check_vma=False,
+        )(state, data, *rest)
+
+    return parallel_step
+
+
+def pmapped(step: Callable, axis: str = "data", devices: Any = None) -> Callable:
+    """`data_parallel` by `jax.pmap`, for code built on it: every argument and result has a leading axis of devices.
+
+    JAX keeps `pmap` (as a wrapper of `shard_map` and `jit`) but develops it no more: prefer `data_parallel`, which
+    takes global arrays, several axes, and donates and shards as `jit` does.
+    """
+    return jax.pmap(_on_each_device(step, (axis,)), axis_name=axis, devices=devices)
+
+
+def _on_each_device(step, axes):
+    apart = tuple(a for a in axes if a != TIME)
+
+    def run(state, data, *rest):
+        mine = lambda tree: jax.tree.map(lambda x: fold(x, apart) if apart and _is_key(x) else x, tree)
+        new, metrics = step(mine(state), data, *mine(rest))
+        return _same_everywhere(new, state, axes), jax.tree.map(lambda x: _reduce(x, axes, apart), metrics)
+
+    return run
+
+
+def _same_everywhere(new, old, axes):
+    keys = {p: x for p, x in jax.tree_util.tree_leaves_with_path(old) if _is_key(x)}
+    new = jax.tree_util.tree_map_with_path(lambda p, x: keys.get(p, x) if _is_key(x) else x, new)
+    is_variable = lambda v: isinstance(v, nnx.Variable)
+    return jax.tree.map(lambda v: mean(v, axes) if isinstance(v, nnx.BatchStat) else v, new, is_leaf=is_variable)
+
+
+def _reduce(x, axes, apart):
+    if jnp.issubdtype(jnp.result_type(x), jnp.floating):
+        return lax.pmean(x, axes)
+    return lax.psum(x, apart) if apart else x
+
+
+def _is_key(x):
+    return jnp.issubdtype(x.dtype, jax.dtypes.prng_key) if isinstance(x, jax.Array) else False

@@ -1,0 +1,340 @@
+"""Tests that need 8 devices, simulated on a CPU; tests/test_parallel.py runs this file in a process of its own.
+
+XLA_FLAGS=--xla_force_host_platform_device_count=8 python -m pytest tests/on_8_devices.py
+"""
+
+import math
+import re
+from functools import cache, partial
+
+import cases
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from compare import assert_close, assert_fires, assert_same_spikes
+from flax import nnx
+from jax.sharding import AxisType, NamedSharding
+from jax.sharding import PartitionSpec as P
+
+import snnfuse as sf
+from snnfuse import nn, parallel
+
+IMPLEMENTATIONS = ("scan", "interpret")
+MOVES = re.compile(r" = ([^=]*?) (all-gather|all-reduce|all-to-all|collective-permute|reduce-scatter)(?:-start)?\(")
+
+
+def collectives(compiled) -> list[tuple[str, tuple[int, ...]]]:
+    """(operation, shape) of every array that a compiled program moves between devices."""
+    found = []
+    for shapes, name in MOVES.findall(compiled.as_text()):
+        found += [(name, tuple(map(int, s.split(",") if s else ()))) for s in re.findall(r"\w\d+\[([\d,]*)\]", shapes)]
+    return found
+
+
+def test_there_are_8_devices():
+    assert jax.device_count() == 8
+
+
+# ---- plain jit with NamedSharding
+
+LANES = (4, 2, 16)
+SPECS = (P(None, "a"), P(None, "a", None, "b"), P(None, None, None, ("a", "b")), P(None, ("b", "a")))
+
+
+def pulled_back(neuron, implementation):
+    def f(params, state, xs, cotangents):
+        out, vjp = jax.vjp(partial(sf.unroll, neuron, implementation=implementation), params, state, xs)
+        return out, vjp(cotangents)
+
+    return f
+
+
+@cache
+def reference(name):
+    case = cases.make(name, T=6, lanes=LANES)
+    args = case.params, case.state, case.xs
+    cotangents = cases.cotangents(jax.eval_shape(partial(sf.unroll, case.neuron), *args))
+    return jax.jit(pulled_back(case.neuron, "scan"))(*args, cotangents)
+
+
+@pytest.mark.parametrize("kind", [AxisType.Auto, AxisType.Explicit], ids=str)
+@pytest.mark.parametrize("spec", SPECS, ids=str)
+@pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
+@pytest.mark.parametrize("name", ["adaptive", "affine"])
+def test_jit_splits_lanes_without_moving_them(name, implementation, spec, kind):
+    case = cases.make(name, T=6, lanes=LANES)
+    args = case.params, case.state, case.xs
+    cotangents = cases.cotangents(jax.eval_shape(partial(sf.unroll, case.neuron), *args))
+    want = reference(name)
+    assert_fires(want[0][0])
+
+    mesh = jax.make_mesh((4, 2), ("a", "b"), axis_types=(kind,) * 2)
+    if spec[1] == ("b", "a"):
+        mesh = jax.make_mesh((2, 2), ("a", "b"), axis_types=(kind,) * 2, devices=jax.devices()[:4])
+    put = lambda tree, spec: jax.device_put(tree, NamedSharding(mesh, spec))
+    over_lanes = P(*spec[1:])
+    args = put(case.params, P()), put(case.state, over_lanes), put(case.xs, spec)
+    cotangents = put(cotangents[0], spec), put(cotangents[1], over_lanes)
+    compiled = jax.jit(pulled_back(case.neuron, implementation)).lower(*args, cotangents).compile()
+    got = compiled(*args, cotangents)
+
+    assert_same_spikes(got[0][0], want[0][0])
+    assert_close(got, want, rtol=case.rtol)
+    largest = max(p.size for p in jax.tree.leaves(case.params))
+    for operation, shape in collectives(
+        compiled
+    ):  # gradients of params, and nothing else; explicit ones end replicated
+        assert math.prod(shape) <= largest, (operation, shape)
+        assert operation == "all-reduce" or kind == AxisType.Explicit, (operation, shape)
+    (outs, _), (_, _, d_xs) = got
+    for leaf in (outs, *jax.tree.leaves(d_xs)):
+        assert leaf.sharding.is_equivalent_to(NamedSharding(mesh, spec), leaf.ndim)
+
+
+# ---- a network, on one device and on many
+
+T, B, CLASSES = 8, 16, 5
+
+
+def network(axes=(), microbatches=None, implementation="scan"):
+    rngs = nnx.Rngs(0)
+    how = {"implementation": implementation}
+    model = nn.Sequential(
+        nnx.Conv(1, 4, (3, 3), strides=(2, 2), use_bias=False, rngs=rngs),
+        nnx.BatchNorm(4, rngs=rngs),
+        nn.LIF(decay=0.6, learn="decay", shape=(4,), threshold=0.9, **how),
+        nn.flatten,
+        nnx.Linear(64, CLASSES, rngs=rngs),
+        nn.LI(decay=0.8, **how),
+    )
+    if axes:
+        parallel.synchronise_batch_norm(model, axes)
+    if "time" in axes:
+        parallel.over_time(model, microbatches=microbatches)
+    return nnx.split(model)
+
+
+def train_step(graphdef, read, state, batch):
+    xs, labels = batch
+
+    def loss_of(model):
+        logits = read(model(xs)[0])
+        loss = -jnp.take_along_axis(jax.nn.log_softmax(logits), labels[:, None], 1).mean()
+        return loss, (logits.argmax(-1) == labels).sum()
+
+    model = nnx.merge(graphdef, state)
+    (loss, correct), grads = nnx.value_and_grad(loss_of, has_aux=True)(model)
+    grads = parallel.mean(grads)
+    params = nnx.state(model, nnx.Param)
+    nnx.update(model, jax.tree.map(lambda p, g: p - 0.5 * g, params, grads))
+    return nnx.state(model), {"loss": loss, "correct": correct, "grads": grads}
+
+
+def images(B=B, T=T):
+    keys = jax.random.split(jax.random.key(1))
+    return jax.random.normal(keys[0], (T, B, 8, 8, 1)), jax.random.randint(keys[1], (B,), 0, CLASSES)
+
+
+def run(step, state, batch, steps=3):
+    rows = []
+    for _ in range(steps):
+        state, metrics = step(state, batch)
+        rows.append(metrics)
+    return rows, state
+
+
+@cache
+def one_device(readout=nn.membrane_mean):
+    graphdef, state = network()
+    return run(jax.jit(partial(train_step, graphdef, readout)), state, images())
+
+
+def on_mesh(text, microbatches=None, readout=nn.membrane_mean, synchronised=True, implementation="scan"):
+    mesh = parallel.make_mesh(text)
+    axes = tuple(mesh.axis_names) if synchronised else ()
+    graphdef, state = network(axes, microbatches, implementation)
+    data = "data" if "data" in mesh.axis_names else None
+    time = "time" if "time" in mesh.axis_names else None
+    read = (lambda outs: parallel.readout(readout, outs)) if time else readout
+    step = parallel.data_parallel(partial(train_step, graphdef, read), mesh, batch=(P(time, data), P(data)))
+    return jax.jit(step), state
+
+
+@pytest.mark.parametrize(
+    "text, microbatches, readout, implementation",
+    [
+        ("data=8", None, nn.membrane_mean, "interpret"),
+        ("time=4", 4, nn.membrane_max, "scan"),
+        ("time=8", None, nn.membrane_last, "scan"),
+        ("data=2,time=4", 8, nn.membrane_mean, "interpret"),
+        ("data=2,time=4", 1, nn.membrane_mean, "scan"),
+    ],
+)
+def test_a_mesh_trains_as_one_device(text, microbatches, readout, implementation):
+    want, want_state = one_device(readout)
+    step, state = on_mesh(text, microbatches, readout, implementation=implementation)
+    got, got_state = run(step, state, images())
+    assert want[-1]["loss"] < want[0]["loss"]
+    for a, b in zip(got, want, strict=True):
+        assert int(a["correct"]) == int(b["correct"])
+        assert_close((a["loss"], a["grads"]), (b["loss"], b["grads"]), rtol=1e-4)
+    assert_close(got_state, want_state, rtol=1e-4)
+
+
+def test_the_network_fires():
+    model = nnx.merge(*network())
+    spikes = nn.Sequential(*model.layers[:3])(images()[0])[0]
+    assert_fires(spikes)
+
+
+# ---- what moves
+
+
+def size_of(shapes):
+    return sum(math.prod(s) for s in shapes)
+
+
+def test_data_parallel_moves_the_gradients_once():
+    step, state = on_mesh("data=8", synchronised=False)
+    moved = collectives(step.lower(state, images()).compile())
+    params = [p.size for p in jax.tree.leaves(nnx.filter_state(state, nnx.Param))]
+    stats = [p.size for p in jax.tree.leaves(nnx.filter_state(state, nnx.BatchStat))]
+    assert {operation for operation, _ in moved} == {"all-reduce"}
+    # the gradients twice: once because the step returns them as a metric (they are equal already), and two scalars
+    assert size_of(shape for _, shape in moved) == 2 * sum(params) + sum(stats) + 2
+
+
+def test_the_pipeline_moves_the_membrane_and_nothing_of_size_T():
+    """T is 32 times the rest here, so that whatever has a time axis would stand out."""
+    step, state = on_mesh("time=4", microbatches=4)
+    moved = collectives(step.lower(state, images(T=512)).compile())
+    params = sum(p.size for p in jax.tree.leaves(nnx.filter_state(state, nnx.Param)))
+    handed = [shape for operation, shape in moved if operation == "collective-permute"]
+    per_microbatch = [(B // 4, 4, 4, 4), (B // 4, CLASSES)]
+    assert sorted(handed) == sorted(2 * per_microbatch), "v of each layer, forward and backward"
+    reduced = [shape for operation, shape in moved if operation == "all-reduce"]
+    assert len(handed) + len(reduced) == len(moved)
+    assert max(map(math.prod, reduced)) <= params and size_of(reduced) < 3 * params + B * CLASSES * 4
+
+
+# ---- the wavefront itself
+
+
+@pytest.mark.parametrize("name, lanes", [("adaptive", (8, 3)), ("outputs", (4, 2, 5)), ("izhikevich", (6,))])
+def test_time_over_devices_is_unroll(name, lanes):
+    """Every output and gradient, with an initial state, parameters of every shape, and cotangents of the final state."""
+    case = cases.make(name, T=12, lanes=lanes)
+    args = case.params, case.state, case.xs
+    like = jax.eval_shape(partial(sf.unroll, case.neuron), *args)
+    cotangents = cases.cotangents(like)
+    want = jax.jit(pulled_back(case.neuron, "scan"))(*args, cotangents)
+    mesh = parallel.make_mesh("time=4")
+    spread = parallel.unroll_over_time
+    whole = jax.shard_map(
+        partial(spread, case.neuron, implementation="scan", microbatches=2),
+        mesh=mesh,
+        in_specs=(P(), P(), P("time")),
+        out_specs=(P("time"), P()),
+        check_vma=False,
+    )
+
+    def f(args, cotangents):
+        out, vjp = jax.vjp(whole, *args)
+        return out, vjp(cotangents)
+
+    got = jax.jit(f)(args, cotangents)
+    if name == "outputs":
+        assert_same_spikes(got[0][0]["spike"], want[0][0]["spike"])
+    assert_close(got, want, rtol=case.rtol)
+
+
+def test_the_wavefront_is_bit_equal_where_nothing_is_reduced():
+    case = cases.make("lif", T=16, lanes=(8, 16))
+    whole = jax.shard_map(
+        partial(parallel.unroll_over_time, case.neuron, implementation="scan"),
+        mesh=parallel.make_mesh("time=8"),
+        in_specs=(P(), P(), P("time")),
+        out_specs=(P("time"), P()),
+        check_vma=False,
+    )
+    got, want = jax.jit(whole)(case.params, case.state, case.xs), sf.unroll(case.neuron, *case[1:4])
+    for a, b in zip(jax.tree.leaves(got), jax.tree.leaves(want), strict=True):
+        np.testing.assert_array_equal(a, b)
+
+
+# ---- random keys, batch statistics, pmap
+
+
+def test_every_device_has_its_own_keys_and_the_state_keeps_its_own():
+    def step(state, batch, key):
+        return {"key": state["key"]}, {"draw": jax.random.uniform(key) + jax.random.uniform(state["key"])}
+
+    key, own = jax.random.key(3), jax.random.key(4)
+    run = jax.jit(parallel.data_parallel(step, parallel.make_mesh("data=4,time=2")))
+    state, metrics = run({"key": own}, jnp.zeros(4), key)
+    draws = [
+        jax.random.uniform(jax.random.fold_in(key, i)) + jax.random.uniform(jax.random.fold_in(own, i))
+        for i in range(4)
+    ]
+    np.testing.assert_allclose(metrics["draw"], np.mean(draws), rtol=1e-6)
+    assert len({float(d) for d in draws}) == 4 and state["key"] == own
+    assert run({"key": own}, jnp.zeros(4), key)[1] == metrics
+
+
+def test_statistics_of_each_device_are_averaged():
+    step, state = on_mesh("data=4", synchronised=False)
+    xs, labels = images()
+    new, _ = step(state, (xs, labels))
+    graphdef, _ = network()
+    parts = [
+        train_step(graphdef, nn.membrane_mean, state, (xs[:, i : i + 4], labels[i : i + 4]))[0] for i in range(0, 16, 4)
+    ]
+    want = jax.tree.map(lambda *s: sum(s) / 4, *[nnx.filter_state(p, nnx.BatchStat) for p in parts])
+    assert_close(nnx.filter_state(new, nnx.BatchStat), want, rtol=1e-5)
+
+
+def test_pmap_still_works_and_does_the_same():
+    """JAX 0.10 and 0.12 keep pmap, as shard_map and jit; `pmapped` is for code built on it, with a leading device axis."""
+    graphdef, state = network()
+    inner = partial(train_step, graphdef, nn.membrane_mean)
+    xs, labels = images()
+    want_state, want = jax.jit(
+        parallel.data_parallel(inner, parallel.make_mesh("data=4"), batch=(P(None, "data"), P("data")))
+    )(state, (xs, labels))
+    copies = jax.tree.map(lambda x: jnp.stack([x] * 4), state)
+    split = jnp.moveaxis(xs.reshape(T, 4, 4, 8, 8, 1), 1, 0), labels.reshape(4, 4)
+    got_state, got = parallel.pmapped(inner, devices=jax.devices()[:4])(copies, split)
+    for i in range(4):
+        assert_close(jax.tree.map(lambda x: x[i], (got_state, got)), (want_state, want), rtol=1e-6)
+
+
+# ---- what cannot be
+
+
+def test_errors_say_what_is_wrong():
+    with pytest.raises(ValueError, match="mesh data=3,time=4 needs 12 devices; there are 8"):
+        parallel.make_mesh("data=3,time=4")
+    step, state = on_mesh("data=8")
+    xs, labels = images()
+    with pytest.raises(ValueError, match=r"batch\[0\]: axis 1 of shape .* must be a multiple of 8, .*'data'; got 12"):
+        step(state, (xs[:, :12], labels[:12]))
+    step, state = on_mesh("time=4")
+    with pytest.raises(ValueError, match=r"batch\[0\]: axis 0 of shape .* must be a multiple of 4, .*'time'; got 6"):
+        step(state, (xs[:6], labels))
+    with pytest.raises(ValueError, match="microbatches must divide the batch; got 3"):
+        step, state = on_mesh("time=4", microbatches=3)
+        step(state, (xs, labels))
+    with pytest.raises(ValueError, match=r"batch .* names the axis 'time'; the mesh has \{'data': 8\}"):
+        parallel.data_parallel(lambda *a: a, parallel.make_mesh("data=8"), batch=P("time"))
+
+
+def test_vmap_of_a_kernel_keeps_its_lanes_apart():
+    case = cases.make("lif", T=6, lanes=(8, 16))
+    mesh = parallel.make_mesh("data=8")
+    xs = parallel.shard(jnp.stack([case.xs, 2 * case.xs]), mesh, P(None, None, "data"))
+    f = jax.jit(jax.vmap(lambda xs: sf.unroll(case.neuron, case.params, None, xs, implementation="interpret")[0]))
+    compiled = f.lower(xs).compile()
+    assert not collectives(compiled)
+    want = jnp.stack([sf.unroll(case.neuron, case.params, None, x, implementation="scan")[0] for x in xs])
+    assert_same_spikes(compiled(xs), want)
