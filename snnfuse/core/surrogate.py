@@ -21,6 +21,8 @@ def spike(u: Array, surrogate: Surrogate) -> Array:
 
     Neftci, Mostafa and Zenke 2019, https://arxiv.org/abs/1901.09948.
     """
+    if isinstance(surrogate, type):
+        raise TypeError(f"surrogate must be an instance or a function; got the class {surrogate.__name__}")
     if isinstance(surrogate, Relaxed):
         return surrogate.surrogate.relaxation(u)
     return (u >= 0).astype(u.dtype)

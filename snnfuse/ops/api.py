@@ -58,7 +58,7 @@ def unroll(
 
 
 def _choose(problem: Problem, implementation: str | None):
-    if implementation is not None and implementation not in IMPLEMENTATIONS:
+    if implementation is not None and implementation not in tuple(IMPLEMENTATIONS):
         raise ValueError(f"implementation must be None or one of {sorted(IMPLEMENTATIONS)}; got {implementation!r}")
     reasons = []
     for name in (implementation,) if implementation else PREFERENCE:
@@ -90,8 +90,10 @@ def _check(neuron, params, state, xs, out_dtype):
 
 
 def _check_neuron(neuron):
+    if isinstance(neuron, type):
+        raise TypeError(f"neuron must be an instance; got the class {neuron.__name__}: write {neuron.__name__}()")
     missing = [m for m in ("init_state", "step") if not callable(getattr(neuron, m, None))]
-    if missing or isinstance(neuron, type):
+    if missing:
         raise TypeError(f"neuron must be an object with init_state and step; got {neuron!r}, without {missing}")
     try:
         hash(neuron)
@@ -99,21 +101,31 @@ def _check_neuron(neuron):
         raise TypeError(f"neuron must be hashable (a frozen dataclass of hashable choices); got {neuron!r}: {e}") from e
 
 
+def _array(name, leaf):
+    try:
+        return jnp.asarray(leaf)
+    except (TypeError, ValueError) as e:
+        raise TypeError(f"{name} must be an array; got {leaf!r}") from e
+
+
 def _check_xs(xs):
-    leaves, tree = jax.tree.flatten(xs)
-    if not leaves:
+    paths, tree = jax.tree_util.tree_flatten_with_path(xs)
+    if not paths:
         raise ValueError(f"xs must have at least one array [T, *B, N]; got {xs!r}")
-    leaves = tuple(jnp.asarray(x) for x in leaves)
     allowed = (jnp.float32, jnp.bfloat16, jnp.float16, jnp.float64)
-    for x in leaves:
-        if x.dtype not in allowed:
-            raise TypeError(f"xs must be float32, bfloat16 or float16 (float64 with 'scan'); got {x.dtype}")
-        if x.ndim < 2:
-            raise ValueError(f"xs must be [T, *B, N], of rank 2 or more; got shape {x.shape}")
-        if x.shape != leaves[0].shape:
-            raise ValueError(f"xs must have one shape in all its leaves; got {[leaf.shape for leaf in leaves]}")
-        if x.size == 0:
-            raise ValueError(f"xs must have T >= 1 and no empty axis; got shape {x.shape}")
+    leaves = []
+    for path, leaf in paths:
+        name = "xs" + jax.tree_util.keystr(path)
+        leaves.append(leaf := _array(name, leaf))
+        if leaf.dtype not in allowed:
+            raise TypeError(f"{name} must be float32, bfloat16 or float16 (float64 with 'scan'); got {leaf.dtype}")
+        if leaf.ndim < 2:
+            raise ValueError(f"{name} must be [T, *B, N], of rank 2 or more; got shape {leaf.shape}")
+        if leaf.size == 0:
+            raise ValueError(f"{name} must have T >= 1 and no empty axis; got shape {leaf.shape}")
+    leaves = tuple(leaves)
+    if any(x.shape != leaves[0].shape for x in leaves):
+        raise ValueError(f"xs must have one shape in all its leaves; got {[leaf.shape for leaf in leaves]}")
     dtype = jnp.dtype(jnp.float64 if any(x.dtype == jnp.float64 for x in leaves) else jnp.float32)
     return leaves, tree, leaves[0].shape[1:], dtype
 
@@ -125,7 +137,7 @@ def _check_params(params, shape):
         name = "params" + jax.tree_util.keystr(path)
         constant = isinstance(leaf, Real)
         if not constant:
-            leaf = jnp.asarray(leaf)
+            leaf = _array(name, leaf)
             if not jnp.issubdtype(leaf.dtype, jnp.floating):
                 raise TypeError(f"{name} must be a number or a float array; got {leaf.dtype}")
             padded = (1,) * (len(shape) - leaf.ndim) + leaf.shape
@@ -140,8 +152,14 @@ def _check_params(params, shape):
 
 def _check_state(neuron, state, shape, dtype):
     """(leaves, tree, None), or ((), tree, values) if the state is not given and each leaf of the initial one is constant."""
-    initial = jax.make_jaxpr(lambda: neuron.init_state(shape), return_shape=True)
-    jaxpr, like = initial()
+    jaxpr, like = jax.make_jaxpr(lambda: neuron.init_state(shape), return_shape=True)()
+    for path, leaf in jax.tree_util.tree_leaves_with_path(like):
+        if leaf.shape != shape or not jnp.issubdtype(leaf.dtype, jnp.floating):
+            error = ValueError if leaf.shape != shape else TypeError
+            raise error(
+                f"neuron {type(neuron).__name__}.init_state must return state{jax.tree_util.keystr(path)} in float32 "
+                f"of shape [*B, N] = {shape}; got {leaf.dtype}{leaf.shape}"
+            )
     if state is None:
         if (values := _constants(jaxpr, shape)) is not None:
             return (), jax.tree.structure(like), values
@@ -154,7 +172,8 @@ def _check_state(neuron, state, shape, dtype):
     paths, tree = jax.tree_util.tree_flatten_with_path(state)
     leaves = []
     for path, leaf in paths:
-        name, leaf = "state" + jax.tree_util.keystr(path), jnp.asarray(leaf)
+        name = "state" + jax.tree_util.keystr(path)
+        leaf = _array(name, leaf)
         if leaf.shape != shape:
             raise ValueError(f"{name} must be [*B, N] = {shape}, as xs is without T; got {leaf.shape}")
         if leaf.dtype != dtype:
@@ -171,8 +190,6 @@ def _constants(closed, shape):
         eqn = made.get(out)
         if eqn is None or eqn.primitive.name != "broadcast_in_dim" or not hasattr(eqn.invars[0], "val"):
             return None
-        if out.aval.shape != shape:
-            return None
         values.append(float(eqn.invars[0].val))
     return tuple(values)
 
@@ -181,7 +198,17 @@ def _check_step(step, params, xs, shape, dtype):
     name = type(step.neuron).__name__
     structs = tuple(jax.ShapeDtypeStruct(p.shape, dtype) for p in params)
     lanes = (jax.ShapeDtypeStruct(shape, dtype),)
-    new_state, out = jax.eval_shape(step.trees, structs, lanes * step.state_tree.num_leaves, lanes * len(xs))
+    try:
+        returned = jax.eval_shape(step.trees, structs, lanes * step.state_tree.num_leaves, lanes * len(xs))
+    except Exception as e:  # the neuron's own error goes on as it is, and says what its step was given
+        e.add_note(
+            f"in neuron {name}.step(params, state, x), given params {step.params_tree}, state {step.state_tree} "
+            f"and x {step.x_tree}"
+        )
+        raise
+    if not isinstance(returned, tuple) or len(returned) != 2:
+        raise ValueError(f"neuron {name}.step must return (state, out); got {returned}")
+    new_state, out = returned
     if jax.tree.structure(new_state) != step.state_tree:
         raise ValueError(
             f"neuron {name}.step must return the state in its own structure, {step.state_tree}; "
@@ -203,16 +230,20 @@ def _out_dtypes(out_dtype, out, xs):
     if out_dtype is None:
         out_dtype = xs[0].dtype if all(x.dtype == xs[0].dtype for x in xs) else jnp.float32
     treedef = jax.tree.structure(out)
-    if jax.tree.structure(out_dtype) == treedef and treedef.num_leaves > 1:
+    wanted = f"out_dtype must be a dtype, or a tree of them like the outputs {treedef}; got {out_dtype!r}"
+    if jax.tree_util.all_leaves([out_dtype]):
+        dtypes = [out_dtype] * treedef.num_leaves
+    elif jax.tree.structure(out_dtype) == treedef:
         dtypes = jax.tree.leaves(out_dtype)
     else:
-        dtypes = [out_dtype] * treedef.num_leaves
+        raise TypeError(wanted)
     try:
         dtypes = tuple(jnp.dtype(d) for d in dtypes)
     except TypeError as e:
-        raise TypeError(
-            f"out_dtype must be a dtype, or a tree of them like the outputs {treedef}; got {out_dtype}"
-        ) from e
-    if bad := [d for d in dtypes if not (jnp.issubdtype(d, jnp.number) or d == jnp.bool_)]:
-        raise TypeError(f"out_dtype must be a floating, integer or bool dtype; got {bad[0]}")
+        raise TypeError(wanted) from e
+    for d in dtypes:
+        if not (jnp.issubdtype(d, jnp.floating) or jnp.issubdtype(d, jnp.integer) or d == jnp.bool_):
+            raise TypeError(f"out_dtype must be a floating, integer or bool dtype; got {d}")
+        if jax.dtypes.canonicalize_dtype(d) != d:
+            raise TypeError(f"out_dtype {d} needs 64-bit types (jax.enable_x64); here it would be cut to 32")
     return dtypes
