@@ -59,6 +59,8 @@ class Spiking(Temporal):
             if value is not None:  # None: a property of the subclass
                 setattr(self, name, _parameter(name, value, shape if name in learn else None))
 
+    unroll = staticmethod(unroll)  # what runs the neuron; `parallel.over_time` puts another in its place
+
     @property
     def params(self) -> PyTree:
         """What the neuron's step is given."""
@@ -69,14 +71,16 @@ class Spiking(Temporal):
         return self.neuron.init_state(jax.tree.leaves(xs)[0].shape[1:])
 
     def __call__(self, xs: PyTree, state: PyTree | None = None) -> tuple[PyTree, PyTree]:
-        return unroll(self.neuron, self.params, state, xs, implementation=self.implementation, out_dtype=self.out_dtype)
+        return self.unroll(
+            self.neuron, self.params, state, xs, implementation=self.implementation, out_dtype=self.out_dtype
+        )
 
     def trace(self, xs: Array, state: PyTree | None = None) -> tuple[tuple[Array, PyTree], PyTree]:
         """The same run with the state after every step: ((outs, states), state); `states` are float32 [T, *B, N]."""
         states_dtype = jax.tree.map(lambda _: jnp.float32, jax.eval_shape(lambda: self.init_state(xs)))
         out_dtype = (self.out_dtype or xs.dtype, states_dtype)
         neuron = WithState(self.neuron)
-        return unroll(neuron, self.params, state, xs, implementation=self.implementation, out_dtype=out_dtype)
+        return self.unroll(neuron, self.params, state, xs, implementation=self.implementation, out_dtype=out_dtype)
 
 
 class IF(Spiking):

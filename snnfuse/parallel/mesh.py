@@ -53,9 +53,9 @@ def spec_axes(spec: PartitionSpec) -> tuple[str, ...]:
 def check_divisible(mesh: Mesh, tree: PyTree, specs: PyTree, what: str):
     """Raise if an axis of an array in `tree` does not divide over the devices that `specs`, a prefix of it, gives it."""
 
-    def check(spec, part):
+    def check(prefix, spec, part):
         for path, leaf in jax.tree_util.tree_leaves_with_path(part):
-            name = what + jax.tree_util.keystr(path)
+            name = what + jax.tree_util.keystr((*prefix, *path))
             shape = np.shape(leaf)
             if len(spec) > len(shape):
                 raise ValueError(f"{name} must have an axis for each of {spec}; got shape {shape}")
@@ -67,7 +67,7 @@ def check_divisible(mesh: Mesh, tree: PyTree, specs: PyTree, what: str):
                         f"got {shape[i]}"
                     )
 
-    jax.tree.map(check, specs, tree, is_leaf=lambda s: isinstance(s, PartitionSpec))
+    jax.tree_util.tree_map_with_path(check, specs, tree, is_leaf=lambda s: isinstance(s, PartitionSpec))
 
 
 def shard(tree: PyTree, mesh: Mesh, spec: PartitionSpec = EVERYWHERE) -> PyTree:

@@ -1,0 +1,151 @@
+"""Many devices: the tests of 8 simulated ones in a process of their own; meshes, plans and kernels under vmap in this one."""
+
+import os
+import random
+import subprocess
+import sys
+from functools import partial
+from pathlib import Path
+
+import cases
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from compare import assert_close, assert_fires
+from jax.sharding import PartitionSpec as P
+
+import snnfuse as sf
+from snnfuse import parallel
+from snnfuse.parallel.plan import H100, Layer, all_reduce, best_devices, hand_over, plan, predict, simulate, wavefront
+
+HERE = Path(__file__).parent
+
+
+def test_everything_on_8_devices():
+    flags = (
+        f"{os.environ.get('XLA_FLAGS', '')} --xla_force_host_platform_device_count=8 --xla_backend_optimization_level=0"
+    )
+    result = subprocess.run(
+        [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "--tb=short", str(HERE / "on_8_devices.py")],
+        env={**os.environ, "XLA_FLAGS": flags, "JAX_PLATFORMS": "cpu"},
+        capture_output=True,
+        text=True,
+    )
+    assert result.returncode == 0, result.stdout[-6000:] + result.stderr[-2000:]
+    assert "skipped" not in result.stdout
+
+
+# ---- kernels under vmap: their rule is ours
+
+
+@pytest.mark.parametrize("mapped", ["xs", "params", "all"])
+def test_vmap_of_the_kernels(mapped):
+    """Values and all gradients of a mapped `unroll`, whatever is mapped, equal those of its parts."""
+    case = cases.make("affine", T=5, lanes=(3, 8))
+    stack = lambda tree: jax.tree.map(lambda x: jnp.stack([x, 0.9 * x, 1.1 * x]), tree)
+    args = [stack(a) if mapped in (n, "all") else a for n, a in zip(("params", "state", "xs"), case[1:4], strict=True)]
+    axes = [0 if mapped in (n, "all") else None for n in ("params", "state", "xs")]
+
+    def f(params, state, xs, implementation):
+        out, vjp = jax.vjp(partial(sf.unroll, case.neuron, implementation=implementation), params, state, xs)
+        return out, vjp(cases.cotangents(jax.eval_shape(lambda: out)))
+
+    got = jax.jit(jax.vmap(partial(f, implementation="interpret"), axes))(*args)
+    part = lambda i: [jax.tree.map(lambda x: x[i], a) if axis == 0 else a for a, axis in zip(args, axes, strict=True)]
+    want = [jax.jit(partial(f, implementation="scan"))(*part(i)) for i in range(3)]
+    assert_fires(want[0][0][0])
+    assert_close(got, jax.tree.map(lambda *x: jnp.stack(x), *want), rtol=case.rtol)
+
+
+# ---- one device is a mesh too
+
+
+def test_outside_of_a_mesh_nothing_is_reduced_or_folded():
+    key, tree = jax.random.key(0), {"a": jnp.arange(3.0)}
+    assert parallel.mean(tree) is tree
+    assert parallel.fold(key) is key
+
+
+def test_meshes_by_name():
+    mesh = parallel.make_mesh("data=1, time=1")
+    assert dict(mesh.shape) == {"data": 1, "time": 1}
+    for text in ("data", "data=", "data=0", "data=2x", "data=1,data=1", "", "data=-1", "2=data"):
+        with pytest.raises(ValueError, match="mesh must"):
+            parallel.make_mesh(text)
+    with pytest.raises(ValueError, match=f"needs 4096 devices; there are {jax.device_count()}"):
+        parallel.make_mesh({"data": 4096})
+    with pytest.raises(ValueError, match="names the axis 'model'; the mesh has {'data': 1}"):
+        parallel.shard(jnp.ones(4), parallel.make_mesh("data=1"), P("model"))
+    with pytest.raises(ValueError, match="one of spike_rate, membrane_mean"):
+        parallel.readout(jnp.mean, jnp.ones((2, 2, 2)))
+
+
+def test_the_parts_of_hosts_make_the_batch():
+    parts = [parallel.my_part(12, hosts=3, host=i) for i in range(3)]
+    np.testing.assert_array_equal(np.concatenate([np.arange(12)[p] for p in parts]), np.arange(12))
+    with pytest.raises(ValueError, match="multiple of the 5 hosts; got 12"):
+        parallel.my_part(12, hosts=5, host=0)
+
+
+# ---- the cost model
+
+
+@pytest.mark.parametrize("overlapped", [False, True])
+@pytest.mark.parametrize("G", [1, 2, 3, 8, 64])
+@pytest.mark.parametrize("m", [1, 2, 7, 32])
+def test_the_wavefront_costs_what_its_simulation_takes(G, m, overlapped):
+    simulated = simulate(G, m, lambda g, k: 2.0, lambda g, k: 0.3, overlapped=overlapped)
+    assert simulated == pytest.approx(wavefront(G, m, 2.0, 0.3, overlapped=overlapped))
+
+
+def test_uneven_ticks_cost_between_their_least_and_their_most():
+    rng = random.Random(0)
+    for _ in range(20):
+        G, m = rng.randint(1, 12), rng.randint(1, 12)
+        ticks = {(g, k): rng.uniform(1, 2) for g in range(G) for k in range(m + G)}
+        seconds = simulate(G, m, lambda g, k, t=ticks: t[g, k], lambda g, k: 0.5)
+        assert wavefront(G, m, 1.0, 0.5) <= seconds <= wavefront(G, m, 2.0, 0.5)
+
+
+@pytest.mark.parametrize("overlapped", [False, True])
+def test_the_optimum_is_the_paper_s(overlapped):
+    """The G > 1 that minimises the wavefront is within one of sqrt(Ts / Tc), for many microbatches; simulated, for four."""
+    m = 100_000
+    for ratio in (4, 30, 100, 900):
+        Ts, Tc = 1.0, 1.0 / ratio
+        total = {G: wavefront(G, m, Ts / (G * m), Tc, overlapped=overlapped) for G in range(2, 100)}
+        best = min(total, key=total.get)
+        assert abs(best - best_devices(Ts, Tc)) <= 1
+        assert best_devices(Ts, Tc) == pytest.approx(np.sqrt(ratio))
+    few = {G: simulate(G, 4, lambda g, k, G=G: 1 / (4 * G), lambda g, k: 0.01) for G in range(1, 40)}
+    assert abs(min(few, key=few.get) - best_devices(1.0, 0.01, microbatches=4)) <= 1
+
+
+LAYERS = [Layer(50_000, 2e8, 40_000)] * 8
+
+
+def test_predictions_behave():
+    one = predict(LAYERS, 32, 64, 1, 1, 1)
+    assert one.gradients == one.statistics == 0 and one.devices == 1
+    data, time = predict(LAYERS, 32, 64, 8, 1, 1), predict(LAYERS, 32, 64, 1, 8, 8)
+    assert data.dense == pytest.approx(one.dense / 8) and time.dense == pytest.approx(one.dense / 8)
+    assert data.neurons < time.neurons, "a wavefront has bubbles"
+    assert data.gradients == time.gradients == all_reduce(4 * 8 * 40_000, 8, H100)
+    assert time.bytes == pytest.approx(data.bytes), "time over devices divides the memory as data does"
+    assert all_reduce(1e9, 1, H100) == 0 and all_reduce(1e9, 4096, H100) > all_reduce(1e9, 8, H100)
+    assert hand_over(1e6, H100, 4096) > hand_over(1e6, H100, 8)
+
+
+def test_plans_are_sorted_divide_and_fit():
+    plans = plan(LAYERS, T=48, batch=20, devices=16)
+    assert [p.seconds for p in plans] == sorted(p.seconds for p in plans)
+    for p in plans:
+        assert 20 % p.data == 48 % p.time == (20 // p.data) % p.microbatches == 0 and p.devices <= 16
+    assert {p.devices for p in plan(LAYERS, T=48, batch=20, devices=16, exactly=True)} == {16}
+    alone = plan(LAYERS, T=4096, batch=1, devices=64)
+    assert alone[0].time > 1, "one sample can be split in time alone"
+    with pytest.raises(ValueError, match="no mesh of 1 devices runs T=1000000"):
+        plan(LAYERS, T=1_000_000, batch=64, devices=1)
+    with pytest.raises(ValueError, match="at least 1"):
+        plan(LAYERS, T=0, batch=1, devices=1)
