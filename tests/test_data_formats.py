@@ -147,6 +147,13 @@ def test_aedat3_events_are_those_tonic_reads(tmp_path):
         assert np.array_equal(ours[column], bits) and np.array_equal(ours[column], events[column])
 
 
+def test_aedat2_leaves_out_what_is_no_pixels():
+    events = recording(20, 3, DVS)
+    marked = b"\0\0\xff\xff" + (123).to_bytes(4, "big")
+    read = formats.read_aedat2(write_aedat2(events) + marked, "a")
+    assert all(np.array_equal(read[column], events[column]) for column in "txyp")
+
+
 def test_aedat3_takes_valid_polarity_events_only():
     events = recording(20, 5, DVS)
     words = words_of(events)

@@ -1,5 +1,6 @@
 """The loader: every sample once an epoch, disjoint shards, the same batches from any position, on any number of workers."""
 
+import json
 from collections import Counter
 
 import jax
@@ -82,7 +83,7 @@ def test_resumes_exactly_from_a_position():
     iterator = iter(batches)
     for _ in range(7):  # into the second epoch
         next(iterator)
-    position = iterator.get_state()
+    position = json.loads(json.dumps(iterator.get_state()))  # as a checkpoint keeps it
     wanted = [next(iterator) for _ in range(6)]
     again = iter(load(SOURCE, AUGMENTED, batch=8, seed=5))
     again.set_state(position)

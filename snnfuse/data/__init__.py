@@ -1,5 +1,10 @@
-"""Data: encoders (JAX alone), and with the extra `data` the builders, the loader and `python -m snnfuse.data`."""
+"""Data: encoders and event tools, which need JAX alone; data sets, the loader and `python -m snnfuse.data`, the extra `data`.
 
-from snnfuse.data import encoders
+encoders    images to spikes, on the device        catalog   data sets by name: prepare, source
+events      recordings to frames, on the host      loader    batches on the device, resumable
+packed      bits and events, unpacked on the device    augment   random changes of recordings
+"""
 
-__all__ = ["encoders"]
+from snnfuse.data import augment, catalog, encoders, events, loader, packed
+
+__all__ = ["augment", "catalog", "encoders", "events", "loader", "packed"]

@@ -37,7 +37,8 @@ _COMMENTS = re.compile(rb"(?:#[^\n]*\n)*")
 def read_aedat2(data: bytes, name: str) -> Events:
     """AEDAT 2.0 of a DVS128, as CIFAR10-DVS publishes: comments, then address and microseconds, big-endian uint32.
 
-    Address bit 0 is 1 for OFF, bits 1-7 and 8-14 the axes, both flipped. They are named here so that the pictures of
+    Address bit 0 is 1 for OFF, bits 1-7 and 8-14 the axes, both flipped; bit 15 marks what is no pixel's (a timer, a
+    wire), which is left out. The axes are named here so that the pictures of
     CIFAR10-DVS stand upright, as SpikingJelly has them. https://docs.inivation.com/software/software-advanced-usage/
     file-formats/aedat-2.0.html.
     """
@@ -47,8 +48,9 @@ def read_aedat2(data: bytes, name: str) -> Events:
     if len(body) % 8:
         raise BadSample(name, f"truncated: {len(body)} bytes of events are no multiple of 8")
     address, t = np.frombuffer(body, ">u4").astype(np.int64).reshape(-1, 2).T
-    if len(other := np.flatnonzero(address >> 15)):
-        raise BadSample(name, f"event {other[0]} has address {address[other[0]]:#x}, which is no DVS128 polarity event")
+    if len(other := np.flatnonzero(address >> 16)):
+        raise BadSample(name, f"event {other[0]} has address {address[other[0]]:#x}, which no DVS128 has")
+    address, t = address[address >> 15 == 0], t[address >> 15 == 0]
     return {"t": t, "x": 127 - (address >> 8 & 0x7F), "y": 127 - (address >> 1 & 0x7F), "p": 1 - (address & 1)}
 
 

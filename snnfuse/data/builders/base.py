@@ -144,7 +144,7 @@ class EventBuilder(StreamingBuilder, skip_registration=True):
             check(events, self.SENSOR, name)
         except Unsorted as fault:
             if self.on_unsorted != "sort":
-                raise
+                raise Unsorted(name, f"{fault.why} (on_unsorted='sort' sorts it)") from None
             order = np.argsort(events["t"], kind="stable")
             events = {column: values[order] for column, values in events.items()}
             self._sorted.append(str(fault))
