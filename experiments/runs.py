@@ -7,14 +7,10 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-import orbax.checkpoint as ocp
+from checkpoints import Checkpoints, Stopped
 from tensorboardX import SummaryWriter
 
 NOT_COMPARED = ("name", "out", "resume", "stop_at")  # keys that may differ between a run and its resumption
-
-
-class Stopped(RuntimeError):
-    """Training cannot go on, or was interrupted; the message says what to do."""
 
 
 class Run:
@@ -23,17 +19,14 @@ class Run:
     def __init__(self, flat: dict[str, Any]):
         self.path = _open_directory(flat)
         self._jsonl = None
-        self._checkpoints = ocp.CheckpointManager(
-            (self.path / "checkpoints").absolute(), options=ocp.CheckpointManagerOptions(max_to_keep=2)
-        )
+        self._checkpoints = Checkpoints(self.path / "checkpoints")
 
     def start(self, state) -> tuple[int, Any]:
-        """(the step to begin at, the state there): those of the last checkpoint, if there is one."""
+        """(the step to begin at, the state there): those of the last checkpoint that is whole, if there is one."""
         _check_space(self.path, state)
-        step = self._checkpoints.latest_step()
-        if step is not None:
-            state = from_flat(state, self._checkpoints.restore(step, args=ocp.args.StandardRestore(_flat(state))))
-        step = step or 0
+        step = 0
+        if (found := self._checkpoints.restore(_flat(state))) is not None:
+            step, state = found[0], from_flat(state, found[1])
         kept = [json.dumps(row) + "\n" for row in self.rows() if row["step"] <= step]
         (self.path / "metrics.new").write_text("".join(kept))
         (self.path / "metrics.new").replace(self.path / "metrics.jsonl")
@@ -53,12 +46,10 @@ class Run:
             self._tensorboard.add_scalar(name.replace("eval_", "eval/"), value, step)
 
     def save(self, step: int, state):
-        if self._checkpoints.latest_step() != step:
-            self._checkpoints.save(step, args=ocp.args.StandardSave(_flat(state)))
+        self._checkpoints.save(step, _flat(state))
 
     def saved(self) -> int | None:
-        self._checkpoints.wait_until_finished()
-        return self._checkpoints.latest_step()
+        return self._checkpoints.last()
 
     def close(self):
         self._checkpoints.close()

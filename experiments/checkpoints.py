@@ -1,0 +1,110 @@
+"""The checkpoints of a run: Orbax's, with a digest of what each holds, so that a damaged one is never trained on.
+
+Orbax writes aside and renames, so a kill at any moment leaves the older ones whole; it does not notice a flipped byte.
+"""
+
+import hashlib
+import logging
+import shutil
+import sys
+from pathlib import Path
+
+import jax
+import numpy as np
+import orbax.checkpoint as ocp
+from jax import Array
+
+DIGEST = "digest"
+
+
+class Stopped(RuntimeError):
+    """Training cannot go on, or was interrupted; the message says what to do."""
+
+
+class NotSaved(Stopped):
+    """A checkpoint could not be written, or none can be read; the message names the last one that is there."""
+
+
+class Checkpoints:
+    """The last `keep` checkpoints under `path`, each {name: array}."""
+
+    def __init__(self, path: Path, keep: int = 2):
+        self.path = Path(path).absolute()
+        self._keep = keep
+        logging.getLogger("absl").setLevel(logging.CRITICAL)  # Orbax logs tracebacks of what is raised here anyway
+        self._manager = self._open()
+
+    def _open(self):
+        return ocp.CheckpointManager(self.path, options=ocp.CheckpointManagerOptions(max_to_keep=self._keep))
+
+    def save(self, step: int, arrays: dict[str, Array]):
+        """Begin to write; what goes wrong is raised here, by the next save, or by `last`."""
+        if self._manager.latest_step() != step:
+            content = {**arrays, DIGEST: _digest(arrays)}
+            self._or_not_saved(lambda: self._manager.save(step, args=ocp.args.StandardSave(content)))
+
+    def last(self) -> int | None:
+        """The step of the last checkpoint, once all are written."""
+        self._or_not_saved(self._manager.wait_until_finished)
+        return self._manager.latest_step()
+
+    def restore(self, like: dict[str, Array]) -> tuple[int, dict[str, Array]] | None:
+        """(step, arrays) of the last one that is whole, in the shapes and shardings of `like`; None if there is none at all.
+
+        One that is not is moved aside with a message. Raises NotSaved if none is left.
+        """
+        damaged = []
+        for step in sorted(self._manager.all_steps(), reverse=True):
+            try:
+                return step, self._restore(step, like)
+            except Exception as e:  # Orbax has no exception of its own for a checkpoint that it cannot read
+                damaged.append(step)
+                print(f"checkpoint of step {step} is damaged ({_cause(e)}): {self._set_aside(step)}", file=sys.stderr)
+        if damaged:
+            raise NotSaved(f"none of the checkpoints in {self.path} is whole: {damaged} are damaged")
+        return None
+
+    def close(self):
+        self._or_not_saved(self._manager.close)
+
+    def _restore(self, step, like):
+        content = {**like, DIGEST: np.zeros(32, np.uint8)}
+        arrays = self._manager.restore(step, args=ocp.args.StandardRestore(content))
+        if not np.array_equal(arrays.pop(DIGEST), _digest(arrays)):
+            raise ValueError("its arrays do not have the digest that was saved with them")
+        return arrays
+
+    def _set_aside(self, step):
+        if jax.process_index() == 0:
+            aside = self.path.with_name(f"damaged-checkpoint-{step}")
+            shutil.rmtree(aside, ignore_errors=True)
+            (self.path / str(step)).rename(aside)
+        self._manager.reload()
+        return "using the one before it; the damaged one is kept beside the checkpoints"
+
+    def _or_not_saved(self, f):
+        try:
+            return f()
+        except Exception as e:
+            steps = sorted(int(p.name) for p in self.path.iterdir() if p.name.isdecimal()) if self.path.exists() else []
+            kept = f"the last checkpoint in {self.path} is of step {steps[-1]}" if steps else "there is none before it"
+            raise NotSaved(f"cannot write a checkpoint ({_cause(e)}); {kept}") from e
+
+
+def _digest(arrays):
+    """Of names, types and bytes; of an array cut over several hosts, its name alone, for none of them has it whole."""
+    digest = hashlib.sha256()
+    for name in sorted(arrays):
+        x = arrays[name]
+        digest.update(f"{name} {x.dtype} {x.shape}".encode())
+        if not isinstance(x, jax.Array) or x.is_fully_addressable:
+            digest.update(np.ascontiguousarray(x).tobytes())
+        elif x.is_fully_replicated:
+            digest.update(np.ascontiguousarray(x.addressable_data(0)).tobytes())
+    return np.frombuffer(digest.digest(), np.uint8)
+
+
+def _cause(e):
+    """The end of the first line: where these exceptions say why, after many paths."""
+    text = (str(e).strip() or "no message").splitlines()[0]
+    return f"{type(e).__name__}: {text if len(text) < 160 else '...' + text[-160:]}"
