@@ -38,6 +38,8 @@ from snnfuse.core.surrogate import (
     spike,
 )
 from snnfuse.ops.api import unroll
+from snnfuse.ops.explain import Explanation, explain
+from snnfuse.ops.packing import Packed, pack, unpack
 
 __version__ = "0.1.0"
 

@@ -11,7 +11,11 @@ from compare import assert_close, assert_fires, assert_same_spikes
 
 import snnfuse as sf
 
-IMPLEMENTATIONS = ["interpret", pytest.param("pallas", marks=pytest.mark.gpu)]
+IMPLEMENTATIONS = [
+    "interpret",
+    pytest.param("mosaic", marks=pytest.mark.gpu),
+    pytest.param("pallas", marks=pytest.mark.gpu),
+]
 f32, bf16, f16 = jnp.float32, jnp.bfloat16, jnp.float16
 
 CASES = {
@@ -62,9 +66,10 @@ def test_contract(name, case, implementation, strict):
 
 @pytest.mark.gpu
 @pytest.mark.parametrize("dtype", [f32, bf16])
+@pytest.mark.parametrize("implementation", ["pallas", "mosaic"])
 @pytest.mark.parametrize("name", ["lif", "adaptive", "affine"])
-def test_a_million_and_three_lanes(name, dtype):
-    check(name, "pallas", T=19, lanes=(1_000_003,), dtype=dtype)
+def test_a_million_and_three_lanes(name, implementation, dtype):
+    check(name, implementation, T=19, lanes=(1_000_003,), dtype=dtype)
 
 
 @pytest.mark.parametrize("implementation", IMPLEMENTATIONS)

@@ -18,45 +18,55 @@ from snnfuse.ops.blocks import Blocks
 from snnfuse.ops.pallas_triton import PallasKernels
 
 
-@pytest.fixture
 def h100():
-    """Traces as for an H100, on a machine that has none."""
+    """In this scope code is traced as for an H100, on a machine that has none."""
     device = jax.sharding.AbstractDevice(device_kind="NVIDIA H100 80GB HBM3", num_cores=132, platform="gpu")
-    with jax.sharding.use_abstract_mesh(jax.sharding.AbstractMesh((1,), ("x",), abstract_device=device)):
-        yield
+    return jax.sharding.use_abstract_mesh(jax.sharding.AbstractMesh((1,), ("x",), abstract_device=device))
 
 
 def struct(tree):
     return jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), tree)
 
 
-def lowered_kernels(f, *args):
-    """The names of the kernels in f lowered for CUDA, by their custom calls."""
-    text = jax.jit(f).trace(*struct(args)).lower(lowering_platforms=("cuda",)).as_text()
-    calls = re.findall(r"custom_call @(\S+?)\(", text)
-    assert all("triton" in c for c in calls), calls
-    names = re.findall(r'name = "(snn_\w+)"', text)
-    assert len(names) == len(calls)
-    return names
+def lower(f, *args):
+    with h100():
+        return jax.jit(f).trace(*struct(args)).lower(lowering_platforms=("cuda",)).as_text()
 
 
+def kernels(f, *args):
+    """The custom calls of f lowered for CUDA, in order."""
+    return re.findall(r"custom_call @(\S+?)\(", lower(f, *args))
+
+
+LOWERED = {"pallas": "__gpu$xla.gpu.triton", "mosaic": "mosaic_gpu_v2"}
+
+
+@pytest.mark.parametrize("implementation", LOWERED)
 @pytest.mark.parametrize("name", cases.NEURONS)
-def test_lowers_for_cuda_to_one_kernel_and_with_the_gradient_to_two(name, h100):
+def test_lowers_for_cuda_to_one_kernel_and_with_the_gradient_to_two(name, implementation):
+    if implementation == "mosaic" and jax.__version_info__ < (0, 11, 2):
+        pytest.skip("Mosaic GPU is used from JAX 0.11.2 on")
     neuron, *args, _ = cases.make(name, T=20, lanes=(3, 50))
-    f = partial(sf.unroll, neuron, implementation="pallas")
+    f = partial(sf.unroll, neuron, implementation=implementation)
 
     def gradient(args, cotangents):
         out, vjp = jax.vjp(f, *args)
         return out, vjp(cotangents)
 
-    assert lowered_kernels(f, *args) == ["snn_forward"]
-    assert lowered_kernels(gradient, args, jax.eval_shape(f, *args)) == ["snn_forward", "snn_backward"]
+    like = jax.eval_shape(partial(sf.unroll, neuron, implementation="scan"), *args)
+    assert kernels(f, *args) == [LOWERED[implementation]]
+    assert kernels(gradient, args, like) == [LOWERED[implementation]] * 2
 
 
-def test_none_takes_the_fused_kernel_on_a_gpu_and_scan_for_a_neuron_it_cannot_have(h100):
+def test_none_takes_the_fused_kernel_on_a_gpu_and_scan_for_a_neuron_it_cannot_have():
     neuron, *args, _ = cases.make("lif")
-    assert lowered_kernels(partial(sf.unroll, neuron), *args) == ["snn_forward"]
-    assert lowered_kernels(partial(sf.unroll, SumsLanes(neuron)), *args) == []
+    assert kernels(partial(sf.unroll, neuron), *args) == [LOWERED["pallas"]]
+    assert kernels(partial(sf.unroll, SumsLanes(neuron)), *args) == []
+    with h100():
+        said = sf.explain(SumsLanes(neuron), *struct(args))
+        assert said.implementation == "scan" and "`reduce_sum`" in said.why_not["pallas"]
+        said = sf.explain(neuron, *struct(args))
+        assert said.implementation == "pallas" and said.blocks.lanes == 32
 
 
 @pytest.mark.parametrize("gradient", [False, True])
@@ -85,14 +95,14 @@ def test_keeps_its_inputs_and_checkpoints_and_nothing_else():
     assert kept == sorted([(24, 100), (100,), (100,), *checkpoints, (1,), (50,), (100,)])
 
 
-def test_what_nobody_asks_for_is_not_computed(h100):
+def test_what_nobody_asks_for_is_not_computed():
     """First layer of a network: no gradient of xs, a constant state, no use of the final state."""
     neuron, params, _, xs, _ = cases.make("lif", T=24, lanes=(512,))
 
     def loss(params, xs):
         return (sf.unroll(neuron, params, None, xs, implementation="pallas")[0] * xs).sum()
 
-    text = jax.jit(jax.value_and_grad(loss)).trace(*struct((params, xs))).lower(lowering_platforms=("cuda",)).as_text()
+    text = lower(jax.value_and_grad(loss), params, xs)
     calls = [line for line in text.splitlines() if "custom_call" in line and "triton" in line]
     ins, outs = zip(*(line.rsplit(" : ", 1)[1].split(" -> ") for line in calls), strict=True)
     assert [i.count("tensor") for i in ins] == [3, 4]  # params and xs; and, backward, the cotangent of the spikes

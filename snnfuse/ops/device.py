@@ -3,9 +3,25 @@
 import jax
 
 
+def _device():
+    """That of the abstract mesh in scope if it names one, else JAX's default."""
+    abstract = getattr(jax.sharding.get_abstract_mesh(), "abstract_device", None)
+    return abstract or jax.config.jax_default_device or jax.devices()[0]
+
+
 def platform() -> str:
-    """'gpu' or 'cpu' (or 'tpu'): of the abstract mesh in scope if it names a device, else of JAX's default device."""
-    device = getattr(jax.sharding.get_abstract_mesh(), "abstract_device", None)
-    if device is None:
-        device = jax.config.jax_default_device or jax.devices()[0]
+    """'gpu' or 'cpu' (or 'tpu')."""
+    device = _device()
     return device if isinstance(device, str) else device.platform
+
+
+# What an abstract device does not say of itself.
+_CAPABILITIES = {"A100": 8.0, "RTX 30": 8.6, "RTX 40": 8.9, "L4": 8.9, "H100": 9.0, "H200": 9.0, "B200": 10.0}
+
+
+def compute_capability() -> float:
+    """Of the GPU, such as 9.0; 0.0 where it is not known."""
+    device = _device()
+    if (capability := getattr(device, "compute_capability", None)) is not None:
+        return float(capability)
+    return next((c for name, c in _CAPABILITIES.items() if name in getattr(device, "device_kind", "")), 0.0)

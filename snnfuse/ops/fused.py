@@ -57,7 +57,7 @@ def unroll(kernels: Kernels, params: Leaves, state: Leaves, xs: Leaves) -> tuple
         tuple(s.reshape(M) for s in state),
         tuple(x.reshape(T, M) for x in xs),
     )
-    return tuple(o.reshape(T, *shape) for o in outs), tuple(s.reshape(shape) for s in state)
+    return tuple(o.reshape(-1, *shape) for o in outs), tuple(s.reshape(shape) for s in state)
 
 
 def _periodic(p, shape):

@@ -12,6 +12,7 @@ from jax.experimental.pallas import triton as plt
 from snnfuse.ops import fused
 from snnfuse.ops.blocks import Blocks, interpreter_blocks, triton_blocks
 from snnfuse.ops.device import platform
+from snnfuse.ops.packing import Packed
 from snnfuse.ops.problem import Leaves, Problem
 
 
@@ -21,12 +22,17 @@ def why_not(problem: Problem) -> str | None:
     return _why_not_kernels(problem)
 
 
+blocks = triton_blocks
+
+
 def unroll(problem: Problem, params: Leaves, state: Leaves, xs: Leaves) -> tuple[Leaves, Leaves]:
     return fused.unroll(PallasKernels(problem, triton_blocks(problem)), params, state, xs)
 
 
 class interpreted:
     """The same kernels run by the interpreter of Pallas, on any device and slowly: for tests and debugging."""
+
+    blocks = staticmethod(interpreter_blocks)
 
     @staticmethod
     def why_not(problem: Problem) -> str | None:
@@ -40,7 +46,10 @@ class interpreted:
 def _why_not_kernels(problem: Problem) -> str | None:
     if problem.dtype != jnp.float32:
         return f"it computes in float32; xs is {problem.dtype}"
-    if any(jnp.dtype(d).itemsize == 1 for d in problem.out_dtypes) and problem.T * problem.M >= 2**31:
+    if (
+        any(not isinstance(d, Packed) and jnp.dtype(d).itemsize == 1 for d in problem.out_dtypes)
+        and problem.T * problem.M >= 2**31
+    ):
         return "an 8-bit output of 2^31 or more elements overflows the 32-bit offsets of the Pallas Triton lowering"
     return problem.why_not_lanewise((triton_blocks(problem).lanes,))
 
@@ -69,7 +78,7 @@ class PallasKernels:
                     plt.store(ref.at[jnp.maximum(c - 1, 0)], leaf, mask=self._where(c > 0, mask))
                 x = self._load_steps(x_refs, c * K, k, mask)
                 s, outs = fused.chunk_forward(problem, p, s, x)
-                self._store_steps(out_refs, c * K, outs, mask)
+                self._store_outs(out_refs, c, outs, mask)
                 return s
 
             s = lax.fori_loop(0, T // K, chunk, self._initial(state_refs, mask))
@@ -83,7 +92,7 @@ class PallasKernels:
             "snn_forward",
             (*params, *state, *xs),
             len(params),
-            [jax.ShapeDtypeStruct((T, problem.M), d) for d in problem.out_dtypes]
+            [problem.out_struct(d, problem.M) for d in problem.out_dtypes]
             + [self._float(problem.M)] * problem.num_state
             + [self._float(pl.cdiv(T, K) - 1, problem.M)] * num_checkpoints,
         )
@@ -188,6 +197,13 @@ class PallasKernels:
     def _load_steps(self, refs, start, k, mask):
         """The inputs of k steps. All loads come before any use, so that k of them are in flight."""
         return [tuple(_load(ref.at[start + i], mask) for ref in refs) for i in range(k)]
+
+    def _store_outs(self, refs, c, steps, mask):
+        for i, (ref, d) in enumerate(zip(refs, self.problem.out_dtypes, strict=True)):
+            leaves, start = [step[i] for step in steps], c * self.blocks.chunk
+            if isinstance(d, Packed):
+                leaves, start = d.words(leaves), c * (self.blocks.chunk // d.steps)
+            self._store_steps([ref], start, [[leaf] for leaf in leaves], mask)
 
     def _store_steps(self, refs, start, steps, mask):
         for i, leaves in enumerate(steps):

@@ -8,8 +8,10 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from jax.extend import core as jex
+from jax.extend import source_info_util
 
 from snnfuse.core.neuron import Neuron
+from snnfuse.ops.packing import Packed
 
 Leaves = tuple[jax.Array, ...]
 
@@ -58,9 +60,20 @@ class Problem:
         return self.step.state_tree.num_leaves
 
     @property
+    def chunk_unit(self) -> int:
+        """What a chunk of steps must be a multiple of, unless it holds all T: the steps in a word of packed spikes."""
+        return max((d.steps for d in self.out_dtypes if isinstance(d, Packed)), default=1)
+
+    def out_struct(self, d, *lanes) -> jax.ShapeDtypeStruct:
+        """The whole of an output of dtype `d`."""
+        if isinstance(d, Packed):
+            return jax.ShapeDtypeStruct((-(-self.T // d.steps), *lanes), d.word)
+        return jax.ShapeDtypeStruct((self.T, *lanes), d)
+
+    @property
     def differentiable(self) -> tuple[bool, ...]:
         """Which outputs carry a cotangent: those of a floating dtype."""
-        return tuple(bool(jnp.issubdtype(d, jnp.floating)) for d in self.out_dtypes)
+        return tuple(not isinstance(d, Packed) and bool(jnp.issubdtype(d, jnp.floating)) for d in self.out_dtypes)
 
     def _structs(self, shape):
         struct = jax.ShapeDtypeStruct(shape, self.dtype)
@@ -164,21 +177,39 @@ def _scalar(const):
     return jnp.reshape(const, ()).item()
 
 
-def _evaluate(jaxpr, consts, *args):
+def _power(x, y):
+    """x to an integer power, by squaring: kernel compilers differ in what they make of it."""
+    if y < 0:
+        return 1.0 / _power(x, -y)
+    if y == 0:
+        return jnp.ones_like(x)
+    half = _power(x, y // 2) if y > 1 else None
+    return x if y == 1 else half * half if y % 2 == 0 else half * half * x
+
+
+def _evaluate(jaxpr, consts, *args, traceback=None):
+    """Equation by equation, each remembering the line of the neuron's source that made it; in a call, that of the call."""
     env = dict(zip((*jaxpr.constvars, *jaxpr.invars), (*consts, *args), strict=True))
     for eqn in jaxpr.eqns:
-        values = [v.val if isinstance(v, jex.Literal) else env[v] for v in eqn.invars]
-        name = eqn.primitive.name
-        if name in _CALLS:
-            inner = next(p for k in ("jaxpr", "call_jaxpr", "fun_jaxpr") if (p := eqn.params.get(k)) is not None)
-            inner, inner_consts = (inner.jaxpr, inner.consts) if isinstance(inner, jex.ClosedJaxpr) else (inner, ())
-            results = _evaluate(inner, [_scalar(c) for c in inner_consts], *values)
-        elif name == "add_any":  # the sum of cotangents, which not every kernel compiler knows by this name
-            results = [values[0] + values[1]]
-        elif name == "stop_gradient" or (name == "reshape" and jnp.shape(values[0]) == eqn.outvars[0].aval.shape):
-            results = values[:1]
-        else:
-            results = eqn.primitive.bind(*values, **eqn.params)
-            results = results if eqn.primitive.multiple_results else [results]
-        env.update(zip(eqn.outvars, results, strict=True))
+        here = traceback or eqn.source_info.traceback
+        with source_info_util.user_context(here):
+            values = [v.val if isinstance(v, jex.Literal) else env[v] for v in eqn.invars]
+            name = eqn.primitive.name
+            if name in _CALLS:
+                inner = next(p for k in ("jaxpr", "call_jaxpr", "fun_jaxpr") if (p := eqn.params.get(k)) is not None)
+                inner, inner_consts = (inner.jaxpr, inner.consts) if isinstance(inner, jex.ClosedJaxpr) else (inner, ())
+                results = _evaluate(inner, [_scalar(c) for c in inner_consts], *values, traceback=here)
+            elif name == "add_any":  # the sum of cotangents, which not every kernel compiler knows by this name
+                results = [values[0] + values[1]]
+            elif name == "stop_gradient" or (name == "reshape" and jnp.shape(values[0]) == eqn.outvars[0].aval.shape):
+                results = values[:1]
+            elif name == "integer_pow":
+                results = [_power(values[0], eqn.params["y"])]
+            elif name == "convert_element_type" and jnp.result_type(values[0]) == jnp.bool_:  # likewise
+                dtype = eqn.params["new_dtype"]
+                results = [jax.lax.select(values[0], jnp.ones_like(values[0], dtype), jnp.zeros_like(values[0], dtype))]
+            else:
+                results = eqn.primitive.bind(*values, **eqn.params)
+                results = results if eqn.primitive.multiple_results else [results]
+            env.update(zip(eqn.outvars, results, strict=True))
     return [v.val if isinstance(v, jex.Literal) else env[v] for v in jaxpr.outvars]

@@ -3,6 +3,7 @@
 import jax
 import jax.numpy as jnp
 
+from snnfuse.ops.packing import Packed, pack
 from snnfuse.ops.problem import Leaves, Problem
 
 
@@ -17,7 +18,11 @@ def unroll(problem: Problem, params: Leaves, state: Leaves, xs: Leaves) -> tuple
 
     def body(state, x):
         state, outs = problem.step(params, state, tuple(leaf.astype(problem.dtype) for leaf in x))
-        return state, tuple(o.astype(d) for o, d in zip(outs, problem.out_dtypes, strict=True))
+        steps = (
+            (o != 0) if isinstance(d, Packed) else o.astype(d) for o, d in zip(outs, problem.out_dtypes, strict=True)
+        )
+        return state, tuple(steps)
 
     state, outs = jax.lax.scan(body, state, xs)
-    return outs, state
+    pairs = zip(outs, problem.out_dtypes, strict=True)
+    return tuple(pack(o, d.steps) if isinstance(d, Packed) else o for o, d in pairs), state

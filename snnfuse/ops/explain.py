@@ -1,0 +1,100 @@
+"""What `unroll` would do with a call, and what that costs."""
+
+from dataclasses import dataclass
+
+import jax
+import jax.numpy as jnp
+
+from snnfuse.core.neuron import Neuron, PyTree
+from snnfuse.ops import api
+from snnfuse.ops.packing import Packed
+from snnfuse.ops.problem import Problem
+
+
+@dataclass(frozen=True)
+class Explanation:
+    """What `explain` returns; print it.
+
+    `implementation` would run; `why_not` says of each of the others why not, None if it could; `blocks` are the sizes of
+    its kernels (None for scan). `forward_bytes` and `backward_bytes` are what fused kernels move through memory, at
+    training; `kept_bytes` is kept from forward to backward, without the inputs themselves.
+    """
+
+    implementation: str
+    why_not: dict[str, str | None]
+    blocks: tuple | None
+    forward_bytes: int
+    backward_bytes: int
+    kept_bytes: int
+    bandwidth: float
+
+    @property
+    def milliseconds(self) -> float | None:
+        """Of forward and backward at `bandwidth`; None for scan, which moves more than is counted here."""
+        return None if self.blocks is None else (self.forward_bytes + self.backward_bytes) / self.bandwidth * 1e3
+
+    def __str__(self):
+        mega = lambda n: f"{n / 2**20:.1f} MiB"
+        lines = [f"{self.implementation!r} runs" + (f", {self.blocks}" if self.blocks else "")]
+        lines += [f"  {name!r} " + (f"does not: {why}" if why else "could") for name, why in self.why_not.items()]
+        if self.blocks:
+            lines += [
+                f"forward moves {mega(self.forward_bytes)}, backward {mega(self.backward_bytes)}, "
+                f"{mega(self.kept_bytes)} are kept between them beside the inputs",
+                f"at {self.bandwidth / 1e12:.2f} TB/s that takes {self.milliseconds:.4f} ms",
+            ]
+        return "\n".join(lines)
+
+
+def explain(
+    neuron: Neuron,
+    params: PyTree,
+    state: PyTree | None,
+    xs: PyTree,
+    *,
+    implementation: str | None = None,
+    out_dtype=None,
+    bandwidth: float = 2.9e12,
+) -> Explanation:
+    """What `unroll` would run for these arguments on this device, why, and the bytes it would move.
+
+    Takes what `unroll` takes, and raises what it raises; arrays may be `jax.ShapeDtypeStruct`. `bandwidth`, in bytes a
+    second, is what a copy reaches: 2.9e12 on an H100. Nothing is run or compiled.
+    """
+    leaves, tree = jax.tree.flatten((params, state, xs))
+    arrays = [leaf for leaf in leaves if hasattr(leaf, "shape")]
+    problems = []
+
+    def check(arrays):
+        arrays = iter(arrays)
+        filled = tree.unflatten([next(arrays) if hasattr(leaf, "shape") else leaf for leaf in leaves])
+        problems.append(api._check(neuron, *filled, out_dtype)[0])
+
+    jax.eval_shape(check, arrays)
+    return _explain(problems[0], implementation, bandwidth)
+
+
+def _explain(problem: Problem, implementation, bandwidth):
+    chosen = api._choose(problem, implementation)
+    name = next(n for n, module in api.IMPLEMENTATIONS.items() if module is chosen)
+    why_not = {n: module.why_not(problem) for n, module in api.IMPLEMENTATIONS.items() if n != name}
+    blocks = chosen.blocks(problem) if hasattr(chosen, "blocks") else None
+    T, M = problem.T, problem.M
+    size = lambda d: problem.out_struct(d).shape[0] * (d.word if isinstance(d, Packed) else jnp.dtype(d)).itemsize
+    xs, outs = sum(map(size, problem.x_dtypes)), sum(map(size, problem.out_dtypes))
+    d_outs = sum(size(d) for d, live in zip(problem.out_dtypes, problem.differentiable, strict=True) if live)
+    state = 4 * problem.num_state
+    given = 0 if problem.initial is not None else state
+    params = 4 * sum(shape == problem.lane_shape for shape in problem.param_shapes)
+    d_params = 4 * len(problem.param_shapes)
+    chunks = -(-T // blocks.chunk) if blocks else 1
+    kept = state * (chunks - 1)
+    return Explanation(
+        implementation=name,
+        why_not=why_not,
+        blocks=blocks,
+        forward_bytes=M * (xs + outs + params + given + state + kept),
+        backward_bytes=M * (xs + d_outs + xs + params + d_params + given + kept + given),
+        kept_bytes=M * kept,
+        bandwidth=bandwidth,
+    )
