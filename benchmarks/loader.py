@@ -9,10 +9,11 @@ wanted). Samples are random, stored as in a prepared data set (array_record, rea
 beforehand and kept in memory, without tfds, with --source memory. Both measurements alternate, and the loader's head
 start is spent before the clock starts.
 
-It needs grain, and with --source disk tensorflow-datasets and array-record. On a machine that reaches no package index
-carry their wheels, or a folder made by `pip install --target DIR grain`: grain, array-record, absl-py, cloudpickle,
-etils, fsspec, importlib-resources, protobuf, typing-extensions, zipp; with tfds also dm-tree, immutabledict, promise,
-psutil, pyarrow, requests, simple-parsing, tensorflow-metadata, termcolor, toml, tqdm, wrapt.
+It needs grain, and with --source disk tensorflow-datasets. On a machine that reaches no package index carry a folder made
+with the same Python by `pip install --no-deps --target DIR ...`, and put it on PYTHONPATH: grain array-record portpicker
+cloudpickle (16 MB), and for tfds tensorflow-datasets dm-tree immutabledict promise simple-parsing docstring-parser
+tensorflow-metadata termcolor toml wrapt requests importlib-resources six attrs googleapis-common-protos (44 MB). Besides
+those only what comes with flax and orbax is used: absl-py, etils, fsspec, protobuf, psutil, prometheus-client, zipp.
 """
 
 import argparse
