@@ -1,7 +1,9 @@
 """Many devices: the tests of 8 simulated ones in a process of their own; meshes, plans and kernels under vmap in this one."""
 
+import json
 import os
 import random
+import socket
 import subprocess
 import sys
 from functools import partial
@@ -34,6 +36,43 @@ def test_everything_on_8_devices():
     )
     assert result.returncode == 0, result.stdout[-6000:] + result.stderr[-2000:]
     assert "skipped" not in result.stdout
+
+
+def on_hosts(out, axes, devices, hosts=1):
+    """Run tests/on_two_hosts.py on so many processes of so many simulated devices; the losses it wrote."""
+    with socket.socket() as s:
+        s.bind(("localhost", 0))
+        coordinator = f"localhost:{s.getsockname()[1]}" if hosts > 1 else "-"
+    flags = f"--xla_force_host_platform_device_count={devices} --xla_backend_optimization_level=0"
+    processes = [
+        subprocess.Popen(
+            [sys.executable, str(HERE / "on_two_hosts.py"), coordinator, str(i) if hosts > 1 else "-", str(out), axes],
+            env={**os.environ, "XLA_FLAGS": flags, "JAX_PLATFORMS": "cpu"},
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+        )
+        for i in range(hosts)
+    ]
+    try:
+        outputs = [p.communicate(timeout=120)[0] for p in processes]
+    finally:
+        for p in processes:
+            p.kill()
+    assert all(p.returncode == 0 for p in processes), "\n".join(o[-3000:] for o in outputs)
+    return json.loads((out / f"losses-{axes}.json").read_text())
+
+
+def test_two_hosts_train_as_one_and_their_checkpoint_goes_on_elsewhere(tmp_path):
+    """Two processes of two devices, each with its half of the batch; then its checkpoint of step 2 on one of eight."""
+    (tmp_path / "two").mkdir()
+    (tmp_path / "one").mkdir()
+    two = on_hosts(tmp_path / "two", "data=4", devices=2, hosts=2)
+    elsewhere = on_hosts(tmp_path / "two", "data=8", devices=8)
+    one = on_hosts(tmp_path / "one", "data=1", devices=1)
+    assert one[-1] < one[0] and len(one) == 4
+    np.testing.assert_allclose(two, one, rtol=1e-5)
+    np.testing.assert_allclose(elsewhere, one[2:], rtol=1e-5)
 
 
 # ---- kernels under vmap: their rule is ours
