@@ -9,6 +9,7 @@ from snnfuse.data import encoders
 
 KEY = jax.random.key(0)
 RAMP = jnp.linspace(0, 1, 11)
+MANY, STEPS = jnp.tile(RAMP, (100, 1)), 400  # one shape for all that draw bits: compiling is most of their time
 ENCODERS = {
     "direct": encoders.direct,
     "bernoulli": lambda images, T, **kw: encoders.bernoulli(KEY, images, T, **kw),
@@ -18,8 +19,10 @@ ENCODERS = {
 }
 
 
-@pytest.mark.parametrize("name", ENCODERS)
-@pytest.mark.parametrize("T, dtype", [(1, jnp.bfloat16), (7, jnp.bool_)])
+@pytest.mark.parametrize(
+    "name, T, dtype",
+    [(name, 7, jnp.bool_) for name in ENCODERS] + [(name, 1, jnp.bfloat16) for name in ("direct", "latency", "phase")],
+)
 def test_time_first_in_the_dtype_asked(name, T, dtype):
     images = jax.random.uniform(KEY, (2, 3, 5))
     spikes = ENCODERS[name](images, T, dtype=dtype)
@@ -35,8 +38,8 @@ def test_refuses_integer_images_and_no_steps(name):
 
 
 def test_bernoulli_rate_is_the_intensity_and_steps_are_independent():
-    T, n = 400, 100
-    spikes = np.asarray(encoders.bernoulli(KEY, jnp.tile(RAMP, (n, 1)), T))
+    T, n = STEPS, len(MANY)
+    spikes = np.asarray(encoders.bernoulli(KEY, MANY, T))
     assert set(np.unique(spikes)) == {0, 1}
     p = np.asarray(RAMP)
     sd = np.sqrt(p * (1 - p) / (T * n))
@@ -47,9 +50,8 @@ def test_bernoulli_rate_is_the_intensity_and_steps_are_independent():
 
 
 def test_bernoulli_is_the_papers_protocol_with_our_generator():
-    images = jax.random.uniform(jax.random.key(1), (4, 9))
-    rand = jax.random.uniform(KEY, (6, 4, 9))
-    assert jnp.array_equal(encoders.bernoulli(KEY, images, 6), encoders.paper(images, rand))
+    images, rand = MANY, jax.random.uniform(KEY, (STEPS, *MANY.shape))
+    assert jnp.array_equal(encoders.bernoulli(KEY, images, STEPS), encoders.paper(images, rand))
     assert jnp.array_equal(encoders.paper(images, rand), np.asarray(images) > np.asarray(rand))
     assert not encoders.paper(jnp.full(3, 0.5), jnp.full((1, 3), 0.5)).any()  # equal is no spike
     with pytest.raises(ValueError, match="rand must be"):
@@ -57,7 +59,7 @@ def test_bernoulli_is_the_papers_protocol_with_our_generator():
 
 
 def test_keys_decide_everything():
-    a, b, c = (encoders.bernoulli(jax.random.key(k), RAMP, 50) for k in (0, 0, 1))
+    a, b, c = (encoders.bernoulli(jax.random.key(k), MANY, STEPS) for k in (0, 0, 1))
     assert jnp.array_equal(a, b) and not jnp.array_equal(a, c)
 
 
