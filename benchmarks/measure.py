@@ -4,6 +4,9 @@ Inputs are random, never zeros. A time is wall clock around calls that are dispa
 once, divided by their number: the device never idles between them unless the host cannot keep up. Median and quartiles
 of several repeats. The copy rate, (bytes read + bytes written) / time of x + 1 on a large array, is measured in the same
 process, and speeds are given as ratios to it.
+
+`call_ms` is a jitted function as a user calls it; `ms` one of several in one program, so that the device need not wait
+for the host: what a layer costs inside a network.
 """
 
 import datetime
@@ -35,6 +38,15 @@ def time_ms(f, *args, repeats=7, seconds=0.05):
         jax.block_until_ready(out)
         samples.append((time.perf_counter() - start) / calls * 1e3)
     return tuple(float(q) for q in np.quantile(samples, (0.5, 0.25, 0.75)))
+
+
+def device_ms(f, sets):
+    """Milliseconds of one f(*args) within a program that runs it on each of `sets`: (median, quartiles).
+
+    The sets differ, so that nothing is computed once for all, and no result of one is in a cache for the next.
+    """
+    run = jax.jit(lambda sets: [f(*args) for args in sets])
+    return tuple(t / len(sets) for t in time_ms(run, sets))
 
 
 def copy_rate(nbytes=2**30):

@@ -13,11 +13,12 @@ from snnfuse.ops.problem import Problem
 
 
 class Blocks(NamedTuple):
-    """`lanes` must be a power of two; `chunk` is K, the steps between two checkpoints."""
+    """`lanes` must be a power of two; `chunk` is K, the steps between two checkpoints; `prefetch`, load a chunk ahead."""
 
     lanes: int
     warps: int
     chunk: int
+    prefetch: bool = False
 
 
 class MosaicBlocks(NamedTuple):
@@ -41,11 +42,15 @@ def mosaic_blocks(problem: Problem) -> MosaicBlocks:
 
 def triton_blocks(problem: Problem) -> Blocks:
     size = len(problem.full_pullback((32,)).jaxpr.eqns)  # 24 for LIF, 29 for adaptive LIF, 60 for Izhikevich
-    if problem.M >= 2**16:
-        # LIF: best or within 1 % of it at T = 32 and 256, M = 2^17 to 2^24; chunks of 32 spill (0.5 of the speed)
-        return Blocks(256, 4, _chunk(problem, max(1, min(16, 512 // size))))
-    # LIF, T = 500, M = 8192: 82 us; chunks of 10 take 128 us, 128 lanes 88 us: latency counts here, not bandwidth
-    return Blocks(32, 1, _chunk(problem, max(1, min(32, 768 // size))))
+    fit = lambda most, room: _chunk(problem, max(1, min(most, room // size)))
+    if problem.M < 2**16:
+        # LIF, T = 500, M = 8192: 62 us; 74 us without the prefetch, 128 us with chunks of 10 without it. Latency counts
+        # here, not bandwidth. Chunks of 25 take 58 us and twice as long to compile.
+        return Blocks(32, 1, fit(20, 768), prefetch=True)
+    if all(jnp.dtype(d).itemsize == 2 for d in problem.x_dtypes):
+        return Blocks(256, 2, fit(8, 512))  # LIF, T = 32, M = 2^20: 136 us; (256, 4, 16) takes 142 us
+    # LIF: best or within 1 % of it at T = 32 and 256, M = 2^17 to 2^24; chunks of 32 spill, at half the speed
+    return Blocks(256, 4, fit(16, 512))
 
 
 def interpreter_blocks(problem: Problem) -> Blocks:

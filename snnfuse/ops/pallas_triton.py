@@ -73,17 +73,20 @@ class PallasKernels:
             mask = self._mask()
             p = self._load_params(param_refs, mask)
 
-            def chunk(c, s, k=K):
+            def load(c, k=K):
+                return self._load_steps(x_refs, c * K, k, mask)
+
+            def chunk(c, s, x):
                 for ref, leaf in zip(checkpoint_refs, s, strict=bool(num_checkpoints)):
                     plt.store(ref.at[jnp.maximum(c - 1, 0)], leaf, mask=self._where(c > 0, mask))
-                x = self._load_steps(x_refs, c * K, k, mask)
                 s, outs = fused.chunk_forward(problem, p, s, x)
                 self._store_outs(out_refs, c, outs, mask)
                 return s
 
-            s = lax.fori_loop(0, T // K, chunk, self._initial(state_refs, mask))
+            C = T // K
+            s = self._loop(C, lambda i: i, load, chunk, self._initial(state_refs, mask))
             if T % K:
-                s = chunk(jnp.int32(T // K), s, T % K)
+                s = chunk(jnp.int32(C), s, load(jnp.int32(C), T % K))
             for ref, leaf in zip(final_refs, s, strict=True):
                 plt.store(ref.at[:], leaf, mask=mask)
 
@@ -113,16 +116,16 @@ class PallasKernels:
             mask = self._mask()
             p = self._load_params(param_refs, mask)
 
-            def chunk(c, carry, k=K):
-                d_p, d_s = carry
+            def load(c, k=K):
                 s = self._initial(state_refs, self._where(c == 0, mask) if checkpoint_refs else mask)
                 if checkpoint_refs:
                     later = self._where(c > 0, mask)
                     saved = (_load(ref.at[jnp.maximum(c - 1, 0)], later) for ref in checkpoint_refs)
                     s = tuple(jnp.where(c > 0, b, a) for a, b in zip(s, saved, strict=True))
-                x = self._load_steps(x_refs, c * K, k, mask)
-                d_out = self._load_steps(d_out_refs, c * K, k, mask)
-                d_p, d_s, d_x = fused.chunk_backward(problem, pullback, p, s, x, d_out, d_p, d_s)
+                return s, self._load_steps(x_refs, c * K, k, mask), self._load_steps(d_out_refs, c * K, k, mask)
+
+            def chunk(c, carry, loaded):
+                d_p, d_s, d_x = fused.chunk_backward(problem, pullback, p, *loaded, *carry)
                 self._store_steps(d_x_refs, c * K, d_x, mask)
                 return d_p, d_s
 
@@ -132,8 +135,8 @@ class PallasKernels:
             carry = (zero,) * len(d_param_refs), d_s
             C = T // K
             if T % K:
-                carry = chunk(jnp.int32(C), carry, T % K)
-            d_p, d_s = lax.fori_loop(0, C, lambda i, carry: chunk(C - 1 - i, carry), carry)
+                carry = chunk(jnp.int32(C), carry, load(jnp.int32(C), T % K))
+            d_p, d_s = self._loop(C, lambda i: C - 1 - i, load, chunk, carry)
             d_s = [leaf for leaf, want in zip(d_s, wanted.state, strict=bool(wanted.state)) if want]
             for ref, leaf in zip((*d_param_refs, *d_state_refs), (*d_p, *d_s), strict=True):
                 plt.store(ref.at[:], leaf, mask=mask)
@@ -153,7 +156,7 @@ class PallasKernels:
         return jax.ShapeDtypeStruct(shape, self.problem.dtype)
 
     def _call(self, kernel, name, args, num_params, out_shape):
-        lanes, warps, _ = self.blocks
+        lanes, warps = self.blocks.lanes, self.blocks.warps
         whole = lambda a: pl.BlockSpec(a.shape, lambda i: (0,) * len(a.shape))
         block = lambda a: pl.BlockSpec((*a.shape[:-1], lanes), lambda i: (0,) * (len(a.shape) - 1) + (i,))
         specs = [whole(a) if a.shape[0] != self.problem.M else block(a) for a in args[:num_params]]
@@ -167,6 +170,18 @@ class PallasKernels:
             interpret=self.interpret,
             name=name,
         )(*args)
+
+    def _loop(self, C, index, load, chunk, carry):
+        """chunk(c, carry, load(c)) over c = index(0..C-1); with `prefetch` a chunk is loaded while the one before runs."""
+        if not self.blocks.prefetch or C < 2:
+            return lax.fori_loop(0, C, lambda i, carry: chunk(index(i), carry, load(index(i))), carry)
+
+        def body(i, carry):
+            carry, loaded = carry
+            ahead = load(index(jnp.minimum(i + 1, C - 1)))
+            return chunk(index(i), carry, loaded), ahead
+
+        return lax.fori_loop(0, C, body, (carry, load(index(jnp.int32(0)))))[0]
 
     def _lanes(self):
         return pl.program_id(0) * self.blocks.lanes + jnp.arange(self.blocks.lanes)
