@@ -10,7 +10,7 @@ import jax.numpy as jnp
 from checkpoints import Checkpoints, Stopped
 from tensorboardX import SummaryWriter
 
-NOT_COMPARED = ("name", "out", "resume", "stop_at")  # keys that may differ between a run and its resumption
+NOT_COMPARED = ("name", "out", "resume", "stop_at", "mesh")  # keys that may differ between a run and its resumption
 
 
 class Run:

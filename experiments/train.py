@@ -2,6 +2,7 @@
 
     python experiments/train.py                              a minute on 2 CPU cores; 97 % of the held-out digits
     python experiments/train.py --steps 100 --model.T 8 --data.encoding direct
+    python experiments/train.py --mesh data=4                each step's batch over 4 devices
     python experiments/train.py --name mine --resume true    goes on from the last checkpoint of runs/mine, exactly
 
 `--help` lists every key. On a GPU the same commands run the fused kernels. A run is a directory, runs/<name>:
@@ -32,16 +33,23 @@ import optax
 import report
 from flax import nnx
 from inputs import DATASETS, Mnist5k
+from jax.sharding import PartitionSpec
 from models import MODELS, READOUTS, ConvNet
 from runs import NOT_COMPARED, Run, Stopped
 from tqdm import tqdm
+
+from snnfuse import parallel
 
 CHOICES = {"model": MODELS, "data": DATASETS}
 
 
 @dataclass(frozen=True)
 class Config:
-    """`stop_at`: stop there as if interrupted, to be resumed; `steps` alone shapes the schedule."""
+    """`stop_at`: stop there as if interrupted, to be resumed; `steps` alone shapes the schedule.
+
+    `mesh`: data=4 trains on 4 devices, each with a quarter of the batch and its own noise. `sync_batch_norm`: with the
+    statistics of the whole batch, or each device with its own.
+    """
 
     model: Any = ConvNet()
     data: Any = Mnist5k()
@@ -58,6 +66,8 @@ class Config:
     out: str = "runs"
     resume: bool = False
     stop_at: int | None = None
+    mesh: str | None = None
+    sync_batch_norm: bool = True
 
     def __post_init__(self):
         for name in ("steps", "batch", "log_every", "eval_every"):
@@ -70,6 +80,8 @@ class Config:
 def create(config: Config, shape: tuple[int, ...], classes: int):
     """(graphdef, state) of (model, optimizer)."""
     model = config.model.build(shape, classes, nnx.Rngs(config.seed))
+    if config.mesh and config.sync_batch_norm:
+        parallel.synchronise_batch_norm(model, "data")
     return nnx.split((model, nnx.Optimizer(model, _transform(config), wrt=nnx.Param)))
 
 
@@ -82,9 +94,17 @@ def _transform(config):
 
 @partial(jax.jit, static_argnums=(0, 1), donate_argnums=2)
 def train_step(config: Config, graphdef, state, images, labels, step):
+    update = partial(_update, config, graphdef)
+    if config.mesh:
+        update = parallel.data_parallel(update, parallel.make_mesh(config.mesh))
+    return update(state, (images, labels), step)
+
+
+def _update(config, graphdef, state, batch, step):
+    images, labels = batch
     model, optimizer = nnx.merge(graphdef, state)
     model.train()
-    xs = config.data.encode(_key(config, 0, step), images, config.model.T, train=True)
+    xs = config.data.encode(parallel.fold(_key(config, 0, step)), images, config.model.T, train=True)
 
     def loss_of(model):
         logits = READOUTS[config.model.readout](model(xs)[0])
@@ -92,6 +112,7 @@ def train_step(config: Config, graphdef, state, images, labels, step):
         return loss, (logits.argmax(-1) == labels).mean()
 
     (loss, accuracy), grads = nnx.value_and_grad(loss_of, has_aux=True)(model)
+    grads = parallel.mean(grads)
     optimizer.update(model, grads)
     metrics = {"loss": loss, "accuracy": accuracy, "grad_norm": optax.tree.norm(grads)}
     return nnx.state((model, optimizer)), metrics
@@ -110,18 +131,35 @@ def eval_step(config: Config, graphdef, state, images, labels, index):
 
 
 def evaluate(config: Config, graphdef, state, images: np.ndarray, labels: np.ndarray, batch: int = 250) -> dict:
+    mesh = parallel.make_mesh(config.mesh) if config.mesh else None
+    batch += -batch % mesh.size if mesh else 0
     sums = []
     for i in range(0, len(labels), batch):
         fill = max(0, i + batch - len(labels))
         some = np.pad(images[i : i + batch], ((0, fill), *((0, 0),) * (images.ndim - 1)))
-        sums.append(
-            eval_step(config, graphdef, state, some, np.pad(labels[i : i + batch], (0, fill), constant_values=-1), i)
-        )
+        some = some, np.pad(labels[i : i + batch], (0, fill), constant_values=-1)
+        if mesh:
+            some = parallel.shard(some, mesh, PartitionSpec("data"))
+        sums.append(eval_step(config, graphdef, state, *some, i))
     return {name: float(sum(s[name] for s in sums)) / len(labels) for name in sums[0]}
 
 
 def _key(config, use, step):
     return jax.random.fold_in(jax.random.fold_in(jax.random.key(config.seed), use), step)
+
+
+def _mesh(config):
+    if config.mesh is None:
+        return None
+    try:
+        mesh = parallel.make_mesh(config.mesh)
+    except ValueError as e:
+        raise Stopped(f"--mesh {config.mesh}: {e}") from e
+    if mesh.axis_names != ("data",):
+        raise Stopped(f"--mesh must be data=N, the only axis this experiment has; got {config.mesh}")
+    if config.batch % mesh.size:
+        raise Stopped(f"--batch must be a multiple of the {mesh.size} devices of --mesh; got {config.batch}")
+    return mesh
 
 
 def train(config: Config) -> dict:
@@ -131,8 +169,10 @@ def train(config: Config) -> dict:
         data = config.data.load()
         if config.batch > len(data.train_labels):
             raise Stopped(f"--batch must be at most the {len(data.train_labels)} training images; got {config.batch}")
-        fixed = dataclasses.replace(config, **dict.fromkeys(NOT_COMPARED))  # what is compiled does not depend on these
+        mesh = _mesh(config)
+        fixed = dataclasses.replace(config, **(dict.fromkeys(NOT_COMPARED) | {"mesh": config.mesh}))  # what is compiled
         graphdef, state = create(fixed, data.train_images.shape[1:], data.classes)
+        state = parallel.shard(state, mesh) if mesh else state
         start, state = run.start(state)
         size = sum(x.size for x in jax.tree.leaves(nnx.state(nnx.merge(graphdef, state)[0], nnx.Param)))
         print(f"{run.path}: {size:,} parameters, steps {start + 1} to {config.steps}, {jax.devices()[0].device_kind}")

@@ -3,6 +3,7 @@
 XLA_FLAGS=--xla_force_host_platform_device_count=8 python -m pytest tests/on_8_devices.py
 """
 
+import dataclasses
 import math
 import re
 from functools import cache, partial
@@ -16,6 +17,7 @@ from compare import assert_close, assert_fires, assert_same_spikes
 from flax import nnx
 from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
+from test_train import TINY, rows, train
 
 import snnfuse as sf
 from snnfuse import nn, parallel
@@ -39,7 +41,14 @@ def test_there_are_8_devices():
 # ---- plain jit with NamedSharding
 
 LANES = (4, 2, 16)
-SPECS = (P(None, "a"), P(None, "a", None, "b"), P(None, None, None, ("a", "b")), P(None, ("b", "a")))
+AUTO, EXPLICIT = AxisType.Auto, AxisType.Explicit
+SPLITS = [
+    ("affine", P(None, "a"), AUTO),
+    ("affine", P(None, "a", None, "b"), AUTO),
+    ("affine", P(None, None, None, ("a", "b")), EXPLICIT),
+    ("adaptive", P(None, ("b", "a")), AUTO),
+    ("adaptive", P(None, "a", None, "b"), EXPLICIT),
+]
 
 
 def pulled_back(neuron, implementation):
@@ -58,10 +67,8 @@ def reference(name):
     return jax.jit(pulled_back(case.neuron, "scan"))(*args, cotangents)
 
 
-@pytest.mark.parametrize("kind", [AxisType.Auto, AxisType.Explicit], ids=str)
-@pytest.mark.parametrize("spec", SPECS, ids=str)
 @pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
-@pytest.mark.parametrize("name", ["adaptive", "affine"])
+@pytest.mark.parametrize("name, spec, kind", SPLITS, ids=str)
 def test_jit_splits_lanes_without_moving_them(name, implementation, spec, kind):
     case = cases.make(name, T=6, lanes=LANES)
     args = case.params, case.state, case.xs
@@ -86,7 +93,7 @@ def test_jit_splits_lanes_without_moving_them(name, implementation, spec, kind):
         compiled
     ):  # gradients of params, and nothing else; explicit ones end replicated
         assert math.prod(shape) <= largest, (operation, shape)
-        assert operation == "all-reduce" or kind == AxisType.Explicit, (operation, shape)
+        assert operation == "all-reduce" or kind == EXPLICIT, (operation, shape)
     (outs, _), (_, _, d_xs) = got
     for leaf in (outs, *jax.tree.leaves(d_xs)):
         assert leaf.sharding.is_equivalent_to(NamedSharding(mesh, spec), leaf.ndim)
@@ -166,9 +173,8 @@ def on_mesh(text, microbatches=None, readout=nn.membrane_mean, synchronised=True
     [
         ("data=8", None, nn.membrane_mean, "interpret"),
         ("time=4", 4, nn.membrane_max, "scan"),
-        ("time=8", None, nn.membrane_last, "scan"),
         ("data=2,time=4", 8, nn.membrane_mean, "interpret"),
-        ("data=2,time=4", 1, nn.membrane_mean, "scan"),
+        ("data=4,time=2", 1, nn.membrane_last, "scan"),
     ],
 )
 def test_a_mesh_trains_as_one_device(text, microbatches, readout, implementation):
@@ -339,3 +345,29 @@ def test_vmap_of_a_kernel_keeps_its_lanes_apart():
     assert not collectives(compiled)
     want = jnp.stack([sf.unroll(case.neuron, case.params, None, x, implementation="scan")[0] for x in xs])
     assert_same_spikes(compiled(xs), want)
+
+
+# ---- the experiment
+
+
+@pytest.mark.filterwarnings("default")  # Orbax has its own
+def test_the_experiment_trains_on_a_mesh_as_on_one_device(tmp_path):
+    """Without noise the losses are one device's; and a run goes on on another mesh, or on none, from its checkpoint."""
+    data = dataclasses.replace(TINY.data, encoding="direct", shift=0)
+    config = dataclasses.replace(TINY, data=data, steps=6, eval_every=3, out=str(tmp_path))
+    losses = lambda name: [row.get("loss", row.get("eval_loss")) for row in rows(tmp_path / name)]
+    train.train(dataclasses.replace(config, name="one"))
+    part = dataclasses.replace(config, name="part", mesh="data=8", stop_at=4)
+    with pytest.raises(train.Stopped, match="stopped after step 4"):
+        train.train(part)
+    train.train(dataclasses.replace(part, stop_at=None, resume=True, mesh="data=2"))
+    assert len(losses("one")) == 8
+    np.testing.assert_allclose(losses("part"), losses("one"), rtol=1e-3)
+    for mesh, message in (
+        ("data=16", "--mesh data=16: mesh data=16 needs 16 devices; there are 8"),
+        ("data=3", "--batch must be a multiple of the 3 devices"),
+        ("time=2", "--mesh must be data=N"),
+        ("eight", "mesh must be like data=4"),
+    ):
+        with pytest.raises(train.Stopped, match=message):
+            train.train(dataclasses.replace(config, name="wrong", mesh=mesh))

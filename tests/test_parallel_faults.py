@@ -19,7 +19,7 @@ from test_train import TINY, rows, train  # the smallest experiment, how its row
 from checkpoints import Checkpoints, NotSaved
 
 pytestmark = pytest.mark.filterwarnings("default")  # Orbax and Grain have their own
-CONFIG = dataclasses.replace(TINY, name="killed", steps=60, eval_every=10)
+CONFIG = dataclasses.replace(TINY, name="killed", steps=30, eval_every=5)
 RUN = """
 import sys
 sys.path[:0] = [{tests!r}, {experiments!r}]
@@ -54,7 +54,7 @@ def kill_when(process, condition):
 
 
 def test_killed_at_a_random_step_and_while_saving_it_repeats_the_same_losses(whole, tmp_path):
-    path, at = tmp_path / CONFIG.name, random.randint(12, 48)
+    path, at = tmp_path / CONFIG.name, random.randint(7, 20)
     metrics, checkpoints = path / "metrics.jsonl", path / "checkpoints"
     kill_when(start(tmp_path), lambda: metrics.exists() and metrics.read_bytes().count(b"\n") >= at)
     saved = [int(p.name) for p in checkpoints.iterdir() if p.name.isdecimal()]
@@ -85,12 +85,12 @@ def damaged(path, step, how):
 def test_a_damaged_checkpoint_is_found_and_the_one_before_is_used(whole, tmp_path, capfd, how):
     path = tmp_path / CONFIG.name
     shutil.copytree(whole, path)
-    damaged(path, 60, how)
+    damaged(path, 30, how)
     train.train(dataclasses.replace(CONFIG, out=str(tmp_path), resume=True))
-    assert "checkpoint of step 60 is damaged" in (err := capfd.readouterr().err) and "using the one before it" in err
+    assert "checkpoint of step 30 is damaged" in (err := capfd.readouterr().err) and "using the one before it" in err
     assert rows(path) == rows(whole)
-    assert (path / "damaged-checkpoint-60").is_dir()
-    assert sorted(p.name for p in (path / "checkpoints").iterdir()) == ["50", "60"]
+    assert (path / "damaged-checkpoint-30").is_dir()
+    assert sorted(p.name for p in (path / "checkpoints").iterdir()) == ["25", "30"]
 
 
 def arrays(seed):
