@@ -38,6 +38,7 @@ from snnfuse.core.surrogate import (
     spike,
 )
 from snnfuse.ops.api import unroll
+from snnfuse.ops.autotune import autotune
 from snnfuse.ops.explain import Explanation, explain
 from snnfuse.ops.packing import Packed, pack, unpack
 

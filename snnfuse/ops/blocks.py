@@ -1,5 +1,7 @@
 """Lanes a program owns, warps that run it, steps it takes at a time: the heuristic, each number with its measurement.
 
+What `snnfuse.autotune` has found for a call on this device goes before the heuristic.
+
 Measured on an H100, rows in benchmarks/results/tune.jsonl; `size` is the length of the step's pullback, which bounds what
 a chunk costs in registers and in compile time.
 """
@@ -8,6 +10,7 @@ from typing import NamedTuple
 
 import jax.numpy as jnp
 
+from snnfuse.ops import tuning
 from snnfuse.ops.packing import Packed
 from snnfuse.ops.problem import Problem
 
@@ -30,6 +33,16 @@ class MosaicBlocks(NamedTuple):
 
 
 def mosaic_blocks(problem: Problem) -> MosaicBlocks:
+    return _tuned(problem, MosaicBlocks) or _mosaic_heuristic(problem)
+
+
+def mosaic_candidates(problem: Problem) -> list[MosaicBlocks]:
+    height = -(-problem.M // 256)
+    chunks = [k for k in (4, 5, 8, 10, 16) if problem.T % k == 0] or [1]
+    return [MosaicBlocks(r, k, s) for r in (1, 2, 4, 8) for k in chunks for s in (2, 3, 4) if height % r == 0]
+
+
+def _mosaic_heuristic(problem):
     """Tiles of 4 kB: float32 [8, 2, 256] is best of 7 at T = 32, M = 2^20, bfloat16 [8, 4, 256] too, 0.86 and 0.77."""
     height = -(-problem.M // 256)
     sequences = [*problem.x_dtypes, *problem.x_dtypes, *(d for d in problem.out_dtypes if not isinstance(d, Packed))]
@@ -41,6 +54,18 @@ def mosaic_blocks(problem: Problem) -> MosaicBlocks:
 
 
 def triton_blocks(problem: Problem) -> Blocks:
+    return _tuned(problem, Blocks) or _triton_heuristic(problem)
+
+
+def triton_candidates(problem: Problem) -> list[Blocks]:
+    chunks = sorted({_chunk(problem, k) for k in (4, 8, 16, 24)})
+    shapes = [
+        (lanes, warps) for lanes in (32, 64, 128, 256, 512) for warps in (1, 2, 4, 8) if 1 <= lanes // warps // 32 <= 4
+    ]
+    return [Blocks(*shape, k, ahead) for shape in shapes for k in chunks for ahead in (False, True)]
+
+
+def _triton_heuristic(problem):
     size = len(problem.full_pullback((32,)).jaxpr.eqns)  # 24 for LIF, 29 for adaptive LIF, 60 for Izhikevich
     fit = lambda most, room: _chunk(problem, max(1, min(most, room // size)))
     if problem.M < 2**16:
@@ -54,7 +79,14 @@ def triton_blocks(problem: Problem) -> Blocks:
 
 
 def interpreter_blocks(problem: Problem) -> Blocks:
-    return Blocks(128, 4, _chunk(problem, 4))  # short chunks: XLA for CPU takes long over unrolled ones
+    return _tuned(problem, Blocks) or Blocks(
+        128, 4, _chunk(problem, 4)
+    )  # short chunks: XLA for CPU takes long over unrolled ones
+
+
+def _tuned(problem: Problem, kind: type):
+    found = tuning.read().get(tuning.key(problem, kind.__name__))
+    return None if found is None else kind(*found)
 
 
 def _chunk(problem: Problem, most: int) -> int:

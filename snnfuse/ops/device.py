@@ -15,6 +15,12 @@ def platform() -> str:
     return device if isinstance(device, str) else device.platform
 
 
+def kind() -> str:
+    """The name of the device, such as 'NVIDIA H100 80GB HBM3'."""
+    device = _device()
+    return device if isinstance(device, str) else device.device_kind
+
+
 # What an abstract device does not say of itself.
 _CAPABILITIES = {"A100": 8.0, "RTX 30": 8.6, "RTX 40": 8.9, "L4": 8.9, "H100": 9.0, "H200": 9.0, "B200": 10.0}
 

@@ -14,7 +14,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from snnfuse.ops import fused
-from snnfuse.ops.blocks import MosaicBlocks, mosaic_blocks
+from snnfuse.ops.blocks import MosaicBlocks, mosaic_blocks, mosaic_candidates
 from snnfuse.ops.device import compute_capability, platform
 from snnfuse.ops.packing import Packed, pack
 from snnfuse.ops.problem import Leaves, Problem
@@ -46,11 +46,15 @@ _LOWERED = frozenset(
 )
 
 
-blocks = mosaic_blocks
+blocks, candidates = mosaic_blocks, mosaic_candidates
+
+
+def kernels(problem: Problem, blocks: MosaicBlocks) -> fused.Kernels:
+    return MosaicKernels(problem, blocks)
 
 
 def unroll(problem: Problem, params: Leaves, state: Leaves, xs: Leaves) -> tuple[Leaves, Leaves]:
-    return fused.unroll(MosaicKernels(problem, mosaic_blocks(problem)), params, state, xs)
+    return fused.unroll(kernels(problem, blocks(problem)), params, state, xs)
 
 
 @dataclass(frozen=True)

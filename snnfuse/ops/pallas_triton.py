@@ -10,7 +10,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton as plt
 
 from snnfuse.ops import fused
-from snnfuse.ops.blocks import Blocks, interpreter_blocks, triton_blocks
+from snnfuse.ops.blocks import Blocks, interpreter_blocks, triton_blocks, triton_candidates
 from snnfuse.ops.device import platform
 from snnfuse.ops.packing import Packed
 from snnfuse.ops.problem import Leaves, Problem
@@ -22,17 +22,21 @@ def why_not(problem: Problem) -> str | None:
     return _why_not_kernels(problem)
 
 
-blocks = triton_blocks
+blocks, candidates = triton_blocks, triton_candidates
+
+
+def kernels(problem: Problem, blocks: Blocks) -> fused.Kernels:
+    return PallasKernels(problem, blocks)
 
 
 def unroll(problem: Problem, params: Leaves, state: Leaves, xs: Leaves) -> tuple[Leaves, Leaves]:
-    return fused.unroll(PallasKernels(problem, triton_blocks(problem)), params, state, xs)
+    return fused.unroll(kernels(problem, blocks(problem)), params, state, xs)
 
 
 class interpreted:
     """The same kernels run by the interpreter of Pallas, on any device and slowly: for tests and debugging."""
 
-    blocks = staticmethod(interpreter_blocks)
+    blocks, candidates = staticmethod(interpreter_blocks), staticmethod(triton_candidates)
 
     @staticmethod
     def why_not(problem: Problem) -> str | None:
@@ -40,7 +44,11 @@ class interpreted:
 
     @staticmethod
     def unroll(problem: Problem, params: Leaves, state: Leaves, xs: Leaves) -> tuple[Leaves, Leaves]:
-        return fused.unroll(PallasKernels(problem, interpreter_blocks(problem), interpret=True), params, state, xs)
+        return fused.unroll(interpreted.kernels(problem, interpreter_blocks(problem)), params, state, xs)
+
+    @staticmethod
+    def kernels(problem: Problem, blocks: Blocks) -> fused.Kernels:
+        return PallasKernels(problem, blocks, interpret=True)
 
 
 def _why_not_kernels(problem: Problem) -> str | None:

@@ -1,0 +1,70 @@
+"""Times block sizes for one call and keeps the best for later ones."""
+
+import time
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from snnfuse.core.neuron import Neuron, PyTree
+from snnfuse.ops import api, fused, tuning
+
+
+def autotune(
+    neuron: Neuron,
+    params: PyTree,
+    state: PyTree | None,
+    xs: PyTree,
+    *,
+    implementation: str | None = None,
+    out_dtype=None,
+    seconds: float = 60.0,
+) -> list[tuple[float, tuple]]:
+    """Time forward + backward of `unroll` on these arguments with block after block size, and keep the fastest.
+
+    Takes what `unroll` takes. The result goes to a file in the user's cache directory (`snnfuse.ops.tuning`); later
+    calls with this neuron, these shapes and dtypes on this device use it, and `explain` shows it. Block sizes change no
+    result. It stops after `seconds`, and returns [(milliseconds, blocks)], the fastest first.
+
+    Raises: what `unroll` raises; NotImplementedError for scan, which has no blocks.
+    """
+    problem, params, state, xs = api._check(neuron, params, state, xs, out_dtype)
+    module = api._choose(problem, implementation)
+    if not hasattr(module, "candidates"):
+        raise NotImplementedError("implementation 'scan' has no block sizes to tune")
+    end = time.monotonic() + seconds
+    timed = []
+    for blocks in (module.blocks(problem), *module.candidates(problem)):
+        try:
+            timed.append((_milliseconds(module.kernels(problem, blocks), params, state, xs), blocks))
+        except Exception as e:
+            if not timed:  # what would have run without tuning must run
+                raise
+            if "memory" not in str(e) and "resource" not in str(e).lower():
+                raise
+        if time.monotonic() > end:
+            break
+    timed.sort(key=lambda t: t[0])
+    tuning.write(tuning.key(problem, type(timed[0][1]).__name__), timed[0][1])
+    return timed
+
+
+def _milliseconds(kernels, params, state, xs, calls=5):
+    @jax.jit
+    def run(params, state, xs, cotangents):
+        outs, vjp = jax.vjp(lambda *args: fused.unroll(kernels, *args)[0], params, state, xs)
+        return outs, vjp(cotangents)
+
+    outs = jax.eval_shape(lambda *args: fused.unroll(kernels, *args)[0], params, state, xs)
+    cotangents = tuple(_random(o) for o in outs)
+    jax.block_until_ready(run(params, state, xs, cotangents))
+    start = time.perf_counter()
+    results = [run(params, state, xs, cotangents) for _ in range(calls)]
+    jax.block_until_ready(results)
+    return (time.perf_counter() - start) / calls * 1e3
+
+
+def _random(out):
+    if not jnp.issubdtype(out.dtype, jnp.floating):
+        return np.zeros(out.shape, jax.dtypes.float0)  # what JAX takes for the cotangent of an integer
+    return jax.random.normal(jax.random.key(0), out.shape, out.dtype)
