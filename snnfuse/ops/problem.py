@@ -203,6 +203,8 @@ def _evaluate(jaxpr, consts, *args, traceback=None):
                 results = [values[0] + values[1]]
             elif name == "stop_gradient" or (name == "reshape" and jnp.shape(values[0]) == eqn.outvars[0].aval.shape):
                 results = values[:1]
+            elif name == "one_minus_square":  # of tanh's gradient, since JAX 0.11; as JAX computes it
+                results = [(1.0 + values[0]) * (1.0 - values[0])]
             elif name == "integer_pow":
                 results = [_power(values[0], eqn.params["y"])]
             elif name == "convert_element_type" and jnp.result_type(values[0]) == jnp.bool_:  # likewise
