@@ -1,5 +1,6 @@
 """The contract: every implementation gives what scan gives, outputs, final state and all gradients, for every neuron."""
 
+import importlib.util
 from functools import partial
 
 import cases
@@ -15,6 +16,13 @@ IMPLEMENTATIONS = [
     "interpret",
     pytest.param("mosaic", marks=pytest.mark.gpu),
     pytest.param("pallas", marks=pytest.mark.gpu),
+    pytest.param(
+        "triton",
+        marks=[
+            pytest.mark.gpu,
+            pytest.mark.skipif(importlib.util.find_spec("jax_triton") is None, reason="jax-triton is not installed"),
+        ],
+    ),
 ]
 f32, bf16, f16 = jnp.float32, jnp.bfloat16, jnp.float16
 

@@ -1,0 +1,131 @@
+"""The fused kernels in Triton, called through jax-triton, from source generated of the neuron's step.
+
+This is the way that stays for GPUs of compute capability 8.x. jax-triton 0.3.1 (Triton 3.6) and 0.4 (Triton 3.7 and
+later) both do. Neither is imported before a kernel is called.
+"""
+
+import hashlib
+import importlib.util
+import inspect
+import linecache
+import math
+from dataclasses import dataclass
+from functools import cache
+
+import jax
+import jax.numpy as jnp
+
+from snnfuse.ops import fused, triton_source
+from snnfuse.ops.blocks import Blocks, triton_blocks
+from snnfuse.ops.device import platform
+from snnfuse.ops.fused import Wanted
+from snnfuse.ops.packing import Packed
+from snnfuse.ops.problem import Leaves, Problem
+
+
+def why_not(problem: Problem) -> str | None:
+    if platform() != "gpu":
+        return f"it needs a GPU, the device is a {platform()}"
+    if any(importlib.util.find_spec(name) is None for name in ("triton", "jax_triton")):
+        return 'it needs jax-triton: pip install "snnfuse[triton]"'
+    return why_not_kernels(problem)
+
+
+def why_not_kernels(problem: Problem) -> str | None:
+    """None if there are kernels for this problem, whatever is installed here."""
+    if problem.dtype != jnp.float32:
+        return f"it computes in float32; xs is {problem.dtype}"
+    dtypes = [d for d in problem.out_dtypes if not isinstance(d, Packed)]
+    if unknown := [str(d) for d in dtypes if jnp.dtype(d).name not in _DTYPES]:
+        return f"it has no output dtype {', '.join(unknown)}"
+    lanes = triton_blocks(problem).lanes
+    return problem.why_not_lanewise((lanes,)) or triton_source.why_not(problem, lanes)
+
+
+_DTYPES = frozenset(
+    "float64 float32 bfloat16 float16 int64 int32 int16 int8 uint64 uint32 uint16 uint8 bool".split()
+)  # float8 is not on every GPU
+
+
+blocks = triton_blocks
+
+
+def unroll(problem: Problem, params: Leaves, state: Leaves, xs: Leaves) -> tuple[Leaves, Leaves]:
+    return fused.unroll(TritonKernels(problem, triton_blocks(problem)), params, state, xs)
+
+
+def source(problem: Problem) -> str:
+    """The text of both kernels, as they are compiled for this problem."""
+    shapes = [jax.ShapeDtypeStruct(s, jnp.float32) for s in problem.param_shapes]
+    params = [jax.eval_shape(lambda p: fused._periodic(p, problem.lane_shape), s) for s in shapes]
+    return triton_source.both(problem, triton_blocks(problem), _periods(params))
+
+
+def _periods(params) -> triton_source.Periods:
+    return tuple(p.shape[0] for p in params)
+
+
+@dataclass(frozen=True)
+class TritonKernels:
+    """`fused.Kernels` for one problem."""
+
+    problem: Problem
+    blocks: Blocks
+
+    def forward(self, params, state, xs, *, save):
+        problem, T, K = self.problem, self.problem.T, self.blocks.chunk
+        results = self._call(
+            "snn_forward",
+            triton_source.forward(problem, self.blocks, _periods(params), save),
+            (*params, *state, *xs),
+            [problem.out_struct(d, problem.M) for d in problem.out_dtypes]
+            + [self._float(problem.M)] * problem.num_state
+            + [self._float(math.ceil(T / K) - 1, problem.M)] * (problem.num_state if save and T > K else 0),
+        )
+        return fused.split(results, len(problem.out_dtypes), problem.num_state)
+
+    def backward(self, params, state, checkpoints, xs, d_outs, d_state, wanted: Wanted):
+        live_outs, live_state = (tuple(d is not None for d in group) for group in (d_outs, d_state))
+        arrays = (*params, *state, *checkpoints, *xs, *d_outs, *d_state)
+        results = self._call(
+            "snn_backward",
+            triton_source.backward(self.problem, self.blocks, _periods(params), wanted, live_outs, live_state),
+            [a for a in arrays if a is not None],
+            [self._float(self.problem.M)] * (sum(wanted.params) + sum(wanted.state))
+            + [jax.ShapeDtypeStruct(x.shape, x.dtype) for x, want in zip(xs, wanted.xs, strict=True) if want],
+        )
+        results = iter(results)
+        return tuple(tuple(next(results) if want else None for want in group) for group in vars(wanted).values())
+
+    def _float(self, *shape):
+        return jax.ShapeDtypeStruct(shape, self.problem.dtype)
+
+    def _call(self, name, text, args, out_shape):
+        import jax_triton
+
+        lanes, K = self.blocks.lanes, self.blocks.chunk
+        out = "out_type" if "out_type" in inspect.signature(jax_triton.triton_call).parameters else "out_shape"
+        return jax_triton.triton_call(
+            *args,
+            self.problem.T // K,
+            kernel=kernel(text, name),
+            grid=(math.ceil(self.problem.M / lanes),),
+            name=name,
+            num_warps=self.blocks.warps,
+            num_stages=1,
+            M=self.problem.M,
+            K=K,
+            TAIL=self.problem.T % K,
+            BLOCK=lanes,
+            **{out: out_shape},
+        )
+
+
+@cache
+def kernel(text: str, name: str):
+    """The kernel `name` of a module's text: one function, and so one compilation, for equal texts."""
+    filename = f"<snnfuse {name} {hashlib.sha256(text.encode()).hexdigest()[:16]}>"
+    linecache.cache[filename] = (len(text), None, text.splitlines(True), filename)  # Triton asks for the source
+    module = {"__name__": f"snnfuse.ops.{name}"}
+    exec(compile(text, filename, "exec"), module)
+    return module[name]

@@ -1,0 +1,540 @@
+"""Triton source from a neuron's own step: its forward and pullback jaxprs, translated equation by equation.
+
+The text has four kinds of function. `step` and `pullback` are the two jaxprs, `forward_chunk` and `backward_chunk` take
+K steps, `snn_forward` and `snn_backward` are the kernels (for what these do, see `snnfuse.ops.fused`). Nothing here
+needs Triton: the text is compiled by `snnfuse.ops.triton`.
+"""
+
+import linecache
+import os
+import re
+import textwrap
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.extend import core as jex
+
+from snnfuse.ops.blocks import Blocks
+from snnfuse.ops.fused import Wanted
+from snnfuse.ops.packing import Packed
+from snnfuse.ops.problem import Problem
+
+Periods = tuple[int, ...]  # of each array in params: lane m reads element m % period
+
+_NAN_WINS = "propagate_nan=tl.PropagateNan.ALL"
+
+# JAX primitive: Triton expression of its operands; lanes are float32 or bool. Where there is a choice, it is what XLA
+# does on a GPU: `/` is div.full (2 ulp), exp and its like are those of libdevice (tl.exp is exp2 of a rounded product).
+TABLE = {
+    "add": "{0} + {1}",
+    "sub": "{0} - {1}",
+    "mul": "{0} * {1}",
+    "div": "{0} / {1}",
+    "neg": "-{0}",
+    "abs": "tl.abs({0})",
+    "sign": "tl.where({0} > 0.0, 1.0, tl.where({0} < 0.0, -1.0, {0}))",
+    "max": f"tl.maximum({{0}}, {{1}}, {_NAN_WINS})",
+    "min": f"tl.minimum({{0}}, {{1}}, {_NAN_WINS})",
+    "clamp": f"tl.minimum(tl.maximum({{1}}, {{0}}, {_NAN_WINS}), {{2}}, {_NAN_WINS})",
+    "select_n": "tl.where({0}, {2}, {1})",
+    "eq": "{0} == {1}",
+    "ne": "{0} != {1}",
+    "lt": "{0} < {1}",
+    "le": "{0} <= {1}",
+    "gt": "{0} > {1}",
+    "ge": "{0} >= {1}",
+    "and": "{0} & {1}",
+    "or": "{0} | {1}",
+    "xor": "{0} ^ {1}",
+    "not": "~{0}",
+    "is_finite": 'tl.abs({0}) < float("inf")',
+    "square": "{0} * {0}",
+    "sqrt": "tl.sqrt_rn({0})",
+    "rsqrt": "libdevice.rsqrt({0})",
+    "logistic": "1.0 / (1.0 + libdevice.exp(-{0}))",
+    "floor": "tl.floor({0})",
+    "ceil": "tl.ceil({0})",
+    "rem": "libdevice.fmod({0}, {1})",
+    "erf_inv": "libdevice.erfinv({0})",
+    **{name: f"libdevice.{name}({{0}}, {{1}})" for name in "pow atan2 nextafter".split()},
+    **{
+        name: f"libdevice.{name}({{0}})"
+        for name in """exp exp2 expm1 log log1p erf erfc lgamma cbrt sin cos tan sinh cosh tanh asin acos atan asinh acosh
+        atanh""".split()
+    },
+}
+_COMPUTED, _ROUNDED = {"float32", "bool"}, {"bfloat16", "float16"}  # what lanes may be; and be rounded to, on the way
+_RESERVED = frozenset(
+    """at bit c chunks i k lane mask step pullback forward_chunk backward_chunk snn_forward snn_backward M K TAIL BLOCK tl triton
+    libdevice float range and as assert break class continue def del elif else except finally for from global if import in
+    is lambda nonlocal not or pass raise return try while with yield None True False async await""".split()
+)
+
+
+def why_not(problem: Problem, lanes: int) -> str | None:
+    """None if every equation of the step and its gradient has a Triton expression."""
+    name = type(problem.step.neuron).__name__
+    for closed in (problem.forward((lanes,)), problem.full_pullback((lanes,))):
+        for eqn in _live(closed.jaxpr):
+            try:
+                _expression(eqn, ["0.0"] * len(eqn.invars))
+            except NotImplementedError as e:
+                return f"neuron {name}: {e}"
+    return None
+
+
+def forward(problem: Problem, blocks: Blocks, periods: Periods, save: bool) -> str:
+    """A module with the kernel `snn_forward(*params, *state, *xs, chunks, *outs, *final state, *checkpoints)`."""
+    names = _Names(problem)
+    return _module(problem, _step(problem, names, blocks.lanes)[0], _forward(problem, names, blocks, periods, save))
+
+
+def backward(problem: Problem, blocks: Blocks, periods: Periods, wanted: Wanted, live_outs, live_state) -> str:
+    """A module with the kernel `snn_backward(*params, *state, *checkpoints, *xs, *d_outs, *d_state, chunks,
+    *d_params, *d_state, *d_xs)`, of the cotangents that are live and the gradients wanted."""
+    names = _Names(problem)
+    step, known = _step(problem, names, blocks.lanes)
+    pullback = _pullback(problem, names, blocks.lanes, wanted, live_outs, known)
+    return _module(problem, step, pullback, _backward(problem, names, blocks, periods, wanted, live_outs, live_state))
+
+
+def both(problem: Problem, blocks: Blocks, periods: Periods) -> str:
+    """Both kernels of a training step in one module, for reading."""
+    names = _Names(problem)
+    wanted = Wanted((True,) * len(names.params), (problem.initial is None,) * len(names.state), (True,) * len(names.xs))
+    live_outs, live_state = problem.differentiable, (True,) * len(names.state)
+    step, known = _step(problem, names, blocks.lanes)
+    return _module(
+        problem,
+        step,
+        _forward(problem, names, blocks, periods, save=True),
+        _pullback(problem, names, blocks.lanes, wanted, live_outs, known),
+        _backward(problem, names, blocks, periods, wanted, live_outs, live_state),
+    )
+
+
+def _module(problem, *functions):
+    neuron = re.sub(r" at 0x[0-9a-f]+", "", repr(problem.step.neuron))  # the same text in every process
+    about = textwrap.wrap(neuron, 117) or [""]
+    imports = "import triton\nimport triton.language as tl\n"
+    if any("libdevice." in f for f in functions):
+        imports += "from triton.language.extra import libdevice\n"
+    return "\n\n".join(["\n".join(f"# {line}" for line in about) + "\n" + imports, *functions])
+
+
+class _Names:
+    """The neuron's own names for its leaves, made unique."""
+
+    def __init__(self, problem: Problem):
+        step, taken = problem.step, set(_RESERVED)
+        params = _leaf_names(step.params_tree, "param")
+        params = [p for p, c in zip(params, step.constants, strict=True) if c is None]
+        self.params = [_unique(n, taken) for n in params]
+        self.state = [_unique(n, taken) for n in _leaf_names(step.state_tree, "state")]
+        self.xs = [_unique(n, taken) for n in _leaf_names(step.x_tree, "x", full=True)]
+        self.outs = [_unique(n, taken) for n in _leaf_names(problem.out_tree, "out", full=True)]
+
+
+def _leaf_names(tree, root, full=False):
+    """The last word of each leaf's key path, or all of them after `root` where that is not unique or `full`."""
+    paths = [path for path, _ in jax.tree_util.tree_leaves_with_path(tree.unflatten(range(tree.num_leaves)))]
+    words = [re.findall(r"\w+", jax.tree_util.keystr(path)) for path in paths]
+    short = [w[-1] if w and not w[-1].isdigit() else None for w in words]
+    if full or None in short or len(set(short)) < len(short):
+        return ["_".join([root, *w]) for w in words]
+    return short
+
+
+def _unique(name, taken):
+    """A name none of whose relatives in the text is taken."""
+    relatives = "{0}", "d_{0}", "{0}_new", "d_{0}_new", "{0}_at", "d_{0}_at", "d_{0}_here", "{0}_word"
+    while not taken.isdisjoint(family := [form.format(name) for form in relatives]):
+        name += "_"
+    taken.update(family)
+    return name
+
+
+# ---- the two jaxprs
+
+
+def _step(problem, names, lanes):
+    """(the text of `step`, the name of each expression in it)."""
+    jaxpr = problem.forward((lanes,)).jaxpr
+    inputs = [*names.params, *names.state, *names.xs]
+    outputs = [f"{s}_new" for s in names.state] + names.outs
+    return _function("step", jaxpr, inputs, outputs, hints=_assigned(jaxpr))
+
+
+def _pullback(problem, names, lanes, wanted, live_outs, known):
+    jaxpr = problem.pullback((lanes,), wanted.params, wanted.xs, live_outs).jaxpr
+    inputs = [*names.params, *names.state, *names.xs, *(f"d_{s}_new" for s in names.state)]
+    inputs += [f"d_{o}" for o in _pick(names.outs, live_outs)]
+    outputs = [f"d_{s}" for s in names.state]
+    outputs += [f"d_{n}" for n in (*_pick(names.params, wanted.params), *_pick(names.xs, wanted.xs))]
+    return _function("pullback", jaxpr, inputs, outputs, known=known)[0]
+
+
+def _function(name, jaxpr, inputs, outputs, *, known=(), hints=()):
+    """A jaxpr as a function; each equation under the line of the neuron's source that it came from.
+
+    An equation is named as the same expression in `known`, or by `hints`, or as the output that it is; equal ones are
+    one.
+    """
+    known, hints = dict(known), dict(hints)
+    taken = {*_RESERVED, *inputs}
+    env = dict(zip(jaxpr.invars, inputs, strict=True))
+    for var, output in zip(jaxpr.outvars, outputs, strict=True):
+        if not isinstance(var, jex.Literal):
+            hints.setdefault(var, output)
+    reserved = {*known.values(), *hints.values(), *outputs}
+    written, lines, comment = {}, [], None
+    for eqn in _live(jaxpr):
+        (var,) = eqn.outvars
+        if all(isinstance(_read(env, v), np.generic) for v in eqn.invars):
+            env[var] = _fold(eqn, [_read(env, v) for v in eqn.invars])
+            continue
+        text = _expression(eqn, [_text(_read(env, v)) for v in eqn.invars])
+        if text in written or text in taken:  # the same again, or a plain copy
+            env[var] = written.get(text, text)
+            continue
+        wish = known.get(text) or hints.get(var)
+        if wish is None or wish in taken:
+            wish = next(n for n in _numbered(wish) if n not in taken and n not in reserved)
+        taken.add(wish)
+        written[text] = env[var] = wish
+        if (line := _source_line(eqn)) not in (None, comment):
+            lines.append(f"# {line}")
+            comment = line
+        lines.append(f"{wish} = {text}")
+    like = inputs[-1]
+    lines.append(
+        "return "
+        + ", ".join(_full(r, like) if isinstance(r := _read(env, v), np.generic) else r for v in jaxpr.outvars)
+    )
+    return f"@triton.jit\ndef {name}({', '.join(inputs)}):\n" + textwrap.indent(
+        "\n".join(lines), "    "
+    ) + "\n", written
+
+
+def _numbered(wish):
+    stem = wish or "t"
+    yield from (f"{stem}_new",) if wish else ()
+    i = 1
+    while True:
+        yield f"{stem}{i}"
+        i += 1
+
+
+def _expression(eqn, operands):
+    name, params = eqn.primitive.name, eqn.params
+    dtypes = {v.aval.dtype.name for v in (*eqn.invars, *eqn.outvars) if not isinstance(v, jex.Literal)}
+    if odd := dtypes - _COMPUTED - (_ROUNDED if name == "convert_element_type" else set()):
+        raise NotImplementedError(f"its step computes `{name}` in {', '.join(sorted(odd))}, not in float32")
+    if name in ("broadcast_in_dim", "copy"):
+        return operands[0]
+    if name == "convert_element_type":
+        if eqn.invars[0].aval.dtype == eqn.outvars[0].aval.dtype:
+            return operands[0]
+        to = params["new_dtype"]
+        return f"{operands[0]} != 0.0" if to == jnp.bool_ else f"{operands[0]}.to(tl.{jnp.dtype(to).name})"
+    if name == "select_n" and operands[1:] == ["0.0", "1.0"]:
+        return f"{operands[0]}.to(tl.float32)"
+    if name == "round":
+        to_even = params["rounding_method"] == jax.lax.RoundingMethod.TO_NEAREST_EVEN
+        return f"libdevice.{'rint' if to_even else 'round'}({operands[0]})"
+    if name == "reduce_precision":
+        narrow = {(8, 23): "float32", (8, 7): "bfloat16", (5, 10): "float16"}
+        if (bits := (params["exponent_bits"], params["mantissa_bits"])) in narrow:
+            return f"{operands[0]}.to(tl.{narrow[bits]}).to(tl.float32)"
+    if name not in TABLE:
+        raise NotImplementedError(f"its step uses `{name}`, which has no Triton expression here")
+    return TABLE[name].format(*operands)
+
+
+def _live(jaxpr):
+    """The equations that the outputs need."""
+    needed = {v for v in jaxpr.outvars if not isinstance(v, jex.Literal)}
+    kept = []
+    for eqn in reversed(jaxpr.eqns):
+        if needed.intersection(eqn.outvars):
+            kept.append(eqn)
+            needed.update(v for v in eqn.invars if not isinstance(v, jex.Literal))
+    return kept[::-1]
+
+
+def _read(env, var):
+    if not isinstance(var, jex.Literal):
+        return env[var]
+    return np.bool_(var.val) if var.aval.dtype == jnp.bool_ else np.float32(var.val)
+
+
+def _fold(eqn, values):
+    if eqn.primitive.name in ("broadcast_in_dim", "copy"):
+        return values[0]
+    with jax.ensure_compile_time_eval():
+        return np.asarray(eqn.primitive.bind(*map(jnp.asarray, values), **eqn.params))[()]
+
+
+def _text(value):
+    if isinstance(value, str):
+        return value
+    if isinstance(value, np.bool_):
+        return str(bool(value))
+    if not np.isfinite(value):
+        return f'float("{value}")'
+    if 0 < abs(value) < np.finfo(np.float32).tiny:
+        return f"tl.cast({value}, tl.float32)"  # Triton would take it for a float64
+    return str(value)  # the shortest that reads back as the same float32
+
+
+def _full(value, like):
+    return f"tl.full({like}.shape, {_text(value)}, tl.{'int1' if isinstance(value, np.bool_) else 'float32'})"
+
+
+_NOT_THE_NEURONS = (os.path.dirname(jax.__file__) + os.sep, os.path.dirname(os.path.abspath(__file__)) + os.sep)
+
+
+def _frames(eqn):
+    """(file, line) of the neuron's code that made an equation, innermost first."""
+    traceback = eqn.source_info.traceback
+    for frame in traceback.frames if traceback is not None else ():
+        if frame.file_name.startswith(_NOT_THE_NEURONS[1]):
+            return
+        if not frame.file_name.startswith(_NOT_THE_NEURONS[0]):
+            yield frame.file_name, frame.line_num
+
+
+def _source_line(eqn):
+    line = next((linecache.getline(*frame).strip() for frame in _frames(eqn)), "")
+    return line.removeprefix("return ") or None
+
+
+def _assigned(jaxpr):
+    """Names for the values that the neuron's code assigns: of the last equation under each line `name = ...`."""
+    last = {frame: eqn.outvars[0] for eqn in jaxpr.eqns for frame in _frames(eqn)}
+    names = {}
+    for frame, var in last.items():
+        if (match := re.match(r"\s*([A-Za-z]\w*) = ", linecache.getline(*frame))) and var not in names:
+            names[var] = match[1]
+    return names
+
+
+# ---- the kernels
+
+
+def _forward(problem, names, blocks, periods, save):
+    T, K = problem.T, blocks.chunk
+    save = save and T > K
+    masked = _masked(problem, blocks)
+    x_ptrs, out_ptrs = _ptrs(names.xs), _ptrs(names.outs)
+    packed = {o: d for o, d in zip(names.outs, problem.out_dtypes, strict=True) if isinstance(d, Packed)}
+    at = ["at", *(f"{o}_at" for o in packed)]
+
+    steps = [*_load_at(names.xs, masked), "for k in tl.static_range(K):"]
+    steps += [_indent(_assign((*names.state, *names.outs), "step", _args(names.params, names.state, _at_k(names.xs))))]
+    for o in names.outs:
+        if o in packed:
+            steps += map(_indent, _pack(o, packed[o].steps, masked))
+        else:
+            steps += [_indent(_store(f"{o}_ptr + at + k * M", f"{o}.to({o}_ptr.dtype.element_ty)", masked))]
+    chunk = _define(
+        "forward_chunk",
+        [*names.params, *names.state, *x_ptrs, *out_ptrs, *at, *masked, "M: tl.constexpr", "K: tl.constexpr"],
+        [*steps, *_return(names.state)],
+    )
+
+    def call(size):
+        lines = [f"at = {_row('c', 'K * M', problem)} + lane"]
+        lines += [f"{o}_at = {_row('c', f'(K // {d.steps}) * M', problem)} + lane" for o, d in packed.items()]
+        args = _args(names.params, names.state, x_ptrs, out_ptrs, at, masked, ["M", size])
+        return [*lines, _assign(names.state, "forward_chunk", args)]
+
+    def checkpoint(*conditions):
+        mask = [" & ".join([*masked, *conditions])] if masked or conditions else []
+        return [_store(f"{s}_saved_ptr + {_row('(c - 1)', 'M', problem)} + lane", s, mask) for s in names.state if save]
+
+    body = [*_lanes(masked), *_load_params(problem, names, periods, masked), *_initial(problem, names, masked)]
+    body += ["for c in range(chunks):", *map(_indent, (*checkpoint("(c > 0)"), *call("K")))]
+    if T % K:
+        body += ["c = chunks  # the last, short chunk", *checkpoint(), *call("TAIL")]
+    body += [_store(f"{s}_end_ptr + lane", s, masked) for s in names.state]
+    args = [*_ptrs(names.params), *_start(problem, names), *x_ptrs, "chunks", *out_ptrs, *_ptrs(names.state, "_end")]
+    args += _ptrs(names.state if save else (), "_saved")
+    return f"{chunk}\n\n{_define('snn_forward', [*args, *_CONSTEXPRS], body)}"
+
+
+def _pack(out, steps, masked):
+    """Bit k of a word is 1 where the output of step k is not 0; a chunk begins with a word."""
+    return [
+        f"bit = ({out} != 0).to(tl.uint{steps}) << (k % {steps})",
+        f"{out}_word = bit if k % {steps} == 0 else {out}_word | bit",
+        f"if k % {steps} == {steps - 1} or k == K - 1:",
+        _indent(_store(f"{out}_ptr + {out}_at + (k // {steps}) * M", f"{out}_word", masked)),
+    ]
+
+
+def _backward(problem, names, blocks, periods, wanted, live_outs, live_state):
+    T, K = problem.T, blocks.chunk
+    saved = T > K
+    masked = _masked(problem, blocks)
+    d_outs, d_xs = _d(_pick(names.outs, live_outs)), _d(_pick(names.xs, wanted.xs))
+    d_params, d_state = _d(_pick(names.params, wanted.params)), _d(names.state)
+    x_ptrs, d_out_ptrs, d_x_ptrs = _ptrs(names.xs), _ptrs(d_outs), _ptrs(d_xs)
+    here = [f"{d}_here" for d in d_params]
+
+    steps = _load_at((*names.xs, *d_outs), masked)
+    steps += [f"{s}_at = ({s},)" for s in names.state]
+    steps += ["for k in tl.static_range(K - 1):  # the state before each step, again"]
+    replay = (*names.state, *("_" for _ in names.outs))
+    steps += [_indent(_assign(replay, "step", _args(names.params, _at_k(names.state), _at_k(names.xs))))]
+    steps += [_indent(f"{s}_at += ({s},)") for s in names.state]
+    steps += ["for k in tl.static_range(K - 1, -1, -1):"]
+    args = _args(names.params, _at_k(names.state), _at_k(names.xs), d_state, _at_k(d_outs))
+    steps += [_indent(_assign((*d_state, *here, *d_xs), "pullback", args))]
+    steps += [_indent(f"{d} += {h}") for d, h in zip(d_params, here, strict=True)]
+    steps += [_indent(_store(f"{d}_ptr + at + k * M", f"{d}.to({d}_ptr.dtype.element_ty)", masked)) for d in d_xs]
+    chunk = _define(
+        "backward_chunk",
+        [*names.params, *names.state, *d_params, *d_state, *x_ptrs, *d_out_ptrs, *d_x_ptrs]
+        + ["at", *masked, "M: tl.constexpr", "K: tl.constexpr"],
+        [*steps, *_return((*d_params, *d_state))],
+    )
+
+    def call(size):
+        groups = names.params, names.state, d_params, d_state, x_ptrs, d_out_ptrs, d_x_ptrs, ["at"], masked, ["M", size]
+        return [
+            f"at = {_row('c', 'K * M', problem)} + lane",
+            _assign((*d_params, *d_state), "backward_chunk", _args(*groups)),
+        ]
+
+    def state_before(first):
+        """The state before chunk c: its checkpoint, or for the first one the initial state."""
+        if not saved:
+            return _initial(problem, names, masked)
+        conditions = [*masked, *(["(c > 0)"] if first else [])]
+        lines = _initial(problem, names, [" & ".join([*masked, "(c == 0)"])]) if first else []
+        for s in names.state:
+            masking = f", mask={' & '.join(conditions)}, other={s if first else 0.0}" if conditions else ""
+            lines += [f"{s} = tl.load({s}_saved_ptr + {_row('(c - 1)', 'M', problem)} + lane{masking})"]
+        return lines
+
+    body = [*_lanes(masked), *_load_params(problem, names, periods, masked)]
+    body += [f"{d} = tl.zeros([BLOCK], tl.float32)" for d in d_params]
+    for d, live in zip(d_state, live_state, strict=True):
+        body += [f"{d} = {_load(f'{d}_end_ptr + lane', masked)}" if live else f"{d} = tl.zeros([BLOCK], tl.float32)"]
+    if T % K:
+        body += ["c = chunks  # the last, short chunk", *state_before(first=False), *call("TAIL")]
+    body += [
+        "for i in range(chunks):",
+        "    c = chunks - 1 - i",
+        *map(_indent, (*state_before(first=True), *call("K"))),
+    ]
+    body += [_store(f"{d}_ptr + lane", d, masked) for d in d_params]
+    wanted_state = _pick(d_state, wanted.state) if wanted.state else []
+    body += [_store(f"{d}_start_ptr + lane", d, masked) for d in wanted_state]
+    args = [*_ptrs(names.params), *_start(problem, names), *_ptrs(names.state if saved else (), "_saved"), *x_ptrs]
+    args += [*d_out_ptrs, *_ptrs(_pick(d_state, live_state), "_end"), "chunks"]
+    args += [*_ptrs(d_params), *_ptrs(wanted_state, "_start"), *d_x_ptrs]
+    return f"{chunk}\n\n{_define('snn_backward', [*args, *_CONSTEXPRS], body)}"
+
+
+_CONSTEXPRS = [f"{name}: tl.constexpr" for name in ("M", "K", "TAIL", "BLOCK")]
+
+
+def _masked(problem, blocks):
+    """["mask"] if some program has lanes beyond M, else []."""
+    return ["mask"] if problem.M % blocks.lanes else []
+
+
+def _lanes(masked):
+    return ["lane = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)", *(f"{mask} = lane < M" for mask in masked)]
+
+
+def _row(index, stride, problem):
+    """An offset, in 64 bits where 32 would not do."""
+    return f"tl.cast({index}, tl.int64) * {stride}" if problem.T * problem.M >= 2**31 else f"{index} * {stride}"
+
+
+def _load_params(problem, names, periods, masked):
+    lines = []
+    for name, period in zip(names.params, periods, strict=True):
+        if period == 1:
+            lines.append(f"{name} = tl.full([BLOCK], tl.load({name}_ptr).to(tl.float32), tl.float32)")
+        else:
+            where = "lane" if period == problem.M else f"lane % {period}"
+            lines.append(f"{name} = {_load(f'{name}_ptr + {where}', masked)}.to(tl.float32)")
+    return lines
+
+
+def _initial(problem, names, masked):
+    if problem.initial is None:
+        return [f"{s} = {_load(f'{s}_start_ptr + lane', masked)}" for s in names.state]
+    values = zip(names.state, problem.initial, strict=True)
+    return [f"{s} = tl.full([BLOCK], {_text(np.float32(value))}, tl.float32)" for s, value in values]
+
+
+def _start(problem, names):
+    return _ptrs(names.state if problem.initial is None else (), "_start")
+
+
+def _load_at(names, masked):
+    lines = [f"{n}_at = ()" for n in names]
+    lines += ["for k in tl.static_range(K):  # all loads before any use: they are in flight together"]
+    return [*lines, *(f"    {n}_at += ({_load(f'{n}_ptr + at + k * M', masked)}.to(tl.float32),)" for n in names)]
+
+
+def _load(where, masked):
+    return f"tl.load({where}, mask={masked[0]}, other=0.0)" if masked else f"tl.load({where})"
+
+
+def _store(where, what, mask):
+    return f"tl.store({where}, {what}{f', mask={mask[0]}' if mask else ''})"
+
+
+def _define(name, args, lines):
+    return f"@triton.jit\n{_wrapped(f'def {name}(', args, '):')}\n" + "\n".join(map(_indent, lines)) + "\n"
+
+
+def _assign(targets, function, args):
+    return _wrapped(f"{', '.join(targets)} = {function}(" if targets else f"{function}(", args, ")")
+
+
+def _wrapped(opening, args, closing, width=110):
+    """A call or a signature, on one line if that is not too long."""
+    if len(line := opening + ", ".join(args) + closing) <= width:
+        return line
+    lines = [""]
+    for arg in args:
+        if len(lines[-1]) + len(arg) > width:
+            lines.append("")
+        lines[-1] += f"{arg}, "
+    return "\n".join([opening, *(_indent(line.rstrip()) for line in lines), closing])
+
+
+def _args(*groups):
+    return [a for group in groups for a in group]
+
+
+def _return(names):
+    return [f"return {', '.join(names)}"] if names else []
+
+
+def _indent(lines):
+    return textwrap.indent(lines, "    ")
+
+
+def _ptrs(names, suffix=""):
+    return [f"{n}{suffix}_ptr" for n in names]
+
+
+def _at_k(names):
+    return [f"{n}_at[k]" for n in names]
+
+
+def _d(names):
+    return [f"d_{n}" for n in names]
+
+
+def _pick(values, which):
+    return [v for v, w in zip(values, which, strict=True) if w]

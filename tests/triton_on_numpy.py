@@ -1,0 +1,155 @@
+"""Just enough of Triton, in NumPy, to run the generated kernels anywhere: a program at a time, its lanes an array.
+
+A load or a store outside its array is an error unless masked, as it is on a GPU but without the luck.
+"""
+
+import math
+import sys
+import types
+from inspect import Parameter, Signature
+
+import jax
+import numpy as np
+
+
+class Lanes(np.ndarray):
+    def to(self, dtype):
+        return cast(self, dtype)
+
+
+def lanes(x):
+    return np.asarray(x).view(Lanes)
+
+
+def cast(x, dtype):
+    x = np.asarray(x)
+    return lanes(x != 0 if dtype == np.bool_ else x.astype(dtype))
+
+
+class Pointer:
+    def __init__(self, array, offset=0):
+        self.array, self.offset = array, offset
+        self.dtype = types.SimpleNamespace(element_ty=array.dtype)
+
+    def __add__(self, offset):
+        return Pointer(self.array, self.offset + offset)
+
+    def at(self, mask):
+        offset, mask = np.broadcast_arrays(self.offset, True if mask is None else mask)
+        inside = (offset >= 0) & (offset < self.array.size)
+        assert (inside | ~mask).all(), f"offset {offset[mask & ~inside][0]} of an array of {self.array.size}"
+        return np.where(mask, offset, 0), mask
+
+
+def load(pointer, mask=None, other=None):
+    offset, mask = pointer.at(mask)
+    return lanes(np.where(mask, pointer.array[offset], pointer.array.dtype.type(0) if other is None else other))
+
+
+def store(pointer, value, mask=None):
+    offset, mask = pointer.at(mask)
+    assert np.asarray(value).dtype == pointer.array.dtype and np.shape(value) == np.shape(offset)
+    pointer.array[offset[mask]] = np.asarray(value)[mask]
+
+
+def where(condition, a, b):
+    return lanes(np.where(condition, *(np.float32(v) if isinstance(v, float) else v for v in (a, b))))
+
+
+def elementwise(f):
+    return lambda *args: lanes(np.vectorize(f, otypes=[np.float32])(*args))
+
+
+language = types.ModuleType("triton.language")
+vars(language).update(
+    constexpr=None,
+    float32=np.float32,
+    float16=np.float16,
+    bfloat16=jax.numpy.bfloat16.dtype,
+    int64=np.int64,
+    uint8=np.uint8,
+    uint32=np.uint32,
+    int1=np.bool_,
+    PropagateNan=types.SimpleNamespace(ALL="all"),
+    static_range=range,
+    arange=lambda a, b: lanes(np.arange(a, b, dtype=np.int32)),
+    full=lambda shape, value, dtype: lanes(np.full(shape, value, dtype)),
+    zeros=lambda shape, dtype: lanes(np.zeros(shape, dtype)),
+    cast=cast,
+    load=load,
+    store=store,
+    where=where,
+    abs=np.abs,
+    floor=np.floor,
+    ceil=np.ceil,
+    sqrt_rn=np.sqrt,
+    maximum=lambda a, b, propagate_nan: np.maximum(a, b),
+    minimum=lambda a, b, propagate_nan: np.minimum(a, b),
+    libdevice=types.SimpleNamespace(
+        **{name: getattr(np, name) for name in "exp exp2 expm1 log log1p sin cos tan sinh cosh tanh cbrt".split()},
+        **{name: getattr(np, name) for name in "fmod nextafter rint".split()},
+        **{f"a{name}": getattr(np, f"arc{name}") for name in "sin cos tan sinh cosh tanh tan2".split()},
+        pow=np.power,
+        rsqrt=lambda x: 1 / np.sqrt(x),
+        round=lambda x: np.trunc(x + np.copysign(np.float32(0.5), x)),
+        erf=elementwise(math.erf),
+        erfc=elementwise(math.erfc),
+        lgamma=elementwise(math.lgamma),
+        erfinv=lambda x: lanes(jax.scipy.special.erfinv(np.asarray(x))),
+    ),
+)
+
+
+def module(text):
+    """The functions of a generated module, with NumPy for Triton."""
+    assert "import triton\n" in text
+    code = "\n".join(line for line in text.splitlines() if not line.startswith(("import ", "from ")))
+    scope = dict(triton=types.SimpleNamespace(jit=lambda f: f), tl=language, libdevice=language.libdevice)
+    exec(code, scope)
+    return scope
+
+
+def run(function, args, out_shapes, programs, constants):
+    """A kernel over its grid."""
+    outs = [np.zeros(s.shape, s.dtype) for s in out_shapes]
+    pointers = [a if np.ndim(a) == 0 else Pointer(np.array(a).reshape(-1)) for a in args]
+    pointers += [Pointer(o.reshape(-1)) for o in outs]
+    for i in range(programs):
+        language.program_id = lambda axis, i=i: np.int32(i)
+        with np.errstate(all="ignore"):
+            function(*pointers, **constants)
+    return outs
+
+
+def jax_triton(out, called):
+    """A stand-in for jax_triton; `out` is its name for the output shapes, `called(kernel, args, shapes, grid, constants)`."""
+
+    def triton_call(*args, kernel, grid, name, num_warps, num_stages, **constants):
+        shapes = constants.pop(out)
+        assert name in ("snn_forward", "snn_backward") and num_stages == 1 and num_warps in (1, 2, 4, 8)
+        return called(kernel, args, shapes, grid, constants | ({} if called is on_numpy else {"num_warps": num_warps}))
+
+    names = [*"kernel grid name num_warps num_stages".split(), out]
+    triton_call.__signature__ = Signature([Parameter(n, Parameter.KEYWORD_ONLY) for n in names])
+    fake = types.ModuleType("jax_triton")
+    fake.triton_call = triton_call
+    return fake
+
+
+def on_numpy(kernel, args, shapes, grid, constants):
+    arrays = [a for a in args if not isinstance(a, int)]
+
+    def call(*arrays):
+        arrays = iter(arrays)
+        values = [a if isinstance(a, int) else np.asarray(next(arrays)) for a in args]
+        return run(kernel, values, shapes, *grid, constants)
+
+    return jax.pure_callback(call, shapes, *arrays)
+
+
+def install(monkeypatch, out="out_shape", called=on_numpy):
+    from snnfuse.ops import triton
+
+    monkeypatch.setitem(sys.modules, "jax_triton", jax_triton(out, called))
+    if called is on_numpy:
+        monkeypatch.setattr(triton, "kernel", lambda text, name: module(text)[name])
