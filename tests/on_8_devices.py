@@ -99,6 +99,16 @@ def test_jit_splits_lanes_without_moving_them(name, implementation, spec, kind):
         assert leaf.sharding.is_equivalent_to(NamedSharding(mesh, spec), leaf.ndim)
 
 
+def test_shard_map_with_its_checks():
+    """Under JAX's own `shard_map`, which types what varies, the gradient of a shared parameter is summed by JAX."""
+    case = cases.make("lif", T=6, lanes=(8, 16))
+    loss = lambda decay, xs: sf.unroll(case.neuron, sf.LIFParams(decay), None, xs, implementation="scan")[0].mean()
+    step = lambda decay, xs: jax.value_and_grad(lambda d: jax.lax.pmean(loss(d, xs), "data"))(decay)
+    mesh = parallel.make_mesh("data=8")
+    got = jax.jit(jax.shard_map(step, mesh=mesh, in_specs=(P(), P(None, "data")), out_specs=P()))(0.7, case.xs)
+    assert_close(got, jax.value_and_grad(loss)(0.7, case.xs), rtol=1e-5)
+
+
 # ---- a network, on one device and on many
 
 T, B, CLASSES = 8, 16, 5

@@ -23,7 +23,7 @@ def on_lanes(run, kernels, params, *groups):
     params leaves are [*B, N], any axis 1; those of `groups` and of the results are [*B, N] or [time, *B, N]. A device
     gets the kernels of its own lanes; what `kernels` says about time stays, so that forward and backward agree on K.
     """
-    leaves, tree = jax.tree.flatten((params, groups))
+    leaves, tree = jax.tree.flatten(varying((params, groups)))
     call = _Lanes(run, kernels, tree, len(params), len(kernels.problem.lane_shape))
     lanes = jax.typeof(leaves[-1]).sharding
     if not lanes.mesh.explicit_axes:
@@ -34,6 +34,21 @@ def on_lanes(run, kernels, params, *groups):
                 f"the time axis of a sequence must not be sharded; got {leaf.shape} with it along {time!r}"
             )
     return call.with_explicit_axes(lanes)(*leaves)
+
+
+def varying(tree):
+    """In `jax.shard_map`: every leaf typed as varying over all the axes that any varies over, as a kernel must see them."""
+    axes = {a for leaf in jax.tree.leaves(tree) for a in _varies(leaf)}
+
+    def cast(leaf):
+        more = tuple(sorted(axes - set(_varies(leaf))))
+        return jax.lax.pcast(leaf, more, to="varying") if more else leaf
+
+    return jax.tree.map(cast, tree)
+
+
+def _varies(leaf):
+    return jax.typeof(leaf).manual_axis_type.varying
 
 
 def like(d, primal):
@@ -83,7 +98,7 @@ class _Lanes:
         flat = lambda a: a.reshape(*a.shape[: a.ndim - self.rank], problem.M)
         results = self.run(
             replace(self.kernels, problem=problem),
-            tuple(_periodic(p, shape) for p in params),
+            tuple(periodic(p, shape) for p in params),
             *jax.tree.map(flat, groups),
         )
         return jax.tree.map(lambda a: a.reshape(*a.shape[:-1], *shape), results)
@@ -131,7 +146,7 @@ class _Lanes:
         return results, jax.tree.map(lambda _: True, results)
 
 
-def _periodic(p, shape):
+def periodic(p, shape):
     """A parameter flattened to one period of the lanes: [1], [M], or the trailing axes that it covers whole."""
     covered = p.shape
     while covered and covered[0] == 1:
