@@ -148,6 +148,11 @@ def train_step(graphdef, read, state, batch):
     return nnx.state(model), {"loss": loss, "correct": correct, "grads": grads}
 
 
+def without_grads(*args):
+    state, metrics = train_step(*args)
+    return state, {"loss": metrics["loss"], "correct": metrics["correct"]}
+
+
 def images(B=B, T=T):
     keys = jax.random.split(jax.random.key(1))
     return jax.random.normal(keys[0], (T, B, 8, 8, 1)), jax.random.randint(keys[1], (B,), 0, CLASSES)
@@ -167,14 +172,16 @@ def one_device(readout=nn.membrane_mean):
     return run(jax.jit(partial(train_step, graphdef, readout)), state, images())
 
 
-def on_mesh(text, microbatches=None, readout=nn.membrane_mean, synchronised=True, implementation="scan"):
+def on_mesh(
+    text, microbatches=None, readout=nn.membrane_mean, synchronised=True, implementation="scan", step=train_step
+):
     mesh = parallel.make_mesh(text)
     axes = tuple(mesh.axis_names) if synchronised else ()
     graphdef, state = network(axes, microbatches, implementation)
     data = "data" if "data" in mesh.axis_names else None
     time = "time" if "time" in mesh.axis_names else None
     read = (lambda outs: parallel.readout(readout, outs)) if time else readout
-    step = parallel.data_parallel(partial(train_step, graphdef, read), mesh, batch=(P(time, data), P(data)))
+    step = parallel.data_parallel(partial(step, graphdef, read), mesh, batch=(P(time, data), P(data)))
     return jax.jit(step), state
 
 
@@ -212,13 +219,12 @@ def size_of(shapes):
 
 
 def test_data_parallel_moves_the_gradients_once():
-    step, state = on_mesh("data=8", synchronised=False)
+    step, state = on_mesh("data=8", synchronised=False, step=without_grads)
     moved = collectives(step.lower(state, images()).compile())
     params = [p.size for p in jax.tree.leaves(nnx.filter_state(state, nnx.Param))]
     stats = [p.size for p in jax.tree.leaves(nnx.filter_state(state, nnx.BatchStat))]
     assert {operation for operation, _ in moved} == {"all-reduce"}
-    # the gradients twice: once because the step returns them as a metric (they are equal already), and two scalars
-    assert size_of(shape for _, shape in moved) == 2 * sum(params) + sum(stats) + 2
+    assert size_of(shape for _, shape in moved) == sum(params) + sum(stats) + 2, "and two metrics"
 
 
 def test_the_pipeline_moves_the_membrane_and_nothing_of_size_T():
@@ -232,6 +238,18 @@ def test_the_pipeline_moves_the_membrane_and_nothing_of_size_T():
     reduced = [shape for operation, shape in moved if operation == "all-reduce"]
     assert len(handed) + len(reduced) == len(moved)
     assert max(map(math.prod, reduced)) <= params and size_of(reduced) < 3 * params + B * CLASSES * 4
+
+
+def test_time_over_devices_divides_the_memory():
+    """What lets T outgrow one device: the temporaries of a step, with T = 512, on a quarter of the time."""
+    T, mib = 512, 2**20
+    xs, labels = images(T=T)
+    graphdef, state = network()
+    alone = jax.jit(partial(without_grads, graphdef, nn.membrane_mean)).lower(state, (xs, labels)).compile()
+    step, state = on_mesh("time=4", microbatches=8, step=without_grads)
+    spread = step.lower(state, (parallel.shard(xs, parallel.make_mesh("time=4"), P("time")), labels)).compile()
+    alone, spread = (c.memory_analysis().temp_size_in_bytes / mib for c in (alone, spread))
+    assert spread < alone / 2, f"{alone:.1f} MiB alone, {spread:.1f} on each of four"
 
 
 # ---- the wavefront itself
@@ -342,6 +360,8 @@ def test_errors_say_what_is_wrong():
     with pytest.raises(ValueError, match="microbatches must divide the batch; got 3"):
         step, state = on_mesh("time=4", microbatches=3)
         step(state, (xs, labels))
+    with pytest.raises(ValueError, match="packed outputs need a multiple of 8 steps a device; got 2"):
+        parallel.unroll_over_time(sf.LIF(), sf.LIFParams(), None, jnp.ones((2, 4)), out_dtype=sf.Packed(8))
     with pytest.raises(ValueError, match=r"batch .* names the axis 'time'; the mesh has \{'data': 8\}"):
         parallel.data_parallel(lambda *a: a, parallel.make_mesh("data=8"), batch=P("time"))
 

@@ -27,6 +27,7 @@ from jax import Array, lax
 from snnfuse import nn
 from snnfuse.core.neuron import Neuron, PyTree
 from snnfuse.ops.api import unroll
+from snnfuse.ops.packing import Packed
 from snnfuse.parallel.step import TIME
 
 
@@ -47,6 +48,7 @@ def unroll_over_time(
     the final state, after the last one, are the same on every device. `microbatches` divides the first axis after time;
     None takes one a device where that divides, else as many as do.
     """
+    _check_packed(out_dtype, xs)
     G = lax.axis_size(axis)
     run = partial(unroll, neuron, implementation=implementation, out_dtype=out_dtype)
     if G == 1 and microbatches in (None, 1):
@@ -90,6 +92,13 @@ def unroll_over_time(
     final = jax.tree.map(lambda s: unskewed(s).reshape(B, *s.shape[2:]), final)
     final = jax.tree.map(lambda s: lax.psum(jnp.where(g == G - 1, s, 0), axis), final)
     return jax.tree.map(lambda a: join(unskewed(a)), outs), final
+
+
+def _check_packed(out_dtype, xs):
+    T = jax.tree.leaves(xs)[0].shape[0]
+    for dtype in jax.tree.leaves(out_dtype):
+        if isinstance(dtype, Packed) and T % dtype.steps:
+            raise ValueError(f"packed outputs need a multiple of {dtype.steps} steps a device; got {T}")
 
 
 def _batch(xs):
