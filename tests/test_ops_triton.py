@@ -103,9 +103,9 @@ def test_whole_kernels_run_by_numpy_give_what_scan_gives(name, case, numpy_kerne
     check(name, *CASES[case])
 
 
-@pytest.mark.parametrize("out", ["out_shape", "out_type"])
-def test_both_versions_of_jax_triton(out, monkeypatch):
-    triton_on_numpy.install(monkeypatch, out)
+@pytest.mark.parametrize("new", [False, True])
+def test_both_versions_of_jax_triton(new, monkeypatch):
+    triton_on_numpy.install(monkeypatch, new)
     neuron, *args, _ = cases.make("if", T=3, lanes=(8,))
     unroll(neuron, Blocks(8, 1, 3), None, *args)
 
@@ -293,8 +293,8 @@ def compiled(name, make, out_dtype, capability, monkeypatch):
     neuron, params, xs = structs(name, **make)
     ptx = []
 
-    def called(kernel, args, shapes, grid, constants):
-        ptx.append(to_ptx(kernel, args, shapes, constants, capability))
+    def called(kernel, args, shapes, grid, warps, constants):
+        ptx.append(to_ptx(kernel, args, shapes, warps, constants, capability))
         return [jnp.zeros(s.shape, s.dtype) for s in shapes]
 
     def gradient(params, xs, cotangents):
@@ -324,17 +324,17 @@ def structs(name, T, lanes, dtype=f32):
 TYPES = dict(float32="fp32", bfloat16="bf16", float16="fp16", int8="i8", uint8="u8", uint32="u32", bool="i1")
 
 
-def to_ptx(kernel, args, shapes, constants, capability):
+def to_ptx(kernel, args, shapes, warps, constants, capability):
     """By Triton's compiler alone, with the types and the alignment that jax-triton gives it; no device is needed."""
     from triton import compile
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource
 
-    warps = constants.pop("num_warps")
     types = ["i32" if isinstance(a, int) else "*" + TYPES[str(a.dtype)] for a in (*args, *shapes)]
     signature = dict(zip(kernel.arg_names, types, strict=False)) | dict.fromkeys(constants, "constexpr")
     assert list(signature) == kernel.arg_names
     attrs = {(i,): [["tt.divisibility", 16]] for i, t in enumerate(types) if t != "i32"}
     source = ASTSource(kernel, signature, constexprs=constants, attrs=attrs)
     target = GPUTarget("cuda", capability, 32)
-    return compile(source, target=target, options=dict(num_warps=warps, num_stages=1)).asm["ptx"]
+    options = dict(num_warps=warps, num_stages=1, enable_fp_fusion=True)
+    return compile(source, target=target, options=options).asm["ptx"]

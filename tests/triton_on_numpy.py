@@ -121,22 +121,23 @@ def run(function, args, out_shapes, programs, constants):
     return outs
 
 
-def jax_triton(out, called):
-    """A stand-in for jax_triton; `out` is its name for the output shapes, `called(kernel, args, shapes, grid, constants)`."""
+def jax_triton(new, called):
+    """A stand-in for jax_triton, 0.4 if `new` else 0.3: `called(kernel, args, shapes, grid, warps, constants)` runs."""
+    out, options = ("out_type", "backend_options") if new else ("out_shape", "enable_fp_fusion")
 
-    def triton_call(*args, kernel, grid, name, num_warps, num_stages, **constants):
-        shapes = constants.pop(out)
-        assert name in ("snn_forward", "snn_backward") and num_stages == 1 and num_warps in (1, 2, 4, 8)
-        return called(kernel, args, shapes, grid, constants | ({} if called is on_numpy else {"num_warps": num_warps}))
+    def triton_call(*args, kernel, grid, name, num_warps, num_stages, compute_capability, **constants):
+        shapes, fusion = constants.pop(out), constants.pop(options)
+        assert name in ("snn_forward", "snn_backward") and num_stages == 1 and compute_capability in (None, 80, 90)
+        assert fusion == ({"enable_fp_fusion": True} if new else True)
+        return called(kernel, args, shapes, grid, num_warps, constants)
 
-    names = [*"kernel grid name num_warps num_stages".split(), out]
-    triton_call.__signature__ = Signature([Parameter(n, Parameter.KEYWORD_ONLY) for n in names])
+    triton_call.__signature__ = Signature([Parameter(n, Parameter.KEYWORD_ONLY) for n in (out, options)])
     fake = types.ModuleType("jax_triton")
     fake.triton_call = triton_call
     return fake
 
 
-def on_numpy(kernel, args, shapes, grid, constants):
+def on_numpy(kernel, args, shapes, grid, warps, constants):
     arrays = [a for a in args if not isinstance(a, int)]
 
     def call(*arrays):
@@ -147,9 +148,9 @@ def on_numpy(kernel, args, shapes, grid, constants):
     return jax.pure_callback(call, shapes, *arrays)
 
 
-def install(monkeypatch, out="out_shape", called=on_numpy):
+def install(monkeypatch, new=False, called=on_numpy):
     from snnfuse.ops import triton
 
-    monkeypatch.setitem(sys.modules, "jax_triton", jax_triton(out, called))
+    monkeypatch.setitem(sys.modules, "jax_triton", jax_triton(new, called))
     if called is on_numpy:
         monkeypatch.setattr(triton, "kernel", lambda text, name: module(text)[name])

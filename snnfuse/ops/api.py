@@ -45,8 +45,9 @@ def unroll(
       xs: a tree of [T, *B, N], T >= 1, in float32, bfloat16 or float16. float64 works with "scan" alone.
       implementation: "pallas" (one fused GPU kernel forward, one backward, by Pallas through Triton), "mosaic" (the same
         through Mosaic GPU, for compute capability 9.0 and later), "triton" (the same, as Triton source called through
-        jax-triton), "scan" (`jax.lax.scan`, the baseline), "interpret" (the "pallas" kernels in Pallas's interpreter). A named one runs or raises; None takes the first of
-        "pallas", "mosaic", "scan" that can run here. `snnfuse.explain` says which, and why.
+        jax-triton), "scan" (`jax.lax.scan`, the baseline), "interpret" (the "pallas" kernels in the interpreter of
+        Pallas). A named one runs or raises; None takes the first of "pallas", "mosaic", "scan" that can run here.
+        `snnfuse.explain` says which, and why.
       out_dtype: the dtype of the outputs, one for all or a tree like the outputs; None is that of xs (float32 if its
         leaves differ). Outputs in an integer dtype or bool carry no gradient.
 

@@ -17,7 +17,7 @@ import jax.numpy as jnp
 
 from snnfuse.ops import fused, triton_source
 from snnfuse.ops.blocks import Blocks, triton_blocks
-from snnfuse.ops.device import platform
+from snnfuse.ops.device import compute_capability, platform
 from snnfuse.ops.fused import Wanted
 from snnfuse.ops.packing import Packed
 from snnfuse.ops.problem import Leaves, Problem
@@ -104,7 +104,8 @@ class TritonKernels:
         import jax_triton
 
         lanes, K = self.blocks.lanes, self.blocks.chunk
-        out = "out_type" if "out_type" in inspect.signature(jax_triton.triton_call).parameters else "out_shape"
+        known = inspect.signature(jax_triton.triton_call).parameters
+        fusion = {"enable_fp_fusion": True}  # multiply-adds, as XLA has them; the default changes with Triton 3.10
         return jax_triton.triton_call(
             *args,
             self.problem.T // K,
@@ -113,11 +114,13 @@ class TritonKernels:
             name=name,
             num_warps=self.blocks.warps,
             num_stages=1,
+            compute_capability=round(10 * compute_capability()) or None,
             M=self.problem.M,
             K=K,
             TAIL=self.problem.T % K,
             BLOCK=lanes,
-            **{out: out_shape},
+            **{"out_type" if "out_type" in known else "out_shape": out_shape},
+            **({"backend_options": fusion} if "backend_options" in known else fusion),
         )
 
 
