@@ -1,4 +1,16 @@
-"""Many devices: meshes and hosts, data parallel steps, time as a pipeline, and what each of them will cost."""
+"""Many devices: meshes and hosts, data parallel steps, time as a pipeline, and what each of them will cost.
+
+Lanes split by themselves: `jit` of `snnfuse.unroll` on arrays with a NamedSharding runs on every device's own lanes.
+For a whole train step there are two axes, each optional:
+
+    mesh = make_mesh("data=2,time=4")
+    synchronise_batch_norm(model, ("data", "time"))       # statistics of the whole batch, as on one device
+    over_time(model, microbatches=8)                      # neurons as a wavefront over the devices along time
+    step = jax.jit(data_parallel(step, mesh, batch=(P("time", "data"), P("data"))))      # xs [T, B, ...], labels [B]
+
+The step is that of one device, but for `grads = mean(grads)` and, along time, `readout(nn.spike_rate, outs)` for the
+outputs. `initialise`, `my_part` and `global_batch` are for several hosts. `plan(layers, T, batch, devices)` ranks meshes.
+"""
 
 from snnfuse.parallel.mesh import global_batch, initialise, make_mesh, my_part, shard
 from snnfuse.parallel.plan import Layer, Machine, Plan, best_devices, plan, simulate
