@@ -72,12 +72,32 @@ def test_contract(name, case, implementation, strict):
     check(name, implementation, **CASES[case])
 
 
-@pytest.mark.gpu
+@pytest.mark.parametrize("implementation", IMPLEMENTATIONS[1:])
 @pytest.mark.parametrize("dtype", [f32, bf16])
-@pytest.mark.parametrize("implementation", ["pallas", "mosaic"])
 @pytest.mark.parametrize("name", ["lif", "adaptive", "affine"])
 def test_a_million_and_three_lanes(name, implementation, dtype):
-    check(name, implementation, T=19, lanes=(1_000_003,), dtype=dtype)
+    """19 million slots: a multiply-add rounded once or twice may flip one spike or two; all other lanes must agree."""
+    M = 1_000_003
+    case = cases.make(name, T=19, lanes=(M,), dtype=dtype)
+    args = case.params, case.state, case.xs
+    got, want = (run(case.neuron, i, *args) for i in (implementation, "scan"))
+    spikes, want_spikes = (np.asarray(r[0][0], np.float32) for r in (got, want))
+    assert_fires(want_spikes)
+    flipped = np.flatnonzero((spikes != want_spikes).any(0))
+    assert flipped.size <= 2, f"{flipped.size} lanes of {M} have other spikes"
+
+    def by_lane(tree):
+        return [
+            np.delete(np.asarray(x, np.float32), flipped, -1) for x in jax.tree.leaves(tree) if x.shape[-1:] == (M,)
+        ]
+
+    def summed(tree):
+        return [x for x in jax.tree.leaves(tree) if x.shape[-1:] != (M,)]
+
+    rtol = 1e-5 if dtype == f32 else 2**-7
+    assert_close(by_lane(got), by_lane(want), rtol)
+    assert len(summed(want)) >= 1
+    assert_close(summed(got), summed(want), 1e-3)  # of a million lanes, the flipped ones among them
 
 
 @pytest.mark.parametrize("implementation", IMPLEMENTATIONS)

@@ -218,17 +218,6 @@ class ClosesOverAnArray:
         return LIF.step(params, state, self.gain * x)
 
 
-CLOSING = pytest.mark.xfail(
-    strict=True,
-    reason="triton_blocks traces the step on 32 lanes, and its error leaks, before why_not_lanewise can say why not",
-)
-SCALAR = pytest.mark.xfail(
-    strict=True,
-    reason="problem._scalar uses jnp on a closed-over scalar, inside the kernel's trace: np.asarray would do",
-)
-
-
-@CLOSING
 @pytest.mark.parametrize(("kind", "N"), [(np.asarray, 3), (jnp.asarray, 32), (np.asarray, 128)])
 def test_a_step_that_closes_over_an_array_runs_under_scan_alone(N, kind):
     """N may be the lanes of a block: even then the array is not taken for a block's."""
@@ -242,7 +231,6 @@ def test_a_step_that_closes_over_an_array_runs_under_scan_alone(N, kind):
         unroll(neuron, xs=xs, implementation="interpret")
 
 
-@SCALAR
 def test_a_scalar_array_that_a_step_closes_over_is_a_constant():
     neuron = ClosesOverAnArray(jnp.float32(2.5))
     xs = jax.random.normal(jax.random.key(0), (6, 2, 30))
@@ -252,7 +240,6 @@ def test_a_scalar_array_that_a_step_closes_over_is_a_constant():
     np.testing.assert_array_equal(outs, want)
 
 
-@CLOSING
 def test_none_takes_scan_on_a_gpu_for_a_step_that_closes_over_an_array():
     device = jax.sharding.AbstractDevice(device_kind="NVIDIA H100 80GB HBM3", num_cores=132, platform="gpu")
     with jax.sharding.use_abstract_mesh(jax.sharding.AbstractMesh((1,), ("x",), abstract_device=device)):

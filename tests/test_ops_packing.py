@@ -85,6 +85,14 @@ def test_explain_counts_bytes(dtype, unit):
     assert packed.forward_bytes < said.forward_bytes - M * T * (unit - 1)
 
 
+def test_explain_shows_the_source_with_the_names_of_the_neuron():
+    neuron, *args, _ = cases.make("adaptive")
+    said = sf.explain(neuron, *args, implementation="scan", source=True)
+    assert "def snn_forward" in said.source and "def snn_backward" in said.source and "decay_adapt" in said.source
+    assert said.source in str(said)
+    assert sf.explain(neuron, *args, implementation="scan").source is None
+
+
 def test_explain_raises_what_unroll_raises():
     with pytest.raises(NotImplementedError, match="needs a GPU"):
         sf.explain(sf.LIF(), sf.LIFParams(), None, jnp.ones((3, 4)), implementation="pallas")

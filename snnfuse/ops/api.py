@@ -21,7 +21,7 @@ IMPLEMENTATIONS = {
 }
 # What `implementation=None` tries, in this order. On an H100 the Triton lowering is 5 to 10 % faster than Mosaic GPU
 # (LIF, T = 32, M = 2^20: 0.93 and 0.86 of the copy rate in float32, 0.81 and 0.77 in bfloat16), while JAX has it.
-PREFERENCE = ("pallas", "mosaic", "scan")
+PREFERENCE = ("pallas", "mosaic", "triton", "scan")
 
 
 def unroll(
@@ -46,7 +46,7 @@ def unroll(
       implementation: "pallas" (one fused GPU kernel forward, one backward, by Pallas through Triton), "mosaic" (the same
         through Mosaic GPU, for compute capability 9.0 and later), "triton" (the same, as Triton source called through
         jax-triton), "scan" (`jax.lax.scan`, the baseline), "interpret" (the "pallas" kernels in the interpreter of
-        Pallas). A named one runs or raises; None takes the first of "pallas", "mosaic", "scan" that can run here.
+        Pallas). A named one runs or raises; None takes the first of "pallas", "mosaic", "triton", "scan" that can run.
         `snnfuse.explain` says which, and why.
       out_dtype: the dtype of the outputs, one for all or a tree like the outputs; None is that of xs (float32 if its
         leaves differ). Outputs in an integer dtype or bool carry no gradient.

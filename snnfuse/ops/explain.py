@@ -1,12 +1,12 @@
 """What `unroll` would do with a call, and what that costs."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import jax
 import jax.numpy as jnp
 
 from snnfuse.core.neuron import Neuron, PyTree
-from snnfuse.ops import api
+from snnfuse.ops import api, triton
 from snnfuse.ops.packing import Packed
 from snnfuse.ops.problem import Problem
 
@@ -17,7 +17,8 @@ class Explanation:
 
     `implementation` would run; `why_not` says of each of the others why not, None if it could; `blocks` are the sizes of
     its kernels (None for scan). `forward_bytes` and `backward_bytes` are what fused kernels move through memory, at
-    training; `kept_bytes` is kept from forward to backward, without the inputs themselves.
+    training; `kept_bytes` is kept from forward to backward, without the inputs themselves. `source` is the Triton text of
+    both kernels, if it was asked for.
     """
 
     implementation: str
@@ -27,6 +28,7 @@ class Explanation:
     backward_bytes: int
     kept_bytes: int
     bandwidth: float
+    source: str | None = None
 
     @property
     def milliseconds(self) -> float | None:
@@ -43,7 +45,7 @@ class Explanation:
                 f"{mega(self.kept_bytes)} are kept between them beside the inputs",
                 f"at {self.bandwidth / 1e12:.2f} TB/s that takes {self.milliseconds:.4f} ms",
             ]
-        return "\n".join(lines)
+        return "\n".join(lines + ([self.source] if self.source else []))
 
 
 def explain(
@@ -55,11 +57,13 @@ def explain(
     implementation: str | None = None,
     out_dtype=None,
     bandwidth: float = 2.9e12,
+    source: bool = False,
 ) -> Explanation:
     """What `unroll` would run for these arguments on this device, why, and the bytes it would move.
 
     Takes what `unroll` takes, and raises what it raises; arrays may be `jax.ShapeDtypeStruct`. `bandwidth`, in bytes a
-    second, is what a copy reaches: 2.9e12 on an H100. Nothing is run or compiled.
+    second, is what a copy reaches: 2.9e12 on an H100. With `source` the answer holds the kernels that "triton" would
+    compile, to read how a step and its gradient became code, whatever implementation runs. Nothing is run or compiled.
     """
     leaves, tree = jax.tree.flatten((params, state, xs))
     arrays = [leaf for leaf in leaves if hasattr(leaf, "shape")]
@@ -71,7 +75,12 @@ def explain(
         problems.append(api._check(neuron, *filled, out_dtype)[0])
 
     jax.eval_shape(check, arrays)
-    return _explain(problems[0], implementation, bandwidth)
+    said = _explain(problems[0], implementation, bandwidth)
+    if not source:
+        return said
+    if (why := triton.why_not_kernels(problems[0])) is not None:
+        raise NotImplementedError(f"source: {why}")
+    return replace(said, source=triton.source(problems[0]))
 
 
 def _explain(problem: Problem, implementation, bandwidth):

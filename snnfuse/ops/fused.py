@@ -20,6 +20,7 @@ import jax.numpy as jnp
 from jax.custom_derivatives import SymbolicZero
 from jax.extend import core as jex
 
+from snnfuse.ops.partition import like, on_lanes, varying
 from snnfuse.ops.problem import Leaves, Problem
 
 
@@ -50,37 +51,24 @@ class Kernels(Protocol):
 
 
 def unroll(kernels: Kernels, params: Leaves, state: Leaves, xs: Leaves) -> tuple[Leaves, Leaves]:
-    shape, T, M = kernels.problem.lane_shape, kernels.problem.T, kernels.problem.M
-    outs, state = _run(
-        kernels,
-        tuple(_periodic(p, shape) for p in params),
-        tuple(s.reshape(M) for s in state),
-        tuple(x.reshape(T, M) for x in xs),
-    )
-    return tuple(o.reshape(-1, *shape) for o in outs), tuple(s.reshape(shape) for s in state)
-
-
-def _periodic(p, shape):
-    """A parameter flattened to one period of the lanes: [1], [M], or the trailing axes that it covers whole."""
-    covered = p.shape
-    while covered and covered[0] == 1:
-        covered = covered[1:]
-    if covered == shape[len(shape) - len(covered) :]:
-        return p.reshape(-1)
-    return jnp.broadcast_to(p, shape).reshape(-1)
+    return _run(kernels, *varying((params, state, xs)))
 
 
 @partial(jax.jit, static_argnums=0)
 @partial(jax.custom_vjp, nondiff_argnums=(0,))
 def _run(kernels, params, state, xs):
-    outs, state, _ = kernels.forward(params, state, xs, save=False)
+    outs, state, _ = _forward(kernels, params, state, xs, save=False)
     return outs, state
+
+
+def _forward(kernels, params, state, xs, *, save):
+    return on_lanes(lambda kernels, *groups: kernels.forward(*groups, save=save), kernels, params, state, xs)
 
 
 def _run_forward(kernels, *args):
     values = params, state, xs = jax.tree.map(lambda a: a.value, args)
     wanted = Wanted(*jax.tree.map(lambda a: a.perturbed, args))
-    outs, final, checkpoints = kernels.forward(params, state, xs, save=True)
+    outs, final, checkpoints = _forward(kernels, params, state, xs, save=True)
     return (outs, final), (values, checkpoints, wanted)
 
 
@@ -88,12 +76,9 @@ def _run_backward(kernels, residuals, cotangents):
     (params, state, xs), checkpoints, wanted = residuals
     d_outs, d_state = (tuple(None if isinstance(d, SymbolicZero) else d for d in group) for group in cotangents)
     d_outs = tuple(d if live else None for d, live in zip(d_outs, kernels.problem.differentiable, strict=True))
-    d_params, d_state, d_xs = kernels.backward(params, state, checkpoints, xs, d_outs, d_state, wanted)
-    d_params = tuple(
-        None if d is None else d.reshape(-1, *p.shape).sum(0).astype(p.dtype)
-        for d, p in zip(d_params, params, strict=True)
-    )
-    return d_params, d_state, d_xs
+    groups = (params, state, checkpoints, xs, d_outs, d_state)
+    grads = on_lanes(lambda kernels, *groups: kernels.backward(*groups, wanted), kernels, *groups)
+    return jax.tree.map(lambda p, d: None if d is None else like(d, p), (params, state, xs), grads)
 
 
 _run.__wrapped__.defvjp(_run_forward, _run_backward, symbolic_zeros=True)

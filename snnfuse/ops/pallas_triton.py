@@ -59,7 +59,8 @@ def _why_not_kernels(problem: Problem) -> str | None:
         and problem.T * problem.M >= 2**31
     ):
         return "an 8-bit output of 2^31 or more elements overflows the 32-bit offsets of the Pallas Triton lowering"
-    return problem.why_not_lanewise((triton_blocks(problem).lanes,))
+    # first on some lanes: the blocks depend on the traced step, which may not trace
+    return problem.why_not_lanewise((32,)) or problem.why_not_lanewise((triton_blocks(problem).lanes,))
 
 
 @dataclass(frozen=True)
@@ -165,6 +166,8 @@ class PallasKernels:
 
     def _call(self, kernel, name, args, num_params, out_shape):
         lanes, warps = self.blocks.lanes, self.blocks.warps
+        varies = jax.typeof(args[-1]).manual_axis_type
+        out_shape = [jax.ShapeDtypeStruct(a.shape, a.dtype, manual_axis_type=varies) for a in out_shape]
         whole = lambda a: pl.BlockSpec(a.shape, lambda i: (0,) * len(a.shape))
         block = lambda a: pl.BlockSpec((*a.shape[:-1], lanes), lambda i: (0,) * (len(a.shape) - 1) + (i,))
         specs = [whole(a) if a.shape[0] != self.problem.M else block(a) for a in args[:num_params]]

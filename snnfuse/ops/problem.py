@@ -7,6 +7,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax.extend import core as jex
 from jax.extend import source_info_util
 
@@ -174,7 +175,7 @@ def _flat_jaxpr(f, *structs) -> jex.ClosedJaxpr:
 def _scalar(const):
     if jnp.size(const) != 1:
         raise ValueError(f"the step closes over an array of shape {jnp.shape(const)}; hand it over in params")
-    return jnp.reshape(const, ()).item()
+    return np.asarray(const).item()
 
 
 def _power(x, y):

@@ -4,6 +4,7 @@ import jax
 import jax.numpy as jnp
 
 from snnfuse.ops.packing import Packed, pack
+from snnfuse.ops.partition import varying
 from snnfuse.ops.problem import Leaves, Problem
 
 
@@ -15,6 +16,8 @@ def unroll(problem: Problem, params: Leaves, state: Leaves, xs: Leaves) -> tuple
     params = tuple(p.astype(problem.dtype) for p in params)
     if problem.initial is not None:
         state = tuple(jnp.full(problem.lane_shape, value, problem.dtype) for value in problem.initial)
+
+    params, state, xs = varying((params, state, xs))
 
     def body(state, x):
         state, outs = problem.step(params, state, tuple(leaf.astype(problem.dtype) for leaf in x))

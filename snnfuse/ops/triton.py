@@ -16,10 +16,11 @@ import jax
 import jax.numpy as jnp
 
 from snnfuse.ops import fused, triton_source
-from snnfuse.ops.blocks import Blocks, triton_blocks
+from snnfuse.ops.blocks import Blocks, triton_blocks, triton_candidates
 from snnfuse.ops.device import compute_capability, platform
 from snnfuse.ops.fused import Wanted
 from snnfuse.ops.packing import Packed
+from snnfuse.ops.partition import periodic
 from snnfuse.ops.problem import Leaves, Problem
 
 
@@ -38,6 +39,8 @@ def why_not_kernels(problem: Problem) -> str | None:
     dtypes = [d for d in problem.out_dtypes if not isinstance(d, Packed)]
     if unknown := [str(d) for d in dtypes if jnp.dtype(d).name not in _DTYPES]:
         return f"it has no output dtype {', '.join(unknown)}"
+    if (why := problem.why_not_lanewise((32,))) is not None:  # before the blocks, which depend on the traced step
+        return why
     lanes = triton_blocks(problem).lanes
     return problem.why_not_lanewise((lanes,)) or triton_source.why_not(problem, lanes)
 
@@ -47,17 +50,21 @@ _DTYPES = frozenset(
 )  # float8 is not on every GPU
 
 
-blocks = triton_blocks
+blocks, candidates = triton_blocks, triton_candidates
+
+
+def kernels(problem: Problem, blocks: Blocks) -> fused.Kernels:
+    return TritonKernels(problem, blocks)
 
 
 def unroll(problem: Problem, params: Leaves, state: Leaves, xs: Leaves) -> tuple[Leaves, Leaves]:
-    return fused.unroll(TritonKernels(problem, triton_blocks(problem)), params, state, xs)
+    return fused.unroll(kernels(problem, blocks(problem)), params, state, xs)
 
 
 def source(problem: Problem) -> str:
     """The text of both kernels, as they are compiled for this problem."""
     shapes = [jax.ShapeDtypeStruct(s, jnp.float32) for s in problem.param_shapes]
-    params = [jax.eval_shape(lambda p: fused._periodic(p, problem.lane_shape), s) for s in shapes]
+    params = [jax.eval_shape(lambda p: periodic(p, problem.lane_shape), s) for s in shapes]
     return triton_source.both(problem, triton_blocks(problem), _periods(params))
 
 

@@ -1,7 +1,7 @@
 """Triton source from a neuron's own step: its forward and pullback jaxprs, translated equation by equation.
 
-The text has four kinds of function. `step` and `pullback` are the two jaxprs, `forward_chunk` and `backward_chunk` take
-K steps, `snn_forward` and `snn_backward` are the kernels (for what these do, see `snnfuse.ops.fused`). Nothing here
+The text has four kinds of function. `step` and `pullback` are the two jaxprs, `load_chunk` loads K steps, `forward_chunk`
+and `backward_chunk` take them, `snn_forward` and `snn_backward` are the kernels (for what these do, see `snnfuse.ops.fused`). Nothing here
 needs Triton: the text is compiled by `snnfuse.ops.triton`.
 """
 
@@ -66,7 +66,7 @@ TABLE = {
 }
 _COMPUTED, _ROUNDED = {"float32", "bool"}, {"bfloat16", "float16"}  # what lanes may be; and be rounded to, on the way
 _RESERVED = frozenset(
-    """at bit c chunks i k lane mask step pullback forward_chunk backward_chunk snn_forward snn_backward M K TAIL BLOCK tl triton
+    """ahead at bit c chunks i k lane mask step pullback load_chunk load_chunk_backward forward_chunk backward_chunk snn_forward snn_backward M K TAIL BLOCK tl triton
     libdevice float range and as assert break class continue def del elif else except finally for from global if import in
     is lambda nonlocal not or pass raise return try while with yield None True False async await""".split()
 )
@@ -148,7 +148,7 @@ def _leaf_names(tree, root, full=False):
 
 def _unique(name, taken):
     """A name none of whose relatives in the text is taken."""
-    relatives = "{0}", "d_{0}", "{0}_new", "d_{0}_new", "{0}_at", "d_{0}_at", "d_{0}_here", "{0}_word"
+    relatives = "{0}", "d_{0}", "{0}_new", "d_{0}_new", "{0}_at", "d_{0}_at", "{0}_ahead", "d_{0}_here", "{0}_word"
     while not taken.isdisjoint(family := [form.format(name) for form in relatives]):
         name += "_"
     taken.update(family)
@@ -330,8 +330,9 @@ def _forward(problem, names, blocks, periods, save):
     x_ptrs, out_ptrs = _ptrs(names.xs), _ptrs(names.outs)
     packed = {o: d for o, d in zip(names.outs, problem.out_dtypes, strict=True) if isinstance(d, Packed)}
     at = ["at", *(f"{o}_at" for o in packed)]
+    load, loaded = _load_chunk("load_chunk", names.xs, masked)
 
-    steps = [*_load_at(names.xs, masked), "for k in tl.static_range(K):"]
+    steps = ["for k in tl.static_range(K):"]
     steps += [_indent(_assign((*names.state, *names.outs), "step", _args(names.params, names.state, _at_k(names.xs))))]
     for o in names.outs:
         if o in packed:
@@ -340,28 +341,41 @@ def _forward(problem, names, blocks, periods, save):
             steps += [_indent(_store(f"{o}_ptr + at + k * M", f"{o}.to({o}_ptr.dtype.element_ty)", masked))]
     chunk = _define(
         "forward_chunk",
-        [*names.params, *names.state, *x_ptrs, *out_ptrs, *at, *masked, "M: tl.constexpr", "K: tl.constexpr"],
+        [*names.params, *names.state, *loaded, *out_ptrs, *at, *masked, "M: tl.constexpr", "K: tl.constexpr"],
         [*steps, *_return(names.state)],
     )
 
-    def call(size):
-        lines = [f"at = {_row('c', 'K * M', problem)} + lane"]
-        lines += [f"{o}_at = {_row('c', f'(K // {d.steps}) * M', problem)} + lane" for o, d in packed.items()]
-        args = _args(names.params, names.state, x_ptrs, out_ptrs, at, masked, ["M", size])
+    def checkpoint(c, *conditions):
+        mask = [" & ".join([*masked, *conditions])] if masked or conditions else []
+        where = f"{_row(f'({c} - 1)', 'M', problem)} + lane"
+        return [_store(f"{s}_saved_ptr + {where}", s, mask) for s in names.state if save]
+
+    def loads(c, size, suffix=""):
+        at = f"{_row(c, 'K * M', problem)} + lane"
+        return [_assign([n + suffix for n in loaded], "load_chunk", _args(x_ptrs, [at], masked, ["M", size]))]
+
+    def call(c, size):
+        lines = [f"at = {_row(c, 'K * M', problem)} + lane"]
+        lines += [f"{o}_at = {_row(c, f'(K // {d.steps}) * M', problem)} + lane" for o, d in packed.items()]
+        args = _args(names.params, names.state, loaded, out_ptrs, at, masked, ["M", size])
         return [*lines, _assign(names.state, "forward_chunk", args)]
 
-    def checkpoint(*conditions):
-        mask = [" & ".join([*masked, *conditions])] if masked or conditions else []
-        return [_store(f"{s}_saved_ptr + {_row('(c - 1)', 'M', problem)} + lane", s, mask) for s in names.state if save]
-
     body = [*_lanes(masked), *_load_params(problem, names, periods, masked), *_initial(problem, names, masked)]
-    body += ["for c in range(chunks):", *map(_indent, (*checkpoint("(c > 0)"), *call("K")))]
+    if blocks.prefetch and T >= 2 * K:
+        body += [*loads("0", "K"), "for c in range(chunks):"]
+        body += map(_indent, [_AHEAD.format("tl.minimum(c + 1, chunks - 1)"), *loads("ahead", "K", "_ahead")])
+        body += map(_indent, [*checkpoint("c", "(c > 0)"), *call("c", "K"), *(f"{n} = {n}_ahead" for n in loaded)])
+    else:
+        body += [
+            "for c in range(chunks):",
+            *map(_indent, [*checkpoint("c", "(c > 0)"), *loads("c", "K"), *call("c", "K")]),
+        ]
     if T % K:
-        body += ["c = chunks  # the last, short chunk", *checkpoint(), *call("TAIL")]
+        body += [*checkpoint("chunks"), *loads("chunks", "TAIL"), *call("chunks", "TAIL")]  # the last, short chunk
     body += [_store(f"{s}_end_ptr + lane", s, masked) for s in names.state]
     args = [*_ptrs(names.params), *_start(problem, names), *x_ptrs, "chunks", *out_ptrs, *_ptrs(names.state, "_end")]
     args += _ptrs(names.state if save else (), "_saved")
-    return f"{chunk}\n\n{_define('snn_forward', [*args, *_CONSTEXPRS], body)}"
+    return "\n\n".join([load, chunk, _define("snn_forward", [*args, *_CONSTEXPRS], body)])
 
 
 def _pack(out, steps, masked):
@@ -380,65 +394,67 @@ def _backward(problem, names, blocks, periods, wanted, live_outs, live_state):
     masked = _masked(problem, blocks)
     d_outs, d_xs = _d(_pick(names.outs, live_outs)), _d(_pick(names.xs, wanted.xs))
     d_params, d_state = _d(_pick(names.params, wanted.params)), _d(names.state)
-    x_ptrs, d_out_ptrs, d_x_ptrs = _ptrs(names.xs), _ptrs(d_outs), _ptrs(d_xs)
-    here = [f"{d}_here" for d in d_params]
+    load, loaded = _load_chunk("load_chunk_backward", (*names.xs, *d_outs), masked)
 
-    steps = _load_at((*names.xs, *d_outs), masked)
-    steps += [f"{s}_at = ({s},)" for s in names.state]
+    steps = [f"{s}_at = ({s},)" for s in names.state]
     steps += ["for k in tl.static_range(K - 1):  # the state before each step, again"]
     replay = (*names.state, *("_" for _ in names.outs))
     steps += [_indent(_assign(replay, "step", _args(names.params, _at_k(names.state), _at_k(names.xs))))]
     steps += [_indent(f"{s}_at += ({s},)") for s in names.state]
     steps += ["for k in tl.static_range(K - 1, -1, -1):"]
+    here = [f"{d}_here" for d in d_params]
     args = _args(names.params, _at_k(names.state), _at_k(names.xs), d_state, _at_k(d_outs))
     steps += [_indent(_assign((*d_state, *here, *d_xs), "pullback", args))]
     steps += [_indent(f"{d} += {h}") for d, h in zip(d_params, here, strict=True)]
     steps += [_indent(_store(f"{d}_ptr + at + k * M", f"{d}.to({d}_ptr.dtype.element_ty)", masked)) for d in d_xs]
+    inputs = [*names.params, *names.state, *d_params, *d_state, *loaded, *_ptrs(d_xs), "at", *masked]
     chunk = _define(
         "backward_chunk",
-        [*names.params, *names.state, *d_params, *d_state, *x_ptrs, *d_out_ptrs, *d_x_ptrs]
-        + ["at", *masked, "M: tl.constexpr", "K: tl.constexpr"],
+        [*inputs, "M: tl.constexpr", "K: tl.constexpr"],
         [*steps, *_return((*d_params, *d_state))],
     )
 
-    def call(size):
-        groups = names.params, names.state, d_params, d_state, x_ptrs, d_out_ptrs, d_x_ptrs, ["at"], masked, ["M", size]
-        return [
-            f"at = {_row('c', 'K * M', problem)} + lane",
-            _assign((*d_params, *d_state), "backward_chunk", _args(*groups)),
-        ]
+    def loads(c, size, suffix="", first=True):
+        """What chunk c needs: the state before it, a checkpoint or for the first one the initial state; and its inputs."""
+        states = [s + suffix for s in names.state]
+        lines = []
+        if first:
+            mask = [" & ".join([*masked, f"({c} == 0)"])] if saved else masked
+            lines += _initial(problem, names, mask, suffix)
+        for s, state in zip(names.state, states, strict=True) if saved else ():
+            conditions = [*masked, *([f"({c} > 0)"] if first else [])]
+            masking = f", mask={' & '.join(conditions)}, other={state if first else 0.0}" if conditions else ""
+            lines += [f"{state} = tl.load({s}_saved_ptr + {_row(f'({c} - 1)', 'M', problem)} + lane{masking})"]
+        at = f"{_row(c, 'K * M', problem)} + lane"
+        args = _args(_ptrs(names.xs), _ptrs(d_outs), [at], masked, ["M", size])
+        return [*lines, _assign([n + suffix for n in loaded], "load_chunk_backward", args)]
 
-    def state_before(first):
-        """The state before chunk c: its checkpoint, or for the first one the initial state."""
-        if not saved:
-            return _initial(problem, names, masked)
-        conditions = [*masked, *(["(c > 0)"] if first else [])]
-        lines = _initial(problem, names, [" & ".join([*masked, "(c == 0)"])]) if first else []
-        for s in names.state:
-            masking = f", mask={' & '.join(conditions)}, other={s if first else 0.0}" if conditions else ""
-            lines += [f"{s} = tl.load({s}_saved_ptr + {_row('(c - 1)', 'M', problem)} + lane{masking})"]
-        return lines
+    def call(c, size):
+        at = f"at = {_row(c, 'K * M', problem)} + lane"
+        return [at, _assign((*d_params, *d_state), "backward_chunk", _args(inputs, ["M", size]))]
 
     body = [*_lanes(masked), *_load_params(problem, names, periods, masked)]
     body += [f"{d} = tl.zeros([BLOCK], tl.float32)" for d in d_params]
     for d, live in zip(d_state, live_state, strict=True):
         body += [f"{d} = {_load(f'{d}_end_ptr + lane', masked)}" if live else f"{d} = tl.zeros([BLOCK], tl.float32)"]
     if T % K:
-        body += ["c = chunks  # the last, short chunk", *state_before(first=False), *call("TAIL")]
-    body += [
-        "for i in range(chunks):",
-        "    c = chunks - 1 - i",
-        *map(_indent, (*state_before(first=True), *call("K"))),
-    ]
+        body += [*loads("chunks", "TAIL", first=False), *call("chunks", "TAIL")]  # the last, short chunk
+    if blocks.prefetch and T >= 2 * K:
+        body += [*loads("(chunks - 1)", "K", first=False), "for i in range(chunks):", "    c = chunks - 1 - i"]
+        body += map(_indent, [_AHEAD.format("tl.maximum(c - 1, 0)"), *loads("ahead", "K", "_ahead"), *call("c", "K")])
+        body += [f"    {n} = {n}_ahead" for n in (*names.state, *loaded)]
+    else:
+        body += ["for i in range(chunks):", *map(_indent, ["c = chunks - 1 - i", *loads("c", "K"), *call("c", "K")])]
     body += [_store(f"{d}_ptr + lane", d, masked) for d in d_params]
     wanted_state = _pick(d_state, wanted.state) if wanted.state else []
     body += [_store(f"{d}_start_ptr + lane", d, masked) for d in wanted_state]
-    args = [*_ptrs(names.params), *_start(problem, names), *_ptrs(names.state if saved else (), "_saved"), *x_ptrs]
-    args += [*d_out_ptrs, *_ptrs(_pick(d_state, live_state), "_end"), "chunks"]
-    args += [*_ptrs(d_params), *_ptrs(wanted_state, "_start"), *d_x_ptrs]
-    return f"{chunk}\n\n{_define('snn_backward', [*args, *_CONSTEXPRS], body)}"
+    args = [*_ptrs(names.params), *_start(problem, names), *_ptrs(names.state if saved else (), "_saved")]
+    args += [*_ptrs(names.xs), *_ptrs(d_outs), *_ptrs(_pick(d_state, live_state), "_end"), "chunks"]
+    args += [*_ptrs(d_params), *_ptrs(wanted_state, "_start"), *_ptrs(d_xs)]
+    return "\n\n".join([load, chunk, _define("snn_backward", [*args, *_CONSTEXPRS], body)])
 
 
+_AHEAD = "ahead = {}  # loaded while chunk c is computed"
 _CONSTEXPRS = [f"{name}: tl.constexpr" for name in ("M", "K", "TAIL", "BLOCK")]
 
 
@@ -467,21 +483,25 @@ def _load_params(problem, names, periods, masked):
     return lines
 
 
-def _initial(problem, names, masked):
+def _initial(problem, names, masked, suffix=""):
     if problem.initial is None:
-        return [f"{s} = {_load(f'{s}_start_ptr + lane', masked)}" for s in names.state]
+        return [f"{s}{suffix} = {_load(f'{s}_start_ptr + lane', masked)}" for s in names.state]
     values = zip(names.state, problem.initial, strict=True)
-    return [f"{s} = tl.full([BLOCK], {_text(np.float32(value))}, tl.float32)" for s, value in values]
+    return [f"{s}{suffix} = tl.full([BLOCK], {_text(np.float32(value))}, tl.float32)" for s, value in values]
 
 
 def _start(problem, names):
     return _ptrs(names.state if problem.initial is None else (), "_start")
 
 
-def _load_at(names, masked):
-    lines = [f"{n}_at = ()" for n in names]
+def _load_chunk(function, names, masked):
+    """(a function that loads K steps of some sequences, the names of what it returns)."""
+    at = [f"{n}_at" for n in names]
+    lines = [f"{n} = ()" for n in at]
     lines += ["for k in tl.static_range(K):  # all loads before any use: they are in flight together"]
-    return [*lines, *(f"    {n}_at += ({_load(f'{n}_ptr + at + k * M', masked)}.to(tl.float32),)" for n in names)]
+    lines += [f"    {n}_at += ({_load(f'{n}_ptr + at + k * M', masked)}.to(tl.float32),)" for n in names]
+    args = [*_ptrs(names), "at", *masked, "M: tl.constexpr", "K: tl.constexpr"]
+    return _define(function, args, [*lines, *_return(at)]), at
 
 
 def _load(where, masked):
