@@ -73,7 +73,8 @@ CASES = {
     "one_chunk": (dict(T=6, lanes=(2, 64)), Blocks(64, 2, 6), None),
     "whole_chunks": (dict(T=12, lanes=(2, 3, 32)), Blocks(64, 2, 4), None),
     "one_step_chunks": (dict(T=3, lanes=(1,)), Blocks(16, 1, 1), None),
-    "bfloat16": (dict(T=9, lanes=(4, 33), dtype=bf16), Blocks(64, 1, 4), None),
+    "prefetch": (dict(T=17, lanes=(2, 40)), Blocks(32, 1, 5, prefetch=True), None),
+    "bfloat16": (dict(T=9, lanes=(4, 33), dtype=bf16), Blocks(64, 1, 4, prefetch=True), None),
     "float16": (dict(T=9, lanes=(4, 33), dtype=f16), Blocks(64, 1, 4), f32),
 }
 
@@ -265,6 +266,8 @@ def test_equal_texts_are_one_kernel():
 COMPILED = {
     "plain": dict(T=20, lanes=(4096,)),
     "mask_and_tail": dict(T=37, lanes=(3, 50)),
+    "prefetch": dict(T=37, lanes=(3, 50), blocks=Blocks(32, 1, 8, prefetch=True)),
+    "one_chunk_and_a_tail": dict(T=13, lanes=(3, 50), blocks=Blocks(32, 1, 8, prefetch=True)),
     "bfloat16": dict(T=20, lanes=(4096,), dtype=bf16),
     "float16": dict(T=20, lanes=(4096,), dtype=f16),
     "int8": dict(T=20, lanes=(4096,), out_dtype=jnp.int8),
@@ -272,6 +275,7 @@ COMPILED = {
     "packed": dict(T=43, lanes=(4096,), out_dtype=sf.Packed(8)),
     "packed_32": dict(T=43, lanes=(4096,), out_dtype=sf.Packed(32)),
     "64-bit offsets": dict(T=2**11, lanes=(2**20 + 3,)),
+    "64-bit offsets, one chunk and a tail": dict(T=13, lanes=(2**28,)),
 }
 
 
@@ -290,6 +294,7 @@ def test_compiles_to_ptx(name, case, capability, monkeypatch):
 
 def compiled(name, make, out_dtype, capability, monkeypatch):
     """The PTX of the forward and the backward kernel of one call, as jax-triton would have them compiled."""
+    blocks = make.pop("blocks", Blocks(128, 4, min(8, make["T"])))
     neuron, params, xs = structs(name, **make)
     ptx = []
 
@@ -303,7 +308,7 @@ def compiled(name, make, out_dtype, capability, monkeypatch):
 
     def run(params, xs):
         problem, *leaves = api._check(neuron, params, None, xs, out_dtype)
-        return fused.unroll(triton.TritonKernels(problem, Blocks(128, 4, min(8, problem.T))), *leaves)
+        return fused.unroll(triton.TritonKernels(problem, blocks), *leaves)
 
     triton_on_numpy.install(monkeypatch, called=called)
     fused._run.clear_cache()

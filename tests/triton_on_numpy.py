@@ -83,8 +83,8 @@ vars(language).update(
     floor=np.floor,
     ceil=np.ceil,
     sqrt_rn=np.sqrt,
-    maximum=lambda a, b, propagate_nan: np.maximum(a, b),
-    minimum=lambda a, b, propagate_nan: np.minimum(a, b),
+    maximum=lambda a, b, propagate_nan=None: np.maximum(a, b),
+    minimum=lambda a, b, propagate_nan=None: np.minimum(a, b),
     libdevice=types.SimpleNamespace(
         **{name: getattr(np, name) for name in "exp exp2 expm1 log log1p sin cos tan sinh cosh tanh cbrt".split()},
         **{name: getattr(np, name) for name in "fmod nextafter rint".split()},

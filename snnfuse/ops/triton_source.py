@@ -66,7 +66,7 @@ TABLE = {
 }
 _COMPUTED, _ROUNDED = {"float32", "bool"}, {"bfloat16", "float16"}  # what lanes may be; and be rounded to, on the way
 _RESERVED = frozenset(
-    """ahead at bit c chunks i k lane mask step pullback load_chunk load_chunk_backward forward_chunk backward_chunk snn_forward snn_backward M K TAIL BLOCK tl triton
+    """ahead at at_tail bit c chunks i k lane mask step pullback load_chunk load_chunk_backward forward_chunk backward_chunk snn_forward snn_backward M K TAIL BLOCK tl triton
     libdevice float range and as assert break class continue def del elif else except finally for from global if import in
     is lambda nonlocal not or pass raise return try while with yield None True False async await""".split()
 )
@@ -148,7 +148,18 @@ def _leaf_names(tree, root, full=False):
 
 def _unique(name, taken):
     """A name none of whose relatives in the text is taken."""
-    relatives = "{0}", "d_{0}", "{0}_new", "d_{0}_new", "{0}_at", "d_{0}_at", "{0}_ahead", "d_{0}_here", "{0}_word"
+    relatives = (
+        "{0}",
+        "d_{0}",
+        "{0}_new",
+        "d_{0}_new",
+        "{0}_at",
+        "d_{0}_at",
+        "{0}_ahead",
+        "{0}_tail",
+        "d_{0}_here",
+        "{0}_word",
+    )
     while not taken.isdisjoint(family := [form.format(name) for form in relatives]):
         name += "_"
     taken.update(family)
@@ -354,10 +365,12 @@ def _forward(problem, names, blocks, periods, save):
         at = f"{_row(c, 'K * M', problem)} + lane"
         return [_assign([n + suffix for n in loaded], "load_chunk", _args(x_ptrs, [at], masked, ["M", size]))]
 
-    def call(c, size):
-        lines = [f"at = {_row(c, 'K * M', problem)} + lane"]
-        lines += [f"{o}_at = {_row(c, f'(K // {d.steps}) * M', problem)} + lane" for o, d in packed.items()]
-        args = _args(names.params, names.state, loaded, out_ptrs, at, masked, ["M", size])
+    def call(c, size, suffix=""):
+        at_here = [n + suffix for n in at]
+        strides = ["K * M", *(f"(K // {d.steps}) * M" for d in packed.values())]
+        lines = [f"{n} = {_row(c, stride, problem)} + lane" for n, stride in zip(at_here, strides, strict=True)]
+        loaded_here = [n + suffix for n in loaded]
+        args = _args(names.params, names.state, loaded_here, out_ptrs, at_here, masked, ["M", size])
         return [*lines, _assign(names.state, "forward_chunk", args)]
 
     body = [*_lanes(masked), *_load_params(problem, names, periods, masked), *_initial(problem, names, masked)]
@@ -371,7 +384,11 @@ def _forward(problem, names, blocks, periods, save):
             *map(_indent, [*checkpoint("c", "(c > 0)"), *loads("c", "K"), *call("c", "K")]),
         ]
     if T % K:
-        body += [*checkpoint("chunks"), *loads("chunks", "TAIL"), *call("chunks", "TAIL")]  # the last, short chunk
+        body += [
+            *checkpoint("chunks"),
+            *loads("chunks", "TAIL", "_tail"),
+            *call("chunks", "TAIL", "_tail"),
+        ]  # the last, short chunk
     body += [_store(f"{s}_end_ptr + lane", s, masked) for s in names.state]
     args = [*_ptrs(names.params), *_start(problem, names), *x_ptrs, "chunks", *out_ptrs, *_ptrs(names.state, "_end")]
     args += _ptrs(names.state if save else (), "_saved")
@@ -429,16 +446,20 @@ def _backward(problem, names, blocks, periods, wanted, live_outs, live_state):
         args = _args(_ptrs(names.xs), _ptrs(d_outs), [at], masked, ["M", size])
         return [*lines, _assign([n + suffix for n in loaded], "load_chunk_backward", args)]
 
-    def call(c, size):
-        at = f"at = {_row(c, 'K * M', problem)} + lane"
-        return [at, _assign((*d_params, *d_state), "backward_chunk", _args(inputs, ["M", size]))]
+    def call(c, size, suffix=""):
+        at = f"at{suffix} = {_row(c, 'K * M', problem)} + lane"
+        here = [n + suffix if n in (*names.state, *loaded, "at") else n for n in inputs]
+        return [at, _assign((*d_params, *d_state), "backward_chunk", _args(here, ["M", size]))]
 
     body = [*_lanes(masked), *_load_params(problem, names, periods, masked)]
     body += [f"{d} = tl.zeros([BLOCK], tl.float32)" for d in d_params]
     for d, live in zip(d_state, live_state, strict=True):
         body += [f"{d} = {_load(f'{d}_end_ptr + lane', masked)}" if live else f"{d} = tl.zeros([BLOCK], tl.float32)"]
     if T % K:
-        body += [*loads("chunks", "TAIL", first=False), *call("chunks", "TAIL")]  # the last, short chunk
+        body += [
+            *loads("chunks", "TAIL", "_tail", first=False),
+            *call("chunks", "TAIL", "_tail"),
+        ]  # the last, short chunk
     if blocks.prefetch and T >= 2 * K:
         body += [*loads("(chunks - 1)", "K", first=False), "for i in range(chunks):", "    c = chunks - 1 - i"]
         body += map(_indent, [_AHEAD.format("tl.maximum(c - 1, 0)"), *loads("ahead", "K", "_ahead"), *call("c", "K")])
