@@ -381,8 +381,9 @@ def test_vmap_of_a_kernel_keeps_its_lanes_apart():
 
 
 @pytest.mark.filterwarnings("default")  # Orbax has its own
-def test_the_experiment_trains_on_a_mesh_as_on_one_device(tmp_path):
+def test_the_experiment_trains_on_a_mesh_as_on_one_device(tmp_path, monkeypatch):
     """Without noise the losses are one device's; and a run goes on on another mesh, or on none, from its checkpoint."""
+    monkeypatch.setattr(train.report, "draw", lambda *_: "no picture")
     data = dataclasses.replace(TINY.data, encoding="direct", shift=0)
     config = dataclasses.replace(TINY, data=data, steps=6, eval_every=3, out=str(tmp_path))
     losses = lambda name: [row.get("loss", row.get("eval_loss")) for row in rows(tmp_path / name)]

@@ -30,6 +30,13 @@ train.train(dataclasses.replace(CONFIG, out=sys.argv[1], resume=sys.argv[2] == "
 HERE = Path(__file__).parent
 
 
+@pytest.fixture(autouse=True, scope="module")
+def no_picture():
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(train.report, "draw", lambda *_: "no picture")
+        yield
+
+
 @pytest.fixture(scope="module")
 def whole(tmp_path_factory):
     out = tmp_path_factory.mktemp("whole")
