@@ -352,6 +352,8 @@ def test_errors_say_what_is_wrong():
         parallel.make_mesh("data=3,time=4")
     step, state = on_mesh("data=8")
     xs, labels = images()
+    with pytest.raises(ValueError, match="incompatible devices"):
+        step(parallel.shard(state, parallel.make_mesh("data=4")), (xs, labels))
     with pytest.raises(ValueError, match=r"batch\[0\]: axis 1 of shape .* must be a multiple of 8, .*'data'; got 12"):
         step(state, (xs[:, :12], labels[:12]))
     step, state = on_mesh("time=4")
