@@ -368,6 +368,22 @@ def test_errors_say_what_is_wrong():
         parallel.data_parallel(lambda *a: a, parallel.make_mesh("data=8"), batch=P("time"))
 
 
+def test_a_kernel_in_a_shard_map_over_some_axes_is_refused():
+    """XLA would abort the process; scan runs."""
+    case = cases.make("lif", T=8, lanes=(8, 16))
+    mesh = parallel.make_mesh("data=4,time=2")
+    xs = parallel.shard(case.xs, mesh, P("time", "data"))
+
+    def over_time(implementation):
+        run = partial(parallel.unroll_over_time, case.neuron, case.params, case.state, implementation=implementation)
+        over = dict(mesh=mesh, in_specs=P("time"), out_specs=P("time"), axis_names={"time"}, check_vma=False)
+        return jax.jit(jax.shard_map(lambda xs: run(xs)[0], **over))
+
+    with pytest.raises(NotImplementedError, match=r"needs \['data'\] there too, all axes of the mesh"):
+        over_time("interpret")(xs)
+    assert_same_spikes(over_time("scan")(xs), sf.unroll(case.neuron, *case[1:4], implementation="scan")[0])
+
+
 def test_vmap_of_a_kernel_keeps_its_lanes_apart():
     case = cases.make("lif", T=6, lanes=(8, 16))
     mesh = parallel.make_mesh("data=8")

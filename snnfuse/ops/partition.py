@@ -23,6 +23,12 @@ def on_lanes(run, kernels, params, *groups):
     params leaves are [*B, N], any axis 1; those of `groups` and of the results are [*B, N] or [time, *B, N]. A device
     gets the kernels of its own lanes; what `kernels` says about time stays, so that forward and backward agree on K.
     """
+    mesh = jax.sharding.get_abstract_mesh()
+    if left := [a for a in mesh.axis_names if mesh.manual_axes and a not in mesh.manual_axes and mesh.shape[a] > 1]:
+        raise NotImplementedError(  # XLA would abort the process
+            f"a fused kernel in a shard_map over {mesh.manual_axes} needs {left} there too, all axes of the mesh; "
+            "implementation='scan' runs over some"
+        )
     leaves, tree = jax.tree.flatten(varying((params, groups)))
     call = _Lanes(run, kernels, tree, len(params), len(kernels.problem.lane_shape))
     lanes = jax.typeof(leaves[-1]).sharding
