@@ -21,6 +21,12 @@ def kind() -> str:
     return device if isinstance(device, str) else device.device_kind
 
 
+def device_count() -> int:
+    """How many devices an array may be spread over: those of the abstract mesh in scope if it names any, else all."""
+    mesh = jax.sharding.get_abstract_mesh()
+    return jax.device_count() if getattr(mesh, "abstract_device", None) is None else mesh.size
+
+
 # What an abstract device does not say of itself.
 _CAPABILITIES = {"A100": 8.0, "RTX 30": 8.6, "RTX 40": 8.9, "L4": 8.9, "H100": 9.0, "H200": 9.0, "B200": 10.0}
 

@@ -16,6 +16,8 @@ from jax.custom_batching import custom_vmap
 from jax.experimental.custom_partitioning import custom_partitioning
 from jax.sharding import NamedSharding, PartitionSpec
 
+from snnfuse.ops.device import device_count
+
 
 def on_lanes(run, kernels, params, *groups):
     """`run(kernels, params, *groups)`, whose arguments and results are flat lanes, on arrays that are not flat.
@@ -73,8 +75,10 @@ class _Lanes:
         self.run, self.kernels, self.tree, self.num_params, self.rank = run, kernels, tree, num_params, rank
 
     def __call__(self, *leaves):
-        sharded = custom_partitioning(self.on_one_device)
-        sharded.def_partition(partition=self.partition, sharding_rule=self.sharding_rule)
+        sharded = self.on_one_device
+        if device_count() > 1:  # with one there is nothing to split; and JAX 0.12 cannot lower this without a device
+            sharded = custom_partitioning(self.on_one_device)
+            sharded.def_partition(partition=self.partition, sharding_rule=self.sharding_rule)
         call = custom_vmap(lambda *leaves: sharded(*leaves))
         call.def_vmap(self.vmap)
         return call(*leaves)
