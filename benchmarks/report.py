@@ -26,7 +26,8 @@ def core_table():
         if r.get("implementation") != "pallas":
             continue
         scan = scans[r["case"], r["T"], r["M"], r["dtype"]]
-        label = f"| {r['case']} | {r['T']} | {power(r['M'])} | {r['dtype']}"
+        star = "" if r["commit"] == copy["commit"] else f" ({r['commit']})"
+        label = f"| {r['case']}{star} | {r['T']} | {power(r['M'])} | {r['dtype']}"
         if r["status"] != "ok":
             lines.append(f"{label} | | {r['status']} | | | | |")
             continue
@@ -34,7 +35,7 @@ def core_table():
             f"{label} | {scan['ms']:.2f} | {r['ms']:.3f} | {r['over_scan']:.1f}x | {r['of_copy_rate']:.2f} "
             f"| {scan['peak_units']:.1f} | {r['peak_units']:.2f} |"
         )
-    where = f"{copy['device']}, JAX {copy['jax']}, {copy['date']}, commit {copy['commit']}"
+    where = f"{copy['device']}, JAX {copy['jax']}, {copy['date']}, commit {copy['commit']} where no other is named"
     rate = f"copy rate {copy['bytes_per_s'] / 1e12:.2f} TB/s"
     return "\n".join(lines) + f"\n\nMeasured on: {where}; {rate}. Rows: `benchmarks/results/core.jsonl`.\n"
 

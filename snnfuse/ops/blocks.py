@@ -43,7 +43,8 @@ def mosaic_candidates(problem: Problem) -> list[MosaicBlocks]:
 
 
 def _mosaic_heuristic(problem):
-    """Tiles of 4 kB: float32 [8, 2, 256] is best of 7 at T = 32, M = 2^20, bfloat16 [8, 4, 256] too, 0.86 and 0.77."""
+    """Tiles of 4 kB: float32 [8, 2, 256] is best of 7 at T = 32, M = 2^20, bfloat16 [8, 4, 256] too: 0.86 and 0.77
+    of the copy rate."""
     height = -(-problem.M // 256)
     sequences = [*problem.x_dtypes, *problem.x_dtypes, *(d for d in problem.out_dtypes if not isinstance(d, Packed))]
     wide = max(jnp.dtype(d).itemsize for d in sequences) == 4
@@ -69,8 +70,8 @@ def _triton_heuristic(problem):
     size = len(problem.full_pullback((32,)).jaxpr.eqns)  # 24 for LIF, 29 for adaptive LIF, 60 for Izhikevich
     fit = lambda most, room: _chunk(problem, max(1, min(most, room // size)))
     if problem.M < 2**16:
-        # LIF, T = 500, M = 8192: 62 us; 74 us without the prefetch, 128 us with chunks of 10 without it. Latency counts
-        # here, not bandwidth. Chunks of 25 take 58 us and twice as long to compile.
+        # LIF, T = 500, M = 8192: 62 us; 74 us without the prefetch and chunks of 25. Latency counts here, not bandwidth.
+        # Chunks of 25 with it take 58 us, and nearly twice as long to compile.
         return Blocks(32, 1, fit(20, 768), prefetch=True)
     if all(jnp.dtype(d).itemsize == 2 for d in problem.x_dtypes):
         return Blocks(256, 2, fit(8, 512))  # LIF, T = 32, M = 2^20: 136 us; (256, 4, 16) takes 142 us
