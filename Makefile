@@ -1,5 +1,5 @@
 # make demo   set up an environment and train the default network        make test   set up and run the tests
-# make bench  the benchmarks this machine can run                         make lint   format and style
+# make bench  the core benchmark, on what this machine has               make lint   format and style
 PYTHON ?= python3
 VENV ?= .venv
 # With an NVIDIA driver for CUDA 12 or 13, JAX comes with its GPU packages: the demo and the tests then run fused kernels.
@@ -13,6 +13,8 @@ demo: $(VENV)/train
 	$(BIN)/python experiments/train.py
 
 # XLA for CPU compiles the tests more than twice as fast without its optimisations.
+# They are for a CPU, also where there is a GPU, which `make test-gpu` is for.
+test test-core: export JAX_PLATFORMS := cpu
 test test-core: export XLA_FLAGS := $(XLA_FLAGS) --xla_backend_optimization_level=0
 test: $(VENV)/dev
 	$(BIN)/python -m pytest $(TESTS) -n auto -m "not gpu"

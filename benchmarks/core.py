@@ -1,6 +1,6 @@
 """The fused kernels against `lax.scan` and against the copy rate: forward and backward, time and peak memory.
 
-python benchmarks/core.py        about four minutes on an H100; rows go to results/core.jsonl
+python benchmarks/core.py        about four minutes on an H100; rows go to results/core.jsonl (without a GPU: core_cpu.jsonl)
 
 A case is checked before it is timed: spikes equal to scan's, gradients to rounding. `of_copy_rate` counts 5 tensors
 moved (x and s; x, ds and dx) at the rate that x + 1 reaches in the same process; `over_scan` is scan's time over ours.
@@ -14,11 +14,13 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
-from measure import copy_rate, device_ms, fwd_bwd, record, time_ms
+from measure import RESULTS, copy_rate, device_ms, fwd_bwd, record, time_ms
 
 import snnfuse as sf
 
 f32, bf16 = jnp.float32, jnp.bfloat16
+ON_GPU = jax.default_backend() == "gpu"
+ROWS = "core" if ON_GPU else "core_cpu"  # without a GPU: the smallest cases, a check and no result
 
 
 class ThetaParams(NamedTuple):
@@ -106,7 +108,7 @@ def bench(name, T, M, dtype, rate, implementations):
                     row |= dict(status=f"wrong: gradient error {error:.2g}", ms=None)
         except Exception as e:  # a failure is a row
             row |= dict(status=repr(e)[:300])
-        record("core", **row)
+        record(ROWS, **row)
 
 
 def run(spikes, learned, sets, rate):
@@ -138,8 +140,11 @@ def main():
     parser.add_argument("--cases", type=int, default=len(CASES), help="the first so many of them")
     args = parser.parse_args()
     rate = float(np.median([copy_rate() for _ in range(3)]))
-    record("core", case="copy", status="ok", bytes_per_s=rate)
+    (RESULTS / f"{ROWS}.jsonl").unlink(missing_ok=True)  # the rows of one run; earlier ones are in the history
+    record(ROWS, case="copy", status="ok", bytes_per_s=rate)
     for case in CASES[: args.cases]:
+        if not ON_GPU and case[1] * case[2] > 2**22:
+            continue
         bench(*case, rate, args.implementations.split(","))
 
 

@@ -51,17 +51,21 @@ class Checkpoints:
     def restore(self, like: dict[str, Array]) -> tuple[int, dict[str, Array]] | None:
         """(step, arrays) of the last one that is whole, in the shapes and shardings of `like`; None if there is none at all.
 
-        One that is not is moved aside with a message. Raises NotSaved if none is left.
+        Later ones, which are not, are then moved aside with a message. Raises NotSaved if none is whole, and moves none.
         """
         damaged = []
         for step in sorted(self._manager.all_steps(), reverse=True):
             try:
-                return step, self._restore(step, like)
+                arrays = self._restore(step, like)
             except Exception as e:  # Orbax has no exception of its own for a checkpoint that it cannot read
-                damaged.append(step)
-                print(f"checkpoint of step {step} is damaged ({_cause(e)}): {self._set_aside(step)}", file=sys.stderr)
+                damaged.append((step, _cause(e)))
+                continue
+            for bad, cause in damaged:  # only now: if none can be read, the fault may not be theirs
+                print(f"checkpoint of step {bad} is damaged ({cause}): {self._set_aside(bad)}", file=sys.stderr)
+            return step, arrays
         if damaged:
-            raise NotSaved(f"none of the checkpoints in {self.path} is whole: {damaged} are damaged")
+            faults = "; ".join(f"step {step}: {cause}" for step, cause in damaged)
+            raise NotSaved(f"none of the checkpoints in {self.path} is whole, and all are left there: {faults}")
         return None
 
     def close(self):

@@ -9,6 +9,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from flax import linen
 
 ROOT = pathlib.Path(__file__).parents[1]
 SNIPPETS = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(), re.DOTALL)
@@ -17,7 +18,7 @@ SNIPPETS = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(), 
 @pytest.fixture(scope="module")
 def ran():
     """The README's code, run from top to bottom in one namespace."""
-    names = {"xs": jax.random.normal(jax.random.key(0), (6, 3, 256)) + 0.5, "linen": pytest.importorskip("flax.linen")}
+    names = {"xs": jax.random.normal(jax.random.key(0), (6, 3, 256)) + 0.5, "linen": linen}
     for snippet in SNIPPETS:
         exec(compile(snippet, "README.md", "exec"), names)
     return names

@@ -24,7 +24,7 @@ def autotune(
 
     Takes what `unroll` takes. The result goes to a file in the user's cache directory (`snnfuse.ops.tuning`); later
     calls with this neuron, these shapes and dtypes on this device use it, and `explain` shows it. Block sizes change no
-    result. It stops after `seconds`, and returns [(milliseconds, blocks)], the fastest first.
+    result. Sizes that need more memory than the device has are passed over. It stops after `seconds`, and returns [(milliseconds, blocks)], the fastest first.
 
     Raises: what `unroll` raises; NotImplementedError for scan, which has no blocks.
     """

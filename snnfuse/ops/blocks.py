@@ -23,6 +23,10 @@ class Blocks(NamedTuple):
     chunk: int
     prefetch: bool = False
 
+    def checkpoints(self, T: int) -> int:
+        """States kept for the backward pass: those before each chunk but the first."""
+        return -(-T // self.chunk) - 1
+
 
 class MosaicBlocks(NamedTuple):
     """`rows` of 256 lanes a program owns, `chunk` is K (it divides T), `stages` the chunks in flight."""
@@ -30,6 +34,10 @@ class MosaicBlocks(NamedTuple):
     rows: int
     chunk: int
     stages: int
+
+    def checkpoints(self, T: int) -> int:
+        """States kept for the backward pass: those before each chunk, if there are several."""
+        return T // self.chunk if T > self.chunk else 0
 
 
 def mosaic_blocks(problem: Problem) -> MosaicBlocks:
@@ -71,18 +79,18 @@ def _triton_heuristic(problem):
     fit = lambda most, room: _chunk(problem, max(1, min(most, room // size)))
     if problem.M < 2**16:
         # LIF, T = 500, M = 8192: 62 us; 74 us without the prefetch and chunks of 25. Latency counts here, not bandwidth.
-        # Chunks of 25 with it take 58 us, and nearly twice as long to compile.
+        # Chunks of 25 with it take 58 us and are slower to compile.
         return Blocks(32, 1, fit(20, 768), prefetch=True)
     if all(jnp.dtype(d).itemsize == 2 for d in problem.x_dtypes):
         return Blocks(256, 2, fit(8, 512))  # LIF, T = 32, M = 2^20: 136 us; (256, 4, 16) takes 142 us
-    # LIF: best or within 1 % of it at T = 32 and 256, M = 2^17 to 2^24; chunks of 32 spill, at half the speed
+    # LIF: best or within 1 % of it at T = 32 and 256, M = 2^17 to 2^24. Chunks of 32 gain nothing, and cost half the
+    # speed and more where a thread has 8 lanes.
     return Blocks(256, 4, fit(16, 512))
 
 
 def interpreter_blocks(problem: Problem) -> Blocks:
-    return _tuned(problem, Blocks) or Blocks(
-        128, 4, _chunk(problem, 4)
-    )  # short chunks: XLA for CPU takes long over unrolled ones
+    # short chunks: XLA for CPU takes long over unrolled ones
+    return _tuned(problem, Blocks) or Blocks(128, 4, _chunk(problem, 4))
 
 
 def _tuned(problem: Problem, kind: type):

@@ -62,7 +62,7 @@ def explain(
     """What `unroll` would run for these arguments on this device, why, and the bytes it would move.
 
     Takes what `unroll` takes, and raises what it raises; arrays may be `jax.ShapeDtypeStruct`. `bandwidth`, in bytes a
-    second, is what a copy reaches: 2.9e12 on an H100. With `source` the answer holds the kernels that "triton" would
+    second, is what a copy reaches: about 2.9e12 on an H100. With `source` the answer holds the kernels that "triton" would
     compile, to read how a step and its gradient became code, whatever implementation runs. Nothing is run or compiled.
     """
     leaves, tree = jax.tree.flatten((params, state, xs))
@@ -96,8 +96,7 @@ def _explain(problem: Problem, implementation, bandwidth):
     given = 0 if problem.initial is not None else state
     params = 4 * sum(shape == problem.lane_shape for shape in problem.param_shapes)
     d_params = 4 * len(problem.param_shapes)
-    chunks = -(-T // blocks.chunk) if blocks else 1
-    kept = state * (chunks - 1)
+    kept = state * blocks.checkpoints(T) if blocks else 0
     return Explanation(
         implementation=name,
         why_not=why_not,

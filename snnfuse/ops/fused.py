@@ -37,14 +37,14 @@ class Wanted:
 class Kernels(Protocol):
     """A pair of kernels over lanes. Hashable; `params` are [P] with P dividing M (lane m reads element m % P).
 
-    `state` is () where the initial state is constant (`problem.initial`). Checkpoints are the states before each chunk
-    but the first. Where a cotangent is zero, or a gradient is not wanted, None stands for the array.
+    `state` is () where the initial state is constant (`problem.initial`). Checkpoints are the states before the chunks,
+    as many as `blocks.checkpoints(T)`. Where a cotangent is zero, or a gradient is not wanted, None stands for the array.
     """
 
     problem: Problem
 
     def forward(self, params: Leaves, state: Leaves, xs: Leaves, *, save: bool) -> tuple[Leaves, Leaves, Leaves]:
-        """(outs [T, M], final state [M], checkpoints [C - 1, M], none unless `save`)."""
+        """(outs [T, M], final state [M], checkpoints [_, M], none unless `save`)."""
 
     def backward(self, params, state, checkpoints, xs, d_outs, d_state, wanted: Wanted):
         """(d_params, a float32 [M] each; d_state [M]; d_xs [T, M])."""

@@ -108,7 +108,7 @@ class MosaicKernels:
             (*state, *xs),
             out_types
             + [self._float(self._height, WIDTH)] * problem.num_state
-            + [self._float(T // K, self._height, WIDTH)] * checkpointed,
+            + [self._float(self.blocks.checkpoints(T), self._height, WIDTH)] * checkpointed,
         )
         outs, *rest = fused.split(results, len(out_types), problem.num_state)
         pairs = zip(outs, problem.out_dtypes, strict=True)

@@ -106,7 +106,7 @@ class PallasKernels:
             len(params),
             [problem.out_struct(d, problem.M) for d in problem.out_dtypes]
             + [self._float(problem.M)] * problem.num_state
-            + [self._float(pl.cdiv(T, K) - 1, problem.M)] * num_checkpoints,
+            + [self._float(self.blocks.checkpoints(T), problem.M)] * num_checkpoints,
         )
         return fused.split(results, len(problem.out_dtypes), problem.num_state)
 

@@ -87,7 +87,7 @@ class TritonKernels:
             (*params, *state, *xs),
             [problem.out_struct(d, problem.M) for d in problem.out_dtypes]
             + [self._float(problem.M)] * problem.num_state
-            + [self._float(math.ceil(T / K) - 1, problem.M)] * (problem.num_state if save and T > K else 0),
+            + [self._float(self.blocks.checkpoints(T), problem.M)] * (problem.num_state if save and T > K else 0),
         )
         return fused.split(results, len(problem.out_dtypes), problem.num_state)
 

@@ -45,9 +45,8 @@ class Machine:
     capacity: float = 80e9
 
 
-# memory: the copy rate measured on this card. flops: 3 x 68 MFLOP x 3200 sample-steps of a Spiking-ResNet-18 (28x28,
-# T = 32, batch 100, bfloat16) in the 4.64 ms of its training step with ReLU in the place of neurons; the whole spiking step
-# is then predicted 5.1 ms and was measured 4.83. link and network: nominal. latencies and launch: assumed.
+# memory: the copy rate measured on this card (benchmarks/results/core.jsonl). flops: what convolutions of a small ResNet
+# reached in a prototype, far below the peak; no row backs it yet. link and network: nominal. latencies and launch: assumed.
 H100 = Machine(
     memory=2.9e12, flops=1.4e14, link=3.6e11, latency=5e-6, network=4.0e10, network_latency=1.5e-5, capacity=80e9
 )
