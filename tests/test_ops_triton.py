@@ -20,7 +20,7 @@ from compare import assert_close, assert_fires, assert_same_spikes
 from jax.extend import core as jex
 
 import snnfuse as sf
-from snnfuse.ops import api, fused, triton, triton_source
+from snnfuse.ops import api, fused, triton, triton_equations, triton_source
 from snnfuse.ops.blocks import Blocks
 from snnfuse.ops.fused import Wanted
 
@@ -213,7 +213,7 @@ def test_a_step_made_of(function, numpy_kernels):
     ],
 )
 def test_what_cannot_be_translated_is_named(f, reason, monkeypatch):
-    monkeypatch.delitem(triton_source.TABLE, "exp2")
+    monkeypatch.delitem(triton_equations.TABLE, "exp2")
     problem = problem_of(Membrane(f), jnp.float32(0.5), None, jnp.ones((3, 8)))
     assert f"neuron Membrane: {reason}" in triton.why_not_kernels(problem)
 

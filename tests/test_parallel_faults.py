@@ -140,6 +140,7 @@ def test_no_whole_checkpoint_is_an_error(tmp_path):
             p.write_bytes(bytes(b ^ 255 for b in p.read_bytes()))
     with pytest.raises(NotSaved, match=r"none of the checkpoints in .* is whole, and all are left there: step 7: "):
         checkpoints.restore(arrays(0))
+    assert (tmp_path / "7").is_dir()
     checkpoints.close()
 
 

@@ -1,20 +1,17 @@
-"""Triton source from a neuron's own step: its forward and pullback jaxprs, translated equation by equation.
+"""Triton source from a neuron's own step: the kernels around its forward and pullback jaxprs (`triton_equations`).
 
 The text has four kinds of function. `step` and `pullback` are the two jaxprs, `load_chunk` loads K steps, `forward_chunk`
 and `backward_chunk` take them, `snn_forward` and `snn_backward` are the kernels (for what these do, see `snnfuse.ops.fused`). Nothing here
 needs Triton: the text is compiled by `snnfuse.ops.triton`.
 """
 
-import linecache
-import os
 import re
 import textwrap
 
 import jax
-import jax.numpy as jnp
 import numpy as np
-from jax.extend import core as jex
 
+from snnfuse.ops import triton_equations as equations
 from snnfuse.ops.blocks import Blocks
 from snnfuse.ops.fused import Wanted
 from snnfuse.ops.packing import Packed
@@ -22,63 +19,14 @@ from snnfuse.ops.problem import Problem
 
 Periods = tuple[int, ...]  # of each array in params: lane m reads element m % period
 
-_NAN_WINS = "propagate_nan=tl.PropagateNan.ALL"
-
-# JAX primitive: Triton expression of its operands; lanes are float32 or bool. Where there is a choice, it is what XLA
-# does on a GPU: `/` is div.full (2 ulp), exp and its like are those of libdevice (tl.exp is exp2 of a rounded product).
-TABLE = {
-    "add": "{0} + {1}",
-    "sub": "{0} - {1}",
-    "mul": "{0} * {1}",
-    "div": "{0} / {1}",
-    "neg": "-{0}",
-    "abs": "tl.abs({0})",
-    "sign": "tl.where({0} > 0.0, 1.0, tl.where({0} < 0.0, -1.0, {0}))",
-    "max": f"tl.maximum({{0}}, {{1}}, {_NAN_WINS})",
-    "min": f"tl.minimum({{0}}, {{1}}, {_NAN_WINS})",
-    "clamp": f"tl.minimum(tl.maximum({{1}}, {{0}}, {_NAN_WINS}), {{2}}, {_NAN_WINS})",
-    "select_n": "tl.where({0}, {2}, {1})",
-    "eq": "{0} == {1}",
-    "ne": "{0} != {1}",
-    "lt": "{0} < {1}",
-    "le": "{0} <= {1}",
-    "gt": "{0} > {1}",
-    "ge": "{0} >= {1}",
-    "and": "{0} & {1}",
-    "or": "{0} | {1}",
-    "xor": "{0} ^ {1}",
-    "not": "~{0}",
-    "is_finite": 'tl.abs({0}) < float("inf")',
-    "square": "{0} * {0}",
-    "sqrt": "tl.sqrt_rn({0})",
-    "rsqrt": "libdevice.rsqrt({0})",
-    "logistic": "1.0 / (1.0 + libdevice.exp(-{0}))",
-    "floor": "tl.floor({0})",
-    "ceil": "tl.ceil({0})",
-    "rem": "libdevice.fmod({0}, {1})",
-    "erf_inv": "libdevice.erfinv({0})",
-    **{name: f"libdevice.{name}({{0}}, {{1}})" for name in "pow atan2 nextafter".split()},
-    **{
-        name: f"libdevice.{name}({{0}})"
-        for name in """exp exp2 expm1 log log1p erf erfc lgamma cbrt sin cos tan sinh cosh tanh asin acos atan asinh acosh
-        atanh""".split()
-    },
-}
-_COMPUTED, _ROUNDED = {"float32", "bool"}, {"bfloat16", "float16"}  # what lanes may be; and be rounded to, on the way
-_RESERVED = frozenset(
-    """ahead at at_tail bit c chunks i k lane mask step pullback load_chunk load_chunk_backward forward_chunk backward_chunk snn_forward snn_backward M K TAIL BLOCK tl triton
-    libdevice float range and as assert break class continue def del elif else except finally for from global if import in
-    is lambda nonlocal not or pass raise return try while with yield None True False async await""".split()
-)
-
 
 def why_not(problem: Problem, lanes: int) -> str | None:
     """None if every equation of the step and its gradient has a Triton expression."""
     name = type(problem.step.neuron).__name__
     for closed in (problem.forward((lanes,)), problem.full_pullback((lanes,))):
-        for eqn in _live(closed.jaxpr):
+        for eqn in equations.live(closed.jaxpr):
             try:
-                _expression(eqn, ["0.0"] * len(eqn.invars))
+                equations.expression(eqn, ["0.0"] * len(eqn.invars))
             except NotImplementedError as e:
                 return f"neuron {name}: {e}"
     return None
@@ -127,7 +75,7 @@ class _Names:
     """The neuron's own names for its leaves, made unique."""
 
     def __init__(self, problem: Problem):
-        step, taken = problem.step, set(_RESERVED)
+        step, taken = problem.step, set(equations.RESERVED)
         params = _leaf_names(step.params_tree, "param")
         params = [p for p, c in zip(params, step.constants, strict=True) if c is None]
         self.params = [_unique(n, taken) for n in params]
@@ -174,7 +122,7 @@ def _step(problem, names, lanes):
     jaxpr = problem.forward((lanes,)).jaxpr
     inputs = [*names.params, *names.state, *names.xs]
     outputs = [f"{s}_new" for s in names.state] + names.outs
-    return _function("step", jaxpr, inputs, outputs, hints=_assigned(jaxpr))
+    return equations.function("step", jaxpr, inputs, outputs, hints=equations.assigned(jaxpr))
 
 
 def _pullback(problem, names, lanes, wanted, live_outs, known):
@@ -183,152 +131,7 @@ def _pullback(problem, names, lanes, wanted, live_outs, known):
     inputs += [f"d_{o}" for o in _pick(names.outs, live_outs)]
     outputs = [f"d_{s}" for s in names.state]
     outputs += [f"d_{n}" for n in (*_pick(names.params, wanted.params), *_pick(names.xs, wanted.xs))]
-    return _function("pullback", jaxpr, inputs, outputs, known=known)[0]
-
-
-def _function(name, jaxpr, inputs, outputs, *, known=(), hints=()):
-    """A jaxpr as a function; each equation under the line of the neuron's source that it came from.
-
-    An equation is named as the same expression in `known`, or by `hints`, or as the output that it is; equal ones are
-    one.
-    """
-    known, hints = dict(known), dict(hints)
-    taken = {*_RESERVED, *inputs}
-    env = dict(zip(jaxpr.invars, inputs, strict=True))
-    for var, output in zip(jaxpr.outvars, outputs, strict=True):
-        if not isinstance(var, jex.Literal):
-            hints.setdefault(var, output)
-    reserved = {*known.values(), *hints.values(), *outputs}
-    written, lines, comment = {}, [], None
-    for eqn in _live(jaxpr):
-        (var,) = eqn.outvars
-        if all(isinstance(_read(env, v), np.generic) for v in eqn.invars):
-            env[var] = _fold(eqn, [_read(env, v) for v in eqn.invars])
-            continue
-        text = _expression(eqn, [_text(_read(env, v)) for v in eqn.invars])
-        if text in written or text in taken:  # the same again, or a plain copy
-            env[var] = written.get(text, text)
-            continue
-        wish = known.get(text) or hints.get(var)
-        if wish is None or wish in taken:
-            wish = next(n for n in _numbered(wish) if n not in taken and n not in reserved)
-        taken.add(wish)
-        written[text] = env[var] = wish
-        if (line := _source_line(eqn)) not in (None, comment):
-            lines.append(f"# {line}")
-            comment = line
-        lines.append(f"{wish} = {text}")
-    like = inputs[-1]
-    lines.append(
-        "return "
-        + ", ".join(_full(r, like) if isinstance(r := _read(env, v), np.generic) else r for v in jaxpr.outvars)
-    )
-    return f"@triton.jit\ndef {name}({', '.join(inputs)}):\n" + textwrap.indent(
-        "\n".join(lines), "    "
-    ) + "\n", written
-
-
-def _numbered(wish):
-    stem = wish or "t"
-    yield from (f"{stem}_new",) if wish else ()
-    i = 1
-    while True:
-        yield f"{stem}{i}"
-        i += 1
-
-
-def _expression(eqn, operands):
-    name, params = eqn.primitive.name, eqn.params
-    dtypes = {v.aval.dtype.name for v in (*eqn.invars, *eqn.outvars) if not isinstance(v, jex.Literal)}
-    if odd := dtypes - _COMPUTED - (_ROUNDED if name == "convert_element_type" else set()):
-        raise NotImplementedError(f"its step computes `{name}` in {', '.join(sorted(odd))}, not in float32")
-    if name in ("broadcast_in_dim", "copy"):
-        return operands[0]
-    if name == "convert_element_type":
-        if eqn.invars[0].aval.dtype == eqn.outvars[0].aval.dtype:
-            return operands[0]
-        to = params["new_dtype"]
-        return f"{operands[0]} != 0.0" if to == jnp.bool_ else f"{operands[0]}.to(tl.{jnp.dtype(to).name})"
-    if name == "select_n" and operands[1:] == ["0.0", "1.0"]:
-        return f"{operands[0]}.to(tl.float32)"
-    if name == "round":
-        to_even = params["rounding_method"] == jax.lax.RoundingMethod.TO_NEAREST_EVEN
-        return f"libdevice.{'rint' if to_even else 'round'}({operands[0]})"
-    if name == "reduce_precision":
-        narrow = {(8, 23): "float32", (8, 7): "bfloat16", (5, 10): "float16"}
-        if (bits := (params["exponent_bits"], params["mantissa_bits"])) in narrow:
-            return f"{operands[0]}.to(tl.{narrow[bits]}).to(tl.float32)"
-    if name not in TABLE:
-        raise NotImplementedError(f"its step uses `{name}`, which has no Triton expression here")
-    return TABLE[name].format(*operands)
-
-
-def _live(jaxpr):
-    """The equations that the outputs need."""
-    needed = {v for v in jaxpr.outvars if not isinstance(v, jex.Literal)}
-    kept = []
-    for eqn in reversed(jaxpr.eqns):
-        if needed.intersection(eqn.outvars):
-            kept.append(eqn)
-            needed.update(v for v in eqn.invars if not isinstance(v, jex.Literal))
-    return kept[::-1]
-
-
-def _read(env, var):
-    if not isinstance(var, jex.Literal):
-        return env[var]
-    return np.bool_(var.val) if var.aval.dtype == jnp.bool_ else np.float32(var.val)
-
-
-def _fold(eqn, values):
-    if eqn.primitive.name in ("broadcast_in_dim", "copy"):
-        return values[0]
-    with jax.ensure_compile_time_eval():
-        return np.asarray(eqn.primitive.bind(*map(jnp.asarray, values), **eqn.params))[()]
-
-
-def _text(value):
-    if isinstance(value, str):
-        return value
-    if isinstance(value, np.bool_):
-        return str(bool(value))
-    if not np.isfinite(value):
-        return f'float("{value}")'
-    if 0 < abs(value) < np.finfo(np.float32).tiny:
-        return f"tl.cast({value}, tl.float32)"  # Triton would take it for a float64
-    return str(value)  # the shortest that reads back as the same float32
-
-
-def _full(value, like):
-    return f"tl.full({like}.shape, {_text(value)}, tl.{'int1' if isinstance(value, np.bool_) else 'float32'})"
-
-
-_NOT_THE_NEURONS = (os.path.dirname(jax.__file__) + os.sep, os.path.dirname(os.path.abspath(__file__)) + os.sep)
-
-
-def _frames(eqn):
-    """(file, line) of the neuron's code that made an equation, innermost first."""
-    traceback = eqn.source_info.traceback
-    for frame in traceback.frames if traceback is not None else ():
-        if frame.file_name.startswith(_NOT_THE_NEURONS[1]):
-            return
-        if not frame.file_name.startswith(_NOT_THE_NEURONS[0]):
-            yield frame.file_name, frame.line_num
-
-
-def _source_line(eqn):
-    line = next((linecache.getline(*frame).strip() for frame in _frames(eqn)), "")
-    return line.removeprefix("return ") or None
-
-
-def _assigned(jaxpr):
-    """Names for the values that the neuron's code assigns: of the last equation under each line `name = ...`."""
-    last = {frame: eqn.outvars[0] for eqn in jaxpr.eqns for frame in _frames(eqn)}
-    names = {}
-    for frame, var in last.items():
-        if (match := re.match(r"\s*([A-Za-z]\w*) = ", linecache.getline(*frame))) and var not in names:
-            names[var] = match[1]
-    return names
+    return equations.function("pullback", jaxpr, inputs, outputs, known=known)[0]
 
 
 # ---- the kernels
@@ -508,7 +311,9 @@ def _initial(problem, names, masked, suffix=""):
     if problem.initial is None:
         return [f"{s}{suffix} = {_load(f'{s}_start_ptr + lane', masked)}" for s in names.state]
     values = zip(names.state, problem.initial, strict=True)
-    return [f"{s}{suffix} = tl.full([BLOCK], {_text(np.float32(value))}, tl.float32)" for s, value in values]
+    return [
+        f"{s}{suffix} = tl.full([BLOCK], {equations.literal(np.float32(value))}, tl.float32)" for s, value in values
+    ]
 
 
 def _start(problem, names):
