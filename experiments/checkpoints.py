@@ -4,6 +4,7 @@ Orbax writes aside and renames, so a kill at any moment leaves the older ones wh
 """
 
 import hashlib
+import re
 import logging
 import shutil
 import sys
@@ -109,6 +110,6 @@ def _digest(arrays):
 
 
 def _cause(e):
-    """The end of the first line: where these exceptions say why, after many paths."""
-    text = (str(e).strip() or "no message").splitlines()[0]
+    """The end of the first line, where these exceptions say why: after many paths, before annotations [name='...']."""
+    text = re.split(r" \[\w+=", (str(e).strip() or "no message").splitlines()[0])[0]
     return f"{type(e).__name__}: {text if len(text) < 160 else '...' + text[-160:]}"
