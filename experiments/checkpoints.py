@@ -4,8 +4,8 @@ Orbax writes aside and renames, so a kill at any moment leaves the older ones wh
 """
 
 import hashlib
-import re
 import logging
+import re
 import shutil
 import sys
 from pathlib import Path
