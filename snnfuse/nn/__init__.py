@@ -1,24 +1,40 @@
 """Flax NNX modules: thin ones that hold the parameters of the neurons and fold time for everything else."""
 
+from snnfuse.nn.conv import Conv, Linear
+from snnfuse.nn.norm import BatchNorm, NormSpiking
+from snnfuse.nn.pool import max_pool, mean_pool
+from snnfuse.nn.precision import Precision
 from snnfuse.nn.readout import membrane_last, membrane_max, membrane_mean, spike_rate
+from snnfuse.nn.spikes import Spikes
 from snnfuse.nn.spiking import IF, LI, LIF, AdaptiveLIF, CubaLIF, ExpIF, Fixed, Izhikevich, ParametricLIF, Spiking
-from snnfuse.nn.temporal import Folded, Sequential, Temporal, flatten
+from snnfuse.nn.temporal import Folded, PackSpikes, Remat, Sequential, Stepwise, Temporal, flatten
 
 __all__ = [
     "IF",
     "LI",
     "LIF",
     "AdaptiveLIF",
+    "BatchNorm",
+    "Conv",
     "CubaLIF",
     "ExpIF",
     "Fixed",
     "Folded",
     "Izhikevich",
+    "Linear",
+    "NormSpiking",
+    "PackSpikes",
     "ParametricLIF",
+    "Precision",
+    "Remat",
     "Sequential",
+    "Spikes",
     "Spiking",
+    "Stepwise",
     "Temporal",
     "flatten",
+    "max_pool",
+    "mean_pool",
     "membrane_last",
     "membrane_max",
     "membrane_mean",

@@ -7,6 +7,7 @@ from flax import nnx
 from jax import Array
 
 from snnfuse.core.neuron import PyTree
+from snnfuse.nn.spikes import Spikes, values
 
 
 class Temporal(nnx.Module):
@@ -21,6 +22,10 @@ class Temporal(nnx.Module):
 
     def __call__(self, xs: PyTree, state: PyTree | None = None) -> tuple[PyTree, PyTree]:
         raise NotImplementedError(f"{type(self).__name__} must define __call__(xs, state)")
+
+
+class Stepwise(nnx.Module):
+    """A layer without time that takes [T, B, ...] as it is, and `Spikes`: [..., in] -> [..., out]."""
 
 
 class Folded(nnx.Module):
@@ -55,7 +60,7 @@ class Sequential(Temporal):
                 state.append(layer.init_state(xs))
                 xs, _ = nnx.eval_shape(lambda layer, xs: layer(xs), layer, xs)
             else:
-                xs = nnx.eval_shape(lambda layer, xs: layer(xs), Folded(layer), xs)
+                xs = nnx.eval_shape(_fold, layer, xs)
         return tuple(state)
 
     def __call__(self, xs: PyTree, state: tuple | None = None) -> tuple[PyTree, tuple]:
@@ -90,7 +95,33 @@ def flatten(x: Array) -> Array:
     return x.reshape(x.shape[0], -1)
 
 
+class PackSpikes(Stepwise):
+    """Values of 0 and 1 as `Spikes`, for those who consume them to keep the bits."""
+
+    def __call__(self, xs: Array | Spikes) -> Spikes:
+        return xs if isinstance(xs, Spikes) else Spikes.of(xs)
+
+
+class Remat(Temporal):
+    """A layer that keeps for its backward pass nothing but its input, of `Spikes` the bits alone, and runs twice."""
+
+    def __init__(self, layer: Temporal):
+        self.layer = layer
+
+    def init_state(self, xs: PyTree) -> PyTree:
+        return self.layer.init_state(xs)
+
+    def __call__(self, xs: PyTree, state: PyTree | None = None) -> tuple[PyTree, PyTree]:
+        def run(layer, xs, state):
+            return layer(xs.from_bits() if isinstance(xs, Spikes) else xs, state)
+
+        return nnx.remat(run)(self.layer, xs, state)
+
+
 def _fold(layer, xs, *args, **kwargs):
+    if isinstance(layer, Stepwise):
+        return layer(xs, *args, **kwargs)
+    xs = values(xs)
     shapes = [x.shape for x in jax.tree.leaves(xs)]
     if any(len(s) < 3 or s[:2] != shapes[0][:2] for s in shapes):
         raise ValueError(

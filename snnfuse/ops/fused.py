@@ -106,15 +106,20 @@ def chunk_backward(
         states.append(_step(problem, params, states[-1], x)[0])
     d_xs = [None] * len(xs)
     for k in reversed(range(len(xs))):
-        d = pullback(*params, *states[k], *xs[k], *d_state, *d_outs[k])
+        d = pullback(*params, *states[k], *_float(problem, xs[k]), *d_state, *_float(problem, d_outs[k]))
         d_state, here, d_xs[k] = split(d, len(state), len(d_params))
         d_params = tuple(total + d_p for total, d_p in zip(d_params, here, strict=True))
     return d_params, d_state, d_xs
 
 
 def _step(problem, params, state, x):
-    out = jex.jaxpr_as_fun(problem.forward(jnp.shape(x[0])))(*params, *state, *x)
+    out = jex.jaxpr_as_fun(problem.forward(jnp.shape(x[0])))(*params, *state, *_float(problem, x))
     return tuple(out[: len(state)]), tuple(out[len(state) :])
+
+
+def _float(problem, leaves):
+    """In the dtype of the arithmetic. Only here, at use: a chunk in 16 bits takes half the registers until then."""
+    return tuple(leaf.astype(problem.dtype) for leaf in leaves)
 
 
 def split(leaves, *sizes):

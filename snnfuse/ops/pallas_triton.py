@@ -216,12 +216,13 @@ class PallasKernels:
         def load(ref):
             if math.prod(ref.shape) == 1 != M:
                 return jnp.full(shape, ref[0].astype(f32))
-            return _load(ref.at[:], mask) if ref.shape == shape else _load(ref.at[self._lanes() % ref.shape[0]], mask)
+            mine = ref.at[:] if ref.shape == shape else ref.at[self._lanes() % ref.shape[0]]
+            return _load(mine, mask).astype(f32)
 
         return tuple(load(ref) for ref in refs)
 
     def _load_steps(self, refs, start, k, mask):
-        """The inputs of k steps. All loads come before any use, so that k of them are in flight."""
+        """The inputs of k steps. All loads come before any use, so that k of them are in flight, in the dtype they have."""
         return [tuple(_load(ref.at[start + i], mask) for ref in refs) for i in range(k)]
 
     def _store_outs(self, refs, c, steps, mask):
@@ -238,7 +239,7 @@ class PallasKernels:
 
 
 def _load(ref, mask):
-    return plt.load(ref, mask=mask, other=None if mask is None else 0.0).astype(jnp.float32)
+    return plt.load(ref, mask=mask, other=None if mask is None else 0.0)
 
 
 def _compact(leaves):

@@ -1,0 +1,80 @@
+"""Neurons made of neurons: what stands before or after a neuron in a layer, inside the same kernel."""
+
+from dataclasses import dataclass
+from typing import NamedTuple
+
+from jax import Array
+
+from snnfuse.core.neuron import Neuron, PyTree
+
+
+class AffineParams(NamedTuple):
+    inner: PyTree
+    scales: tuple[Array | None, ...]  # one an input; None is 1
+    shift: Array
+
+
+@dataclass(frozen=True)
+class Affine:
+    """A neuron driven by a weighted sum of its inputs: x is a tuple (x_1, x_2, ...), as many as `params.scales`.
+
+        s[t] = inner(scale_1 * x_1[t] + shift + scale_2 * x_2[t] + ...)
+
+    Normalisation is this, with scale and shift made of the statistics; a residual is a second input.
+    """
+
+    inner: Neuron
+
+    def init_state(self, shape):
+        return self.inner.init_state(shape)
+
+    def step(self, params, state, x):
+        scaled = [x_i if scale is None else scale * x_i for scale, x_i in zip(params.scales, x, strict=True)]
+        current = scaled[0] + params.shift
+        for more in scaled[1:]:
+            current = current + more
+        return self.inner.step(params.inner, state, current)
+
+
+CONNECTIONS = {
+    "add": lambda s, r: s + r,
+    "and": lambda s, r: s * r,
+    "iand": lambda s, r: (1 - s) * r,
+}
+
+
+@dataclass(frozen=True)
+class Connect:
+    """A neuron and a shortcut after it: x is (x of inner, r), out = g(inner's spike, r).
+
+    g(s, r) is s + r ("add"), s r ("and") or (1 - s) r ("iand"). Fang et al. 2021, https://arxiv.org/abs/2102.04159.
+    """
+
+    inner: Neuron
+    how: str = "add"
+
+    def __post_init__(self):
+        if self.how not in CONNECTIONS:
+            raise ValueError(f"how must be one of {', '.join(CONNECTIONS)}; got {self.how!r}")
+
+    def init_state(self, shape):
+        return self.inner.init_state(shape)
+
+    def step(self, params, state, x):
+        x, shortcut = x
+        state, s = self.inner.step(params, state, x)
+        return state, CONNECTIONS[self.how](s, shortcut)
+
+
+@dataclass(frozen=True)
+class Twice:
+    """The same neuron with its output given twice, so that a kernel can store it in two dtypes: as numbers and as bits."""
+
+    inner: Neuron
+
+    def init_state(self, shape):
+        return self.inner.init_state(shape)
+
+    def step(self, params, state, x):
+        state, out = self.inner.step(params, state, x)
+        return state, (out, out)

@@ -1,0 +1,141 @@
+"""Spiking residual networks, of blocks whose normalisation, residual and neuron are one kernel."""
+
+from collections.abc import Callable
+from functools import partial
+from typing import Any
+
+from flax import nnx
+
+from snnfuse import nn
+from snnfuse.core.neuron import PyTree
+from snnfuse.core.reset import HardReset
+from snnfuse.core.surrogate import Rectangle
+
+DEPTHS = {18: (2, 2, 2, 2), 34: (3, 4, 6, 3), 50: (3, 4, 6, 3)}
+WIDTHS = (64, 128, 256, 512)
+STEMS = ("imagenet", "cifar")
+MEMORY = ("fast", "lean")
+
+# The neuron of the temporal fusion paper: u = 0.2 v + x, a spike at 0.3, v = 0 after it; rectangular surrogate of width 1.
+paper_lif = partial(nn.LIF, decay=0.2, threshold=0.3, surrogate=Rectangle())
+
+
+class Residual(nn.Temporal):
+    """`join(main(xs), shortcut(xs))`; without a shortcut it is xs itself."""
+
+    def __init__(self, main: nn.Sequential, join: nn.NormSpiking, shortcut: nn.Sequential | None = None):
+        self.main, self.join, self.shortcut = main, join, shortcut
+
+    def init_state(self, xs: PyTree) -> tuple:
+        shortcut = None if self.shortcut is None else self.shortcut.init_state(xs)
+        inner, _ = nnx.eval_shape(lambda main, xs: main(xs), self.main, xs)
+        return self.main.init_state(xs), shortcut, self.join.init_state(inner)
+
+    def __call__(self, xs: PyTree, state: tuple | None = None) -> tuple[PyTree, tuple]:
+        main, shortcut, join = (None,) * 3 if state is None else state
+        inner, main = self.main(xs, main)
+        beside, shortcut = (xs, shortcut) if self.shortcut is None else self.shortcut(xs, shortcut)
+        outs, join = self.join(inner, beside, join)
+        return outs, (main, shortcut, join)
+
+
+def spiking_resnet(
+    depth: int,
+    in_features: int,
+    classes: int,
+    *,
+    connect: str = "sum",
+    neuron: Callable[..., nn.Spiking] = paper_lif,
+    stem: str = "imagenet",
+    precision: nn.Precision | str = "float32",
+    memory: str = "fast",
+    implementation: str | None = None,
+    rngs: nnx.Rngs,
+) -> nn.Sequential:
+    """Spiking-ResNet-18, -34 or -50: [T, B, H, W, in_features] -> [T, B, classes] in float32; `nn.membrane_mean` of it
+    is what the paper classifies by.
+
+    Args:
+      connect: "sum", the shortcut's current is added to that of the block's last neuron: Spiking-ResNet, as in the temporal
+        fusion paper (https://arxiv.org/abs/2408.00280). "add", "and" or "iand": see `sew_resnet`.
+      neuron: makes a neuron, `neuron(implementation=...)`.
+      stem: "imagenet", 7 x 7 of stride 2 and a max-pool, or "cifar", 3 x 3.
+      precision: see `snnfuse.nn.Precision`.
+      memory: "fast", or "lean": a block keeps its input spikes, one bit each, and runs again in the backward pass.
+
+    Convolutions and the dense layer keep the spikes they consume as bits. Layers are initialised as in torchvision and
+    SpikingJelly.
+    """
+    if depth not in DEPTHS:
+        raise ValueError(f"depth must be one of {', '.join(map(str, DEPTHS))}; got {depth}")
+    for name, value, known in (("stem", stem, STEMS), ("memory", memory, MEMORY)):
+        if value not in known:
+            raise ValueError(f"{name} must be one of {', '.join(known)}; got {value!r}")
+    build = _Build(neuron, connect, precision, implementation, rngs)
+    if stem == "imagenet":
+        first = nn.Sequential(*build.layer(in_features, 64, 7, stride=2, pack=False), nn.max_pool)
+    else:
+        first = nn.Sequential(*build.layer(in_features, 64, 3, pack=False))
+    blocks, width = [first], 64
+    for stage, (count, middle) in enumerate(zip(DEPTHS[depth], WIDTHS, strict=True)):
+        for i in range(count):
+            stride = 2 if stage and i == 0 else 1
+            block = build.bottleneck if depth >= 50 else build.basic
+            blocks.append(block(width, middle, stride))
+            width = middle * (4 if depth >= 50 else 1)
+    if memory == "lean":
+        blocks = [nn.Remat(block) for block in blocks]
+    classify = nn.Linear(width, classes, rngs=rngs)
+    return nn.Sequential(blocks[0], nn.PackSpikes(), *blocks[1:], nn.mean_pool, classify)
+
+
+def sew_resnet(depth: int, in_features: int, classes: int, *, connect: str = "add", **options: Any) -> nn.Sequential:
+    """SEW-ResNet-18, -34 or -50: the shortcut meets the spikes of a block, with `connect` "add", "and" or "iand".
+
+    Integrate-and-fire neurons with the reset detached, unless `neuron` says otherwise; options are those of
+    `spiking_resnet`. Fang et al. 2021, https://arxiv.org/abs/2102.04159.
+    """
+    if connect == "sum":
+        raise ValueError("connect must be add, and or iand; got 'sum', which is spiking_resnet's")
+    options = {"neuron": partial(nn.IF, reset=HardReset(detach=True))} | options
+    return spiking_resnet(depth, in_features, classes, connect=connect, **options)
+
+
+class _Build:
+    """Makes layers and blocks of one network."""
+
+    def __init__(self, neuron, connect, precision, implementation, rngs):
+        self.neuron = partial(neuron, implementation=implementation)
+        self.connect = connect
+        self.conv = partial(nn.Conv, precision=precision, rngs=rngs)
+        self.norm = partial(nn.BatchNorm, rngs=rngs)
+
+    def layer(self, features, width, size, *, stride=1, pack=True):
+        return self.conv(features, width, size, stride=stride), nn.NormSpiking(
+            self.neuron(), self.norm(width), pack=pack
+        )
+
+    def basic(self, features, width, stride):
+        main = [*self.layer(features, width, 3, stride=stride), self.conv(width, width, 3)]
+        return self._block(main, features, width, stride)
+
+    def bottleneck(self, features, middle, stride):
+        main = [*self.layer(features, middle, 1), *self.layer(middle, middle, 3, stride=stride)]
+        return self._block([*main, self.conv(middle, 4 * middle, 1)], features, 4 * middle, stride)
+
+    def _block(self, main, features, width, stride):
+        beside = shortcut_norm = None
+        if stride != 1 or features != width:
+            if self.connect == "sum":
+                beside = nn.Sequential(self.conv(features, width, 1, stride=stride))
+                shortcut_norm = self.norm(width)
+            else:
+                beside = nn.Sequential(*self.layer(features, width, 1, stride=stride, pack=False))
+        join = nn.NormSpiking(
+            self.neuron(),
+            self.norm(width),
+            shortcut_norm=shortcut_norm,
+            connect=self.connect,
+            pack=self.connect != "add",  # whose sums are no bits
+        )
+        return Residual(nn.Sequential(*main), join, beside)

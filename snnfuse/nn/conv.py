@@ -1,0 +1,170 @@
+"""Convolutions for spiking networks: channels last, kernels as the GPU reads them, spikes kept as bits."""
+
+from collections.abc import Callable
+from functools import partial
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+from jax import Array, lax
+
+from snnfuse.nn.precision import Precision
+from snnfuse.nn.spikes import Spikes, values
+from snnfuse.nn.temporal import Stepwise
+from snnfuse.ops.packing import unpack
+
+
+class Conv(Stepwise):
+    """A 2-D convolution, [..., H, W, I] -> [..., H', W', O] with any axes before; H' = (H + 2 padding - size) // stride + 1.
+
+    Args:
+      size: of the kernel, both ways. `stride`, `padding` likewise; padding None is (size - 1) // 2.
+      precision: the dtype of inputs, outputs and products; parameters are float32 (see `Precision`).
+      kernel_init: by default normal of variance 2 / (size^2 O), as the ResNets of PyTorch and SpikingJelly.
+
+    `kernel` is [O, size, size, I], in memory as cuDNN reads it beside channels-last inputs: none is transposed. Called on
+    `Spikes`, it keeps their bits for the backward pass, not the values: the gradients are the same.
+    """
+
+    def __init__(
+        self,
+        in_features: int,
+        out_features: int,
+        size: int = 3,
+        *,
+        stride: int = 1,
+        padding: int | None = None,
+        use_bias: bool = False,
+        precision: Precision | str = "float32",
+        kernel_init: Callable = nnx.initializers.variance_scaling(2.0, "fan_out", "normal", in_axis=-1, out_axis=0),
+        rngs: nnx.Rngs,
+    ):
+        self.stride = stride
+        self.padding = (size - 1) // 2 if padding is None else padding
+        self.precision = Precision(precision)
+        self.kernel = nnx.Param(kernel_init(rngs.params(), (out_features, size, size, in_features), jnp.float32))
+        self.bias = nnx.Param(jnp.zeros((out_features,), jnp.float32)) if use_bias else None
+
+    def __call__(self, x: Array | Spikes) -> Array:
+        shape, features = values(x).shape, self.kernel.shape[-1]
+        if len(shape) < 4 or shape[-1] != features:
+            raise ValueError(f"x must be [..., H, W, {features}], of rank 4 or more; got {shape}")
+        f = partial(_fold, partial(conv, stride=self.stride, padding=self.padding, precision=self.precision.lax))
+        y = linear_in(f, x, self.kernel[...], self.precision)
+        return y if self.bias is None else y + self.bias[...].astype(y.dtype)
+
+
+class Linear(Stepwise):
+    """A dense layer, [..., I] -> [..., O]: `nnx.Linear` with the precisions and the kept bits of `Conv`."""
+
+    def __init__(
+        self,
+        in_features: int,
+        out_features: int,
+        *,
+        use_bias: bool = True,
+        precision: Precision | str = "float32",
+        kernel_init: Callable = nnx.initializers.variance_scaling(1 / 3, "fan_in", "uniform"),
+        rngs: nnx.Rngs,
+    ):
+        self.precision = Precision(precision)
+        self.kernel = nnx.Param(kernel_init(rngs.params(), (in_features, out_features), jnp.float32))
+        bound = in_features**-0.5
+        bias = partial(jax.random.uniform, shape=(out_features,), dtype=jnp.float32, minval=-bound, maxval=bound)
+        self.bias = nnx.Param(bias(rngs.params())) if use_bias else None
+
+    def __call__(self, x: Array | Spikes) -> Array:
+        shape, features = values(x).shape, self.kernel.shape[0]
+        if shape[-1:] != (features,):
+            raise ValueError(f"x must be [..., {features}]; got {shape}")
+        y = linear_in(partial(jnp.matmul, precision=self.precision.lax), x, self.kernel[...], self.precision)
+        return y if self.bias is None else y + self.bias[...].astype(y.dtype)
+
+
+def linear_in(f: Callable, x: Array | Spikes, kernel: Array, precision: Precision) -> Array:
+    """f(x, kernel), bilinear, in the dtype of `precision`; of `Spikes` the bits alone are kept for the gradient."""
+    kernel = kernel.astype(precision.dtype)
+    if not isinstance(x, Spikes):
+        return f(x.astype(precision.dtype), kernel)
+    return _of_spikes(f, x.values.shape[0], x.values.astype(precision.dtype), x.bits, kernel)
+
+
+@partial(jax.custom_vjp, nondiff_argnums=(0, 1))
+def _of_spikes(f, T, x, bits, kernel):
+    return f(x, kernel)
+
+
+def _of_spikes_forward(f, T, x, bits, kernel):
+    return f(x, kernel), (bits, kernel)
+
+
+def _of_spikes_backward(f, T, residuals, d_y):
+    bits, kernel = residuals
+    d_x, d_kernel = jax.vjp(f, unpack(bits, T, kernel.dtype), kernel)[1](d_y)
+    return d_x, np.zeros(bits.shape, jax.dtypes.float0), d_kernel
+
+
+_of_spikes.defvjp(_of_spikes_forward, _of_spikes_backward)
+
+
+def _fold(f, x, kernel):
+    y = f(x.reshape(-1, *x.shape[-3:]), kernel)
+    return y.reshape(*x.shape[:-3], *y.shape[1:])
+
+
+def conv(x: Array, kernel: Array, *, stride: int = 1, padding: int = 0, precision: Any = None) -> Array:
+    """x [n, H, W, I], kernel [O, k, l, I] -> [n, H', W', O], in the cheapest of some forms that are equal.
+
+    Taps that only ever meet padding are cut off (a 3 x 3 kernel on a 1 x 1 map is one product of matrices, not nine);
+    a window that is the whole map, and a 1 x 1 kernel, are products of matrices; with few channels (images) and a stride,
+    stride x stride pixels become channels, which are too few otherwise to fill the matrix units.
+    """
+    kernel, pads = _reachable(kernel, x.shape[1:3], stride, padding)
+    O, k, l, I = kernel.shape
+    n, H, W, _ = x.shape
+    if pads == ((0, 0), (0, 0)) and (k, l) == (H, W):
+        return jnp.matmul(x.reshape(n, -1), kernel.reshape(O, -1).T, precision=precision).reshape(n, 1, 1, O)
+    if pads == ((0, 0), (0, 0)) and stride == 1 and (k, l) == (1, 1):
+        return jnp.matmul(x, kernel.reshape(O, I).T, precision=precision)
+    if stride > 1 and I * stride**2 <= 16 and H % stride == 0 and W % stride == 0:
+        x, kernel, pads, stride = _space_to_depth(x, kernel, pads, stride)
+    return lax.conv_general_dilated(
+        x, kernel, (stride, stride), pads, dimension_numbers=("NHWC", "OHWI", "NHWC"), precision=precision
+    )
+
+
+def _reachable(kernel, sizes, stride, padding):
+    """The part of the kernel that ever meets the map, and the padding ((low, high), ...) that goes with it."""
+    cuts, pads = [], []
+    for size, k in zip(sizes, kernel.shape[1:3], strict=True):
+        outs = (size + 2 * padding - k) // stride + 1
+        if outs < 1:
+            raise ValueError(f"a map of {sizes} with padding {padding} is smaller than the kernel {kernel.shape[1:3]}")
+        taps = [i for i in range(k) if any(0 <= o * stride + i - padding < size for o in range(outs))]
+        low, high = taps[0], taps[-1]
+        cuts.append(slice(low, high + 1))
+        before = padding - low
+        pads.append((before, (outs - 1) * stride + high - low + 1 - size - before))
+    return kernel[:, cuts[0], cuts[1]], tuple(pads)
+
+
+def _space_to_depth(x, kernel, pads, stride):
+    """The same convolution of stride 1 on [n, H / stride, W / stride, I stride^2]."""
+    O, k, l, I = kernel.shape
+    before = [-low % stride for low, _ in pads]  # taps of zero, for the padding to be whole blocks
+    after = [-(size + b) % stride for size, b in zip((k, l), before, strict=True)]
+    kernel = jnp.pad(kernel, ((0, 0), *zip(before, after, strict=True), (0, 0)))
+    (k, l), channels = kernel.shape[1:3], I * stride**2
+    kernel = kernel.reshape(O, k // stride, stride, l // stride, stride, I).transpose(0, 1, 3, 2, 4, 5)
+    fill = -channels % 8
+    kernel = jnp.pad(kernel.reshape(O, k // stride, l // stride, channels), ((0, 0),) * 3 + ((0, fill),))
+    parts = [x[:, a::stride, b::stride] for a in range(stride) for b in range(stride)]
+    parts += [jnp.zeros((*parts[0].shape[:3], fill), x.dtype)] if fill else []
+    new_pads = []
+    for (low, high), b, taps, size in zip(pads, before, kernel.shape[1:3], x.shape[1:3], strict=True):
+        outs = (size + low + high - (taps * stride - b - after[len(new_pads)])) // stride + 1
+        low = (low + b) // stride
+        new_pads.append((low, outs - 1 + taps - size // stride - low))
+    return jnp.concatenate(parts, -1), kernel, tuple(new_pads), 1

@@ -1,0 +1,143 @@
+"""Batch normalisation as an affine map, which fuses with the residual and the neuron behind it."""
+
+from typing import Any
+
+import jax.numpy as jnp
+from flax import nnx
+from jax import Array, lax
+
+from snnfuse.core.compose import Affine, AffineParams, Connect, Twice
+from snnfuse.core.neuron import PyTree
+from snnfuse.nn.spikes import Spikes, values
+from snnfuse.nn.spiking import Spiking
+from snnfuse.nn.temporal import Temporal
+from snnfuse.ops.packing import Packed
+
+
+class BatchNorm(nnx.BatchNorm):
+    """Batch normalisation of [T, B, ..., N] over all axes but the last, statistics in float32.
+
+        y = gain scale (x - mean) / sqrt(var + epsilon) + bias
+
+    `nnx.BatchNorm` (its variables, `train()`, `eval()`, `use_running_average`, `axis_name`), with a momentum of 0.9 and:
+
+      gain: a factor. With the threshold of the neuron behind it, times 1 / sqrt(2) where a residual is added: tdBN, Zheng et
+        al. 2021, https://arxiv.org/abs/2011.05280.
+      per_step: every time step with its own statistics over [B, ...], the running ones being their average; not fused.
+
+    Before any training the running statistics are mean 0 and variance 1. The running variance averages the
+    unbiased one, as in PyTorch.
+    """
+
+    def __init__(self, num_features: int, *, gain: float = 1.0, per_step: bool = False, momentum=0.9, **options):
+        super().__init__(num_features, momentum=momentum, **options)
+        self.gain, self.per_step = gain, per_step
+
+    def affine(self, xs: Array) -> tuple[Array, Array]:
+        """(scale, shift), float32 [N] ([T, 1, ..., N] per step), with y = scale x + shift; updates the running averages."""
+        if xs.ndim < 3 or xs.shape[-1] != self.num_features:
+            raise ValueError(f"xs must be [T, B, ..., {self.num_features}]; got {xs.shape}")
+        if self.use_running_average:
+            mean, var = self.mean[...], self.var[...]
+        else:
+            mean, var = self._statistics(xs)
+        scale = lax.rsqrt(var + self.epsilon) * self.gain
+        scale = scale if self.scale is None else scale * self.scale[...]
+        shift = -mean * scale
+        return scale, shift if self.bias is None else shift + self.bias[...]
+
+    def _statistics(self, xs):
+        axes = tuple(range(1 if self.per_step else 0, xs.ndim - 1))
+        x = xs.astype(jnp.float32)
+        mean, square = (a.mean(axes, keepdims=self.per_step) for a in (x, x * x))
+        if self.axis_name is not None:
+            mean, square = lax.pmean((mean, square), self.axis_name)
+        var = jnp.maximum(square - mean * mean, 0)
+        n = xs.size / mean.size * (1 if self.axis_name is None else lax.axis_size(self.axis_name))
+        for average, now in ((self.mean, mean), (self.var, var * (n / max(1, n - 1)))):
+            now = lax.stop_gradient(now.reshape(-1, self.num_features).mean(0))
+            average[...] = self.momentum * average[...] + (1 - self.momentum) * now
+        return mean, var
+
+    def __call__(self, xs: Array) -> Array:
+        scale, shift = self.affine(xs)
+        return (xs.astype(jnp.float32) * scale + shift).astype(xs.dtype)
+
+
+class NormSpiking(Temporal):
+    """Normalisation, residual and neuron in one kernel forward and one backward.
+
+        s = neuron(norm(xs))                    s = neuron(norm(xs) + shortcut)
+        s = connect(neuron(norm(xs)), shortcut) s = neuron(norm(xs) + shortcut_norm(shortcut))
+
+    Args:
+      neuron: any `Spiking` module.
+      norm: a `BatchNorm` for xs; `shortcut_norm` one for the shortcut, None if it is added as it is.
+      connect: "sum", the shortcut goes into the neuron; "add", "and" or "iand", it meets the spike (see `snnfuse.Connect`).
+      pack: give back `Spikes`, whose bits the same kernel stores.
+
+    Bytes per element and step in training, 16 bits, no shortcut: statistics 2 (x read), forward 4 (x read, s written),
+    backward 6 (x and ds read, du written) and 6 for what the statistics add to it (x and du read, dx written): 18. Normalised
+    in a pass of its own before an equally fused neuron it is 32. Kept for the backward pass: xs, which the
+    normalisation needs anyway, and the shortcut.
+    """
+
+    def __init__(
+        self,
+        neuron: Spiking,
+        norm: BatchNorm,
+        *,
+        shortcut_norm: BatchNorm | None = None,
+        connect: str = "sum",
+        pack: bool = False,
+    ):
+        for name, given in (("norm", norm), ("shortcut_norm", shortcut_norm)):
+            if not isinstance(given, BatchNorm) and (given is not None or name == "norm"):
+                raise TypeError(f"{name} must be a snnfuse.nn.BatchNorm; got {type(given).__name__}")
+        if not isinstance(neuron, Spiking):
+            raise TypeError(f"neuron must be a snnfuse.nn.Spiking module; got {type(neuron).__name__}")
+        if connect != "sum":
+            Connect(neuron.neuron, connect)  # checks it
+            if shortcut_norm is not None:
+                raise ValueError(f"shortcut_norm goes with connect='sum'; got connect={connect!r}")
+        self.neuron, self.norm, self.shortcut_norm = neuron, norm, shortcut_norm
+        self.connect, self.pack = connect, pack
+
+    def init_state(self, xs: PyTree) -> PyTree:
+        return self.neuron.init_state(xs)
+
+    def __call__(self, xs: Array, shortcut: Array | Spikes | None = None, state: PyTree | None = None):
+        neuron, params, inputs, out_dtype = self._assembled(xs, shortcut)
+        if self.pack:
+            neuron, out_dtype = Twice(neuron), (out_dtype, Packed(8))
+        outs, state = self._unroll(neuron, params, state, inputs, out_dtype)
+        return (Spikes(*outs) if self.pack else outs), state
+
+    def _unroll(self, neuron, params, state, inputs, out_dtype):
+        run = self.neuron.unroll
+        return run(neuron, params, state, inputs, implementation=self.neuron.implementation, out_dtype=out_dtype)
+
+    def _assembled(self, xs, shortcut) -> tuple[Any, Any, Any, Any]:
+        """(neuron, params, inputs, out_dtype) of the one call of `unroll` that is all of this layer."""
+        if shortcut is not None and values(shortcut).shape != xs.shape:
+            raise ValueError(f"shortcut must have the shape of xs, {xs.shape}; got {values(shortcut).shape}")
+        if shortcut is None and (self.shortcut_norm is not None or self.connect != "sum"):
+            raise ValueError("shortcut must be given: this layer was made to take one; got None")
+        inputs, scales, shift = [], [], 0.0
+        for x, norm in ((xs, self.norm), (values(shortcut), self.shortcut_norm)):
+            if x is None or (x is not xs and self.connect != "sum"):
+                continue
+            if norm is None or norm.per_step:
+                inputs.append(x if norm is None else norm(x))
+                scales.append(None)
+            else:
+                scale, more = norm.affine(x)
+                inputs.append(x)
+                scales.append(scale)
+                shift = shift + more
+        neuron = Affine(self.neuron.neuron)
+        params = AffineParams(self.neuron.params, tuple(scales), shift)
+        inputs = tuple(inputs)
+        if self.connect != "sum":
+            neuron, inputs = Connect(neuron, self.connect), (inputs, values(shortcut))
+        return neuron, params, inputs, self.neuron.out_dtype or xs.dtype

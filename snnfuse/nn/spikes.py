@@ -1,0 +1,44 @@
+"""Spikes that travel with their bits, so that whoever must remember them keeps one bit each."""
+
+from dataclasses import dataclass
+
+import jax
+import numpy as np
+from jax import Array
+
+from snnfuse.ops.packing import pack, unpack
+
+
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True)
+class Spikes:
+    """`values` [T, B, ...] of 0 and 1, and the same as `bits` [ceil(T / 8), B, ...] in uint8 (`snnfuse.pack`).
+
+    A layer that consumes spikes, given these, keeps the bits for its backward pass and lets go of the values.
+    """
+
+    values: Array
+    bits: Array
+
+    @staticmethod
+    def of(values: Array) -> "Spikes":
+        return Spikes(values, pack(values, 8))
+
+    def from_bits(self) -> "Spikes":
+        """The same, made of the bits: what is computed from it needs no values in memory. The gradient goes to those."""
+        return Spikes(_unpacked(self.values, self.bits), self.bits)
+
+
+def values(x: Array | Spikes | None) -> Array | None:
+    return x.values if isinstance(x, Spikes) else x
+
+
+@jax.custom_vjp
+def _unpacked(values, bits):
+    return unpack(bits, values.shape[0], values.dtype)
+
+
+_unpacked.defvjp(
+    lambda values, bits: (_unpacked(values, bits), bits),
+    lambda bits, d: (d, np.zeros(bits.shape, jax.dtypes.float0)),
+)
