@@ -23,7 +23,7 @@ def raster(spikes, ax=None, *, dt: float | None = None):
     half = max(0.4, N / 400)  # of a row, and never too short to be seen
     ax.vlines(t * (dt or 1), neuron - half, neuron + half, color=INK, lw=1)
     ax.set(ylabel="neuron", ylim=(-0.6, N - 0.4))
-    ax.yaxis.get_major_locator().set_params(integer=True)
+    _whole_numbers(ax)
     return _over_time(ax, T, dt)
 
 
@@ -73,7 +73,7 @@ def rate_histogram(spikes, ax=None, *, dt: float | None = None, bins: int = 20):
     ax.hist(rates[rates > 0], bins=bins, color=COLOURS[0], rwidth=0.92)
     ax.set(xlabel="firing rate (Hz)" if dt else "firing rate (spikes per step)", ylabel="neurons")
     ax.set_xlim(left=0)
-    ax.yaxis.get_major_locator().set_params(integer=True)
+    _whole_numbers(ax)
     unit = "Hz" if dt else "per step"
     ax.plot([], [], " ", label=f"mean {rates.mean():.3g} {unit}; {np.mean(rates == 0):.0%} never fire")
     ax.legend(frameon=False, handlelength=0, handletextpad=0)
@@ -163,6 +163,12 @@ def _pyplot():
 
 def _axes(ax, size=(6.4, 3.6)):
     return _pyplot().subplots(figsize=size, layout="constrained")[1] if ax is None else ax
+
+
+def _whole_numbers(ax):
+    from matplotlib.ticker import MaxNLocator
+
+    ax.yaxis.set_major_locator(MaxNLocator("auto", integer=True))
 
 
 def _plain(ax):

@@ -1,0 +1,41 @@
+"""NIR, the Neuromorphic Intermediate Representation: `from_nir` makes a model of a graph, `to_nir` a graph of a model.
+
+NIR's neurons are equations in continuous time, which every simulator steps in its own way; and not all that a simulator
+does is in its files. A `Dialect` says how: `NIR` is the definition, forward Euler at 0.1 ms, the others are what the
+exporters of that name write (read in snnTorch 1.0, SpikingJelly 2.0, Norse 1.1, sinabs 2.0). With u the membrane before
+and v after the reset, a node steps as
+
+    LIF      u[t] = v_leak + decay (v[t-1] - v_leak) + (1 - decay) r x[t],   decay = 1 - dt / tau or exp(-dt / tau)
+    LI       the same, v = u its output
+    CubaLIF  i[t] = decay_syn i[t-1] + (1 - decay_syn) w_in x[t], and LIF of i[t];   CubaLI likewise
+    IF, I    u[t] = v[t-1] + dt r x[t]
+    spike    s[t] = u[t] > v_threshold;   v[t] = (1 - s[t]) u[t] + s[t] v_reset
+
+from i = 0, v = v_leak (IF, I: 0). Pedersen et al. 2024, https://doi.org/10.1038/s41467-024-52259-9. Extra `nir`.
+
+Layout. NIR's signals are [C, H, W], [C, L] or [N]; here [T, B, H, W, C], [T, B, L, C] or [T, B, N]. Weights and parameters
+are turned around accordingly. `Flatten` keeps NIR's order, so the weights after it are as in the file; `to_nir` turns
+those after `snnfuse.nn.flatten`.
+"""
+
+from snnfuse.interop.nir.dialect import NIR, NORSE, SINABS, SNNTORCH, SPIKINGJELLY, Dialect
+from snnfuse.interop.nir.layers import Flatten, Graph, LateSoftReset, Pool, Scale, Threshold
+from snnfuse.interop.nir.reading import from_nir
+from snnfuse.interop.nir.writing import to_nir
+
+__all__ = [
+    "NIR",
+    "NORSE",
+    "SINABS",
+    "SNNTORCH",
+    "SPIKINGJELLY",
+    "Dialect",
+    "Flatten",
+    "Graph",
+    "LateSoftReset",
+    "Pool",
+    "Scale",
+    "Threshold",
+    "from_nir",
+    "to_nir",
+]

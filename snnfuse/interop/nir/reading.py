@@ -1,0 +1,220 @@
+"""Reading: a graph as a model."""
+
+from collections.abc import Callable
+from graphlib import CycleError, TopologicalSorter
+from pathlib import Path
+from typing import Any
+
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+
+from snnfuse import nn
+from snnfuse.core.reset import HardReset, SoftReset
+from snnfuse.core.surrogate import ATan, Surrogate
+from snnfuse.interop.nir.dialect import NIR, Dialect, require
+from snnfuse.interop.nir.layers import Flatten, Graph, LateSoftReset, Pool, Scale, Threshold, chain
+
+
+def from_nir(graph: Any, dialect: Dialect = NIR, *, surrogate: Surrogate = ATan()) -> nn.Temporal:  # noqa: B008
+    """The model of a NIR graph: a `snnfuse.nn.Sequential`, or a `Graph` where connections skip.
+
+    Args:
+      graph: a `nir.NIRGraph`, or the path of a .nir file; feed-forward, with one Input and one Output. Edges into one
+        node are summed. Subgraphs are opened.
+      dialect: how its neurons step; `NIR`, or the exporter that wrote it: `SNNTORCH`, `SPIKINGJELLY`, `NORSE`, `SINABS`.
+      surrogate: of every spiking layer.
+
+    A neuron parameter that is the same everywhere becomes a number, another an array by channel or neuron; v_leak and
+    v_reset must be the same everywhere. Where the gain of the input is neither 1 nor 1 - decay, a `Scale` stands before
+    the neuron.
+
+    Raises:
+      NotImplementedError: a node or connection that has no counterpart here, by name.
+      ValueError: the graph is not one: loose ends, another number of Inputs or Outputs than one.
+    """
+    nir = require()
+    if isinstance(graph, str | Path):
+        graph = nir.read(graph, type_check=False)
+    if not isinstance(graph, nir.NIRGraph):
+        raise TypeError(f"graph must be a nir.NIRGraph or the path of a .nir file; got {type(graph).__name__}")
+    nodes, edges, entry, exit = _open(nir, graph)
+    before = {name: [a for a, b in edges if b == name] for name in nodes}
+    try:
+        order = list(TopologicalSorter(before).static_order())
+    except CycleError as error:
+        loop = " -> ".join(reversed(error.args[1]))
+        raise NotImplementedError(f"graph: recurrent connections are not supported; got {loop}") from None
+    layers, sources, made = [], [], {entry: (-1,)}
+    for name in order:
+        came = tuple(i for a in before[name] for i in made[a]) if name != entry else (-1,)
+        if not came or (name != exit and not any(name == a for a, _ in edges)):
+            raise ValueError(f"graph: nothing comes {'from' if came else 'to'} node {name!r}")
+        if isinstance(nodes[name], nir.Input | nir.Output):
+            made[name] = came
+            continue
+        for layer in _layers(name, nodes[name], dialect, surrogate):
+            layers.append(layer)
+            sources.append(came)
+            came = (len(layers) - 1,)
+        made[name] = came
+    sources.append(made[exit])
+    if sources == chain(layers):
+        return nn.Sequential(*layers)
+    return Graph(layers, sources)
+
+
+def _layers(name: str, node: Any, dialect: Dialect, surrogate: Surrogate) -> list[Callable]:
+    kind = type(node).__name__
+    if kind in ("Affine", "Linear"):
+        return [_linear(name, node)]
+    if kind in ("Conv1d", "Conv2d"):
+        return [_conv(node, int(kind[4]))]
+    if kind in ("SumPool2d", "AvgPool2d"):
+        window, stride, padding = (_tuple(a, 2) for a in (node.kernel_size, node.stride, node.padding))
+        return [Pool("sum" if kind == "SumPool2d" else "mean", window, stride, padding)]
+    if kind == "Flatten":
+        return [Flatten(int(node.start_dim), int(node.end_dim))]
+    if kind == "Scale":
+        return [Scale(_last(node.scale))]
+    if kind == "Threshold":
+        return [Threshold(_firing(_last(node.threshold), dialect), surrogate)]
+    if kind in ("IF", "I", "LIF", "LI", "CubaLIF", "CubaLI"):
+        return _neuron(name, kind, node, dialect, surrogate)
+    raise NotImplementedError(f"node {name!r}: {kind} is not supported")
+
+
+def _linear(name, node):
+    weight = _float32(node.weight)
+    if weight.ndim != 2:
+        raise NotImplementedError(f"node {name!r}: weight must be [out, in]; got shape {weight.shape}")
+    bias = getattr(node, "bias", None)
+    return nnx.Linear(
+        *weight.shape[::-1],
+        use_bias=bias is not None,
+        kernel_init=lambda *_: jnp.asarray(weight.T),
+        bias_init=lambda *_: jnp.asarray(_float32(bias)),
+        rngs=nnx.Rngs(0),
+    )
+
+
+def _conv(node, dims):
+    weight = _float32(node.weight)  # [out, in / groups, *kernel]
+    padding = node.padding.decode() if isinstance(node.padding, bytes) else node.padding
+    return nnx.Conv(
+        weight.shape[1] * int(node.groups),
+        weight.shape[0],
+        weight.shape[2:],
+        strides=_tuple(node.stride, dims),
+        padding=padding.upper() if isinstance(padding, str) else [(p, p) for p in _tuple(padding, dims)],
+        kernel_dilation=_tuple(node.dilation, dims),
+        feature_group_count=int(node.groups),
+        use_bias=node.bias is not None,
+        kernel_init=lambda *_: jnp.asarray(np.moveaxis(weight, (0, 1), (-1, -2))),
+        bias_init=lambda *_: jnp.asarray(_float32(node.bias)),
+        rngs=nnx.Rngs(0),
+    )
+
+
+def _neuron(name, kind, node, dialect, surrogate):
+    jumps, options, before = kind in dialect.jumps, {}, []
+    if leakless := kind in ("IF", "I"):
+        decay, gain = 1.0, _last(node.r) * (1.0 if jumps else dialect.dt)
+    else:
+        decay = _decay(name, node.tau_mem if "Cuba" in kind else node.tau, dialect)
+        gain = _last(node.r) * (1.0 if jumps and "Cuba" not in kind else 1 - decay)
+        options["v_rest"] = _same(name, "v_leak", node.v_leak)
+    if "Cuba" in kind:
+        decay_syn = _decay(name, node.tau_syn, dialect)
+        gain = gain * (
+            _last(node.w_in) * (1.0 if jumps else 1 - decay_syn)
+        )  # i is linear: its gains are one, before it
+    if not leakless and np.allclose(gain, 1 - decay, rtol=1e-5, atol=0):
+        options["decay_input"] = True
+    elif not np.allclose(gain, 1, rtol=1e-5, atol=0):
+        before = [Scale(gain)]
+    decay = _number(decay)
+    if kind in ("I", "LI", "CubaLI"):
+        synapse = [nn.LI(decay=_number(decay_syn))] if kind == "CubaLI" else []
+        return [*before, *synapse, nn.LI(decay=decay, **options)]
+    options |= {"threshold": _number(_firing(_last(node.v_threshold), dialect)), "surrogate": surrogate}
+    if dialect.reset == "hard":
+        options["reset"] = HardReset(_same(name, "v_reset", node.v_reset))
+    elif dialect.reset == "soft":
+        options["reset"] = SoftReset()
+    elif not isinstance(decay, float) or decay == 0:
+        raise NotImplementedError(f"node {name!r}: the late reset needs one decay above 0 for all neurons; got {decay}")
+    else:
+        options["reset"] = LateSoftReset(decay)
+    if kind == "IF":
+        return [*before, nn.IF(**options)]
+    if kind == "LIF":
+        return [*before, nn.LIF(decay=decay, **options)]
+    return [*before, nn.CubaLIF(decay_syn=_number(decay_syn), decay=decay, **options)]
+
+
+def _decay(name, tau, dialect):
+    tau = _last(tau)
+    if not np.all(tau > 0) or (dialect.decay == "euler" and not np.all(tau >= dialect.dt * (1 - 1e-6))):
+        least = "above 0" if dialect.decay == "exponential" else f"at least dt = {dialect.dt:g}"
+        raise ValueError(f"node {name!r}: time constants must be {least}; got {tau.min():g}. Is dt of another unit?")
+    return np.maximum(1 - dialect.dt / tau, 0) if dialect.decay == "euler" else np.exp(-dialect.dt / tau)
+
+
+def _firing(threshold, dialect):
+    """The float32 threshold at or above which it fires."""
+    threshold = np.asarray(threshold, np.float32)
+    return np.nextafter(threshold, np.float32(np.inf)) if dialect.fires == ">" else threshold
+
+
+def _last(value):
+    """A parameter [C, H, W] or [N] of NIR, channels last, float64."""
+    value = np.asarray(value, np.float64)
+    return np.moveaxis(value, 0, -1) if value.ndim > 1 else value
+
+
+def _number(value):
+    """A float where all are the same, else a float32 array."""
+    value = np.asarray(value)
+    return float(value.flat[0]) if (value == value.flat[0]).all() else jnp.asarray(value, jnp.float32)
+
+
+def _same(name, field, value):
+    value = _number(np.asarray(value, np.float64))
+    if not isinstance(value, float):
+        raise NotImplementedError(
+            f"node {name!r}: {field} must be the same for all neurons; got {value.ravel()[:4]}..."
+        )
+    return value
+
+
+def _tuple(value, dims):
+    return tuple(int(v) for v in np.broadcast_to(np.asarray(value), dims))
+
+
+def _float32(value):
+    return np.asarray(value, np.float32)
+
+
+def _open(nir, graph, prefix=""):
+    """All nodes of a graph and its subgraphs by name, the edges, and the names of its Input and its Output."""
+    nodes, edges, ends = {}, [], {}
+    for name, node in graph.nodes.items():
+        if isinstance(node, nir.NIRGraph):
+            inner, inner_edges, *ends[name] = _open(nir, node, f"{prefix}{name}.")
+            nodes |= inner
+            edges += inner_edges
+        else:
+            nodes[prefix + name] = node
+    for a, b in graph.edges:
+        if missing := [n for n in (a, b) if n not in graph.nodes]:
+            raise ValueError(f"graph: the edge {prefix}{a} -> {prefix}{b} names no node {missing[0]!r}")
+        edges.append((ends[a][1] if a in ends else prefix + a, ends[b][0] if b in ends else prefix + b))
+    found = []
+    for kind in (nir.Input, nir.Output):
+        names = [prefix + name for name, node in graph.nodes.items() if isinstance(node, kind)]
+        if len(names) != 1:
+            where = f"subgraph {prefix[:-1]!r}" if prefix else "graph"
+            raise ValueError(f"{where} must have one {kind.__name__}; got {len(names)}: {names}")
+        found += names
+    return nodes, edges, *found

@@ -1,0 +1,169 @@
+"""Monitors: what they record is what the layers did, a run without them is as before, and operations are counted right."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from compare import assert_fires, assert_same_spikes
+from flax import nnx
+
+import snnfuse as sf
+from snnfuse import nn
+from snnfuse.nn import monitor
+
+T, B = 12, 3
+
+
+class Block(nnx.Module):
+    """A residual block: no Sequential, and its second neuron is named by it."""
+
+    def __init__(self, n, rngs):
+        self.linear, self.norm = nnx.Linear(n, n, rngs=rngs), nnx.BatchNorm(n, rngs=rngs)
+        self.neurons = nnx.Dict(one=nn.LIF(tau=2.0), two=nn.CubaLIF(tau_syn=2.0, tau=2.0, threshold=2.0))
+
+    def __call__(self, xs):
+        s, _ = self.neurons["one"](self.norm(self.linear(xs)))
+        return self.neurons["two"](s + xs)[0]
+
+
+class Net(nnx.Module):
+    def __init__(self):
+        rngs = nnx.Rngs(0)
+        self.block, self.head = Block(6, rngs), nnx.Linear(6, 2, rngs=rngs)
+        self.out = nn.LI(tau=2.0)
+
+    def __call__(self, xs):
+        return self.out(self.head(self.block(xs)))
+
+
+def inputs(*shape, seed=0):
+    return 0.5 + jax.random.normal(jax.random.key(seed), (T, B, *shape))
+
+
+def test_spikes_and_states_of_any_module():
+    model, xs = Net(), inputs(6)
+    (outs, _), spikes = monitor.record(model, xs)
+    assert list(spikes) == ["block.neurons.one", "block.neurons.two"]
+    _, state = monitor.record(model, xs, what="state", layers=["block.neurons.two", "out"])
+    block = model.block
+    normed = nnx.clone(block).norm(block.linear(xs))
+    one, _ = block.neurons["one"](normed)
+    (two, states), _ = block.neurons["two"].trace(one + xs)
+    assert_fires(two)
+    assert_same_spikes(spikes["block.neurons.one"], one)
+    assert_same_spikes(spikes["block.neurons.two"], two)
+    assert list(state) == ["block.neurons.two", "out"]
+    for got, want in zip(state["block.neurons.two"], states, strict=True):
+        np.testing.assert_array_equal(got, want)
+    np.testing.assert_array_equal(state["out"].v, outs)
+
+
+def test_a_monitor_leaves_nothing_behind():
+    """The jaxpr of a run is what it was; so are the model's arrays, of which BatchNorm in training writes some."""
+    model, xs = Net(), inputs(6)
+    graphdef, before = nnx.split(model)
+    run = lambda: str(jax.make_jaxpr(lambda state, xs: nnx.merge(graphdef, state)(xs))(before, xs))
+    jaxpr, arrays = run(), jax.tree.map(jnp.copy, before)
+    monitor.record(model, xs, what="state")
+    monitor.operations(model, xs)
+    assert nnx.graphdef(model) == graphdef and run() == jaxpr
+    jax.tree.map(np.testing.assert_array_equal, nnx.state(model), arrays)
+
+
+def test_under_jit_with_gradients_and_named_arguments():
+    model, xs = nn.Sequential(nnx.Linear(4, 5, rngs=nnx.Rngs(0)), nn.LIF(tau=2.0)), inputs(4)
+
+    def rate(model, xs):
+        _, spikes = monitor.record(model, xs, state=(nn.LIF(tau=2.0).neuron.init_state((B, 5)),))
+        return monitor.firing_rates(spikes)["layers.1"]
+
+    value, gradients = nnx.jit(nnx.value_and_grad(rate))(model, xs)
+    np.testing.assert_allclose(value, model(xs)[0].mean(), rtol=1e-6)
+    assert jnp.any(gradients.layers[0].kernel[...] != 0)
+
+
+def test_packed_spikes_and_layers_called_in_pieces():
+    layer, xs = nn.LIF(tau=2.0, out_dtype=sf.Packed(8)), inputs(4)
+    plain, _ = nn.LIF(tau=2.0)(xs)
+    _, spikes = monitor.record(nn.Sequential(layer), xs)
+    assert_same_spikes(spikes["layers.0"], plain)
+    _, states = monitor.record(nn.Sequential(layer), xs, what="state")
+    np.testing.assert_array_equal(states["layers.0"].v, nn.LIF(tau=2.0).trace(xs)[0][1].v)
+
+    class Twice(nnx.Module):
+        def __init__(self):
+            self.neuron = nn.LIF(tau=2.0)
+
+        def __call__(self, xs):
+            first, state = self.neuron(xs[:5])
+            return jnp.concatenate([first, self.neuron(xs[5:], state)[0]])
+
+    outs, spikes = monitor.record(Twice(), xs)
+    assert_same_spikes(spikes["neuron"], plain)
+    assert_same_spikes(outs, plain)
+
+
+def test_rates_and_dead_neurons():
+    spikes = np.zeros((4, 2, 5), np.float32)
+    spikes[0, 0, 0] = spikes[1, 1, 1] = spikes[2, 0, 1] = 1
+    assert monitor.firing_rates({"a": spikes})["a"] == np.float32(3 / 40)
+    assert monitor.firing_rates({"a": jnp.asarray(spikes, bool)})["a"] == np.float32(3 / 40)
+    assert monitor.dead_neurons({"a": spikes})["a"] == np.float32(3 / 5)
+
+
+def count_by_hand(x, kernel, stride, low, out):
+    """Products of the nonzero inputs [N, H, W, C] with a kernel [k, k, C / groups, outs], one by one."""
+    k, _, per_group, outs = kernel
+    total = 0
+    for _, h, w, _ in zip(*np.nonzero(x), strict=True):
+        for i in range(out[0]):
+            for j in range(out[1]):
+                if 0 <= h + low - i * stride < k and 0 <= w + low - j * stride < k:
+                    total += outs * per_group // x.shape[-1]
+    return total
+
+
+@pytest.mark.parametrize(
+    "stride, padding, groups", [(1, "SAME", 1), (2, "SAME", 1), (1, "VALID", 1), (2, ((2, 2), (2, 2)), 2)]
+)
+def test_operations_of_a_convolution_at_its_borders(stride, padding, groups):
+    conv = nnx.Conv(2, 4, (3, 3), strides=stride, padding=padding, feature_group_count=groups, rngs=nnx.Rngs(0))
+    x = np.asarray(jax.random.bernoulli(jax.random.key(1), 0.3, (2, 1, 5, 6, 2)), np.float32)
+    low = {"VALID": 0, "SAME": jax.lax.padtype_to_pads((5,), (3,), (stride,), "SAME")[0][0]}.get(padding, 2)
+    if padding == "SAME" and stride == 2:  # 5 rows are padded by 1 and 1, 6 columns by 0 and 1
+        x = x[..., :5, :]
+    out = conv(x[0]).shape[1:3]
+    rows = x.reshape(-1, *x.shape[2:])
+    want = count_by_hand(rows, conv.kernel_shape, stride, low, out)
+    assert want > 0
+    assert monitor.operations(nn.Sequential(conv), jnp.asarray(x)) == {"layers.0": (want, 0)}
+    want = count_by_hand(np.ones_like(rows), conv.kernel_shape, stride, low, out)
+    assert monitor.operations(nn.Sequential(conv), jnp.asarray(x) - 0.5) == {"layers.0": (0, want)}
+
+
+def test_operations_of_a_network():
+    """The first layer sees no spikes, the second does; energy by the formula."""
+    model = nn.Sequential(
+        nnx.Linear(7, 5, rngs=nnx.Rngs(0)), nn.LIF(tau=2.0, threshold=0.3), nnx.Linear(5, 3, rngs=nnx.Rngs(1))
+    )
+    xs = inputs(7)
+    spikes = monitor.record(model, xs)[1]["layers.1"]
+    assert_fires(spikes)
+    got = monitor.operations(model, xs)
+    assert got == {"layers.0": (0, T * B * 7 * 5), "layers.2": (int(spikes.sum()) * 3, 0)}
+    assert got["layers.0"].joules == pytest.approx(T * B * 35 * 4.6e-12)
+    assert got["layers.2"].joules == pytest.approx(float(spikes.sum()) * 3 * 0.9e-12)
+
+
+def test_bad_arguments():
+    model, xs = Net(), inputs(6)
+    with pytest.raises(ValueError, match="what must be 'spikes' or 'state'; got 'v'"):
+        monitor.record(model, xs, what="v")
+    with pytest.raises(ValueError, match=r"layers must be a list of paths of spiking layers, of \['block.*got 'head'"):
+        monitor.record(model, xs, layers=["out", "head"])
+    with pytest.raises(ValueError, match="layers must be a list.*got 'out'"):
+        monitor.record(model, xs, layers="out")
+    with pytest.raises(
+        ValueError, match=r"spikes of 'a' must be \[T, B, ..., N\], of rank 3 or more; got shape \(4, 5\)"
+    ):
+        monitor.dead_neurons({"a": np.zeros((4, 5))})

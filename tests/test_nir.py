@@ -1,0 +1,437 @@
+"""NIR: what other simulators exported runs here with their spikes, what is exported here runs there with ours."""
+
+import dataclasses
+import json
+import sys
+from functools import partial
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from compare import assert_fires, assert_same_spikes
+from flax import nnx
+
+import snnfuse as sf
+from snnfuse import nn
+from snnfuse.interop import nir as interop
+
+nir = pytest.importorskip("nir")
+
+GOLDEN = Path(__file__).parent / "golden" / "nir"
+RUNS = dict(np.load(GOLDEN / "runs.npz"))
+CASES = json.loads(str(RUNS["cases"]))
+GRID = interop.Dialect(dt=0.5)  # a power of two: nothing is rounded
+
+
+def last(x):
+    return np.moveaxis(x, 2, -1) if x.ndim > 3 else x
+
+
+def inputs(*shape, T=16, B=3, seed=0, scale=1.5):
+    return 0.4 + scale * jax.random.normal(jax.random.key(seed), (T, B, *shape))
+
+
+def dialect_of(case):
+    change = {k: tuple(v) if isinstance(v, list) else v for k, v in CASES[case]["change"].items()}
+    return dataclasses.replace(getattr(interop, CASES[case]["dialect"]), **change)
+
+
+# From there.
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_what_others_exported_runs_with_their_spikes(case):
+    model = interop.from_nir(GOLDEN / f"{case}.nir", dialect_of(case))
+    want = RUNS[f"{case}/y"]
+    got, _ = jax.jit(lambda xs: model(xs))(last(RUNS[f"{case}/x"]))
+    if want.dtype == np.uint8:
+        assert 0.02 < want.mean() < 0.6
+        np.testing.assert_array_equal(np.asarray(got), want)
+    else:
+        np.testing.assert_allclose(got, want, atol=1e-5 * np.abs(want).max())
+
+
+def test_the_dialect_matters():
+    """A golden file that passes with any dialect would test nothing."""
+    xs = RUNS["snntorch_leaky/x"]
+    for dialect in (interop.NIR, dataclasses.replace(interop.SNNTORCH, reset="soft")):
+        got, _ = interop.from_nir(GOLDEN / "snntorch_leaky.nir", dialect)(xs)
+        assert (np.asarray(got) != RUNS["snntorch_leaky/y"]).mean() > 0.01
+    with pytest.raises(
+        ValueError, match="time constants must be at least dt = 0.001; got 0.0005. Is dt of another unit"
+    ):
+        interop.from_nir(GOLDEN / "snntorch_leaky.nir", interop.Dialect(dt=1e-3))
+
+
+def step_by_the_book(node, xs, dt):
+    """NIR's equations, forward Euler, numpy, in NIR's layout [T, B, C, H, W]."""
+    cuba = type(node).__name__.startswith("Cuba")
+    v = np.zeros(xs.shape[1:]) + getattr(node, "v_leak", 0)
+    i, outs = 0.0, []
+    for x in xs.astype(np.float64):
+        if cuba:
+            i = i + dt / node.tau_syn * (-i + node.w_in * x)
+            x = i
+        if tau := {"tau", "tau_mem"} & set(vars(node)):
+            v = v + dt / getattr(node, tau.pop()) * (node.v_leak - v + node.r * x)
+        else:
+            v = v + dt * node.r * x
+        outs.append(v)
+        if hasattr(node, "v_threshold"):
+            s = v > node.v_threshold
+            v = np.where(s, node.v_reset, v)
+            outs[-1] = s
+    return np.stack(outs)
+
+
+SHAPE = (2, 4, 3)
+rng = np.random.default_rng(0)
+some = lambda low, high: rng.uniform(low, high, SHAPE)
+full = partial(np.full, SHAPE)
+firing = dict(v_threshold=some(0.8, 1.2), v_reset=full(-0.1))
+leaking = dict(r=some(1, 3), v_leak=full(0.1))
+NODES = {
+    "IF": nir.IF(r=some(1, 2), **firing),
+    "I": nir.I(r=some(0.5, 1)),
+    "LIF": nir.LIF(tau=some(1, 2), **leaking, **firing),
+    "LI": nir.LI(tau=some(1, 2), **leaking),
+    "CubaLIF": nir.CubaLIF(tau_syn=some(1, 2), tau_mem=some(1, 3), w_in=some(1, 2), **leaking, **firing),
+    "CubaLI": nir.CubaLI(tau_syn=some(1, 2), tau_mem=some(1, 3), w_in=some(1, 2), **leaking),
+}
+
+
+@pytest.mark.parametrize("kind", NODES)
+def test_neurons_with_parameters_of_their_own(kind):
+    """A parameter a neuron, [C, H, W], against NIR's equations."""
+    node, xs = NODES[kind], np.asarray(inputs(*SHAPE))
+    model = interop.from_nir(nir.NIRGraph.from_list(node), dataclasses.replace(interop.NIR, dt=0.5))
+    want = last(step_by_the_book(node, xs, dt=0.5))
+    got, _ = model(last(xs))
+    if want.dtype == bool:
+        assert_fires(want)
+        np.testing.assert_array_equal(np.asarray(got), want)
+    else:
+        np.testing.assert_allclose(got, want, atol=1e-5)
+
+
+def test_other_nodes():
+    xs = np.asarray(inputs(2, 4, 6))
+    scale = some(0.5, 2)
+    pools = {"SumPool2d": 1, "AvgPool2d": 1 / 6}
+    for pool, factor in pools.items():
+        threshold = factor * rng.uniform(3, 8, (2, 2, 3))
+        nodes = [
+            nir.Scale(np.concatenate([scale, scale], 2)),
+            getattr(nir, pool)(np.array([2, 3]), np.array([2, 2]), np.array([0, 1])),
+            nir.Threshold(threshold),
+            nir.Flatten({"input": np.array([2, 2, 3])}, 1, -1),  # [C, H W]
+        ]
+        model = interop.from_nir(nir.NIRGraph.from_list(nir.Input(np.array([2, 4, 6])), *nodes))
+        x = np.pad(xs * nodes[0].scale, [(0, 0)] * 4 + [(1, 1)])
+        windows = np.lib.stride_tricks.sliding_window_view(x, (2, 3), (3, 4))[..., ::2, ::2, :, :].sum((-1, -2))
+        want = (windows * factor > threshold).reshape(*windows.shape[:3], -1)
+        assert_fires(want)
+        np.testing.assert_array_equal(np.asarray(model(last(xs))[0]), last(want))
+
+
+def test_firing_at_or_above():
+    """NIR fires above the threshold, SpikingJelly and sinabs at it too; on a grid the two differ in every spike."""
+    node = nir.IF(r=np.full(1, 2.0), v_threshold=np.ones(1))
+    xs = jnp.full((6, 1, 1), 0.5)
+    above, _ = interop.from_nir(nir.NIRGraph.from_list(node), GRID)(xs)
+    at, _ = interop.from_nir(nir.NIRGraph.from_list(node), dataclasses.replace(GRID, fires=">="))(xs)
+    assert above.ravel().tolist() == [0, 0, 1, 0, 0, 1] and at.ravel().tolist() == [0, 1, 0, 1, 0, 1]
+
+
+def test_connections_that_skip():
+    """y = LIF(W2 s + s + x), s = LIF(W1 x): edges into a node are summed; in pieces as in whole; subgraphs are opened."""
+    weights = [nir.Linear(0.5 * rng.normal(size=(5, 5))) for _ in range(2)]
+    lif = lambda: nir.LIF(np.full(5, 2e-4), np.ones(5), np.zeros(5), np.full(5, 0.9))
+    inner = nir.NIRGraph.from_list(weights[0], lif())
+    nodes = {"in": nir.Input([5]), "w2": weights[1], "lif": lif(), "out": nir.Output([5]), "first": inner}
+    edges = [("in", "first"), ("first", "w2"), ("w2", "lif"), ("first", "lif"), ("in", "lif"), ("lif", "out")]
+    model = interop.from_nir(nir.NIRGraph(nodes, edges))
+    assert isinstance(model, interop.Graph)
+    xs = inputs(5)
+    neuron = nn.LIF(tau=2.0, decay_input=True, threshold=float(np.nextafter(np.float32(0.9), 1)))
+    s, _ = neuron(xs @ weights[0].weight.T.astype(np.float32))
+    want, _ = neuron(s @ weights[1].weight.T.astype(np.float32) + s + xs)
+    whole, end = model(xs)
+    assert_fires(want)
+    assert_same_spikes(whole, want)
+    first, state = model(xs[:7], model.init_state(xs))
+    second, state = model(xs[7:], state)
+    assert_same_spikes(jnp.concatenate([first, second]), whole)
+    assert jax.tree.all(jax.tree.map(jnp.array_equal, state, end))
+    again = interop.from_nir(interop.to_nir(model, (5,)))
+    assert_same_spikes(again(xs)[0], whole)
+    with pytest.raises(ValueError, match="state must have 2 entries, one a temporal layer; got 1"):
+        model(xs, state[:1])
+
+
+def test_a_model_from_there_learns():
+    model = interop.from_nir(GOLDEN / "spikingjelly_conv.nir", interop.SPIKINGJELLY, surrogate=sf.Sigmoid())
+    xs = last(RUNS["spikingjelly_conv/x"])
+    gradients = nnx.grad(lambda model: model(xs)[0].mean())(model)
+    assert all(jnp.any(g != 0) for g in jax.tree.leaves(gradients)) and len(jax.tree.leaves(gradients)) == 6
+
+
+# From here.
+
+
+def convnet(reset=sf.HardReset()):  # noqa: B008
+    rngs = nnx.Rngs(1)
+    norm = nnx.BatchNorm(4, use_running_average=True, rngs=rngs)
+    norm.mean[...], norm.var[...] = jnp.linspace(-0.3, 0.2, 4), jnp.linspace(0.5, 2, 4)
+    norm.scale[...], norm.bias[...] = jnp.linspace(0.7, 1.5, 4), jnp.linspace(-0.1, 0.3, 4)
+    return nn.Sequential(
+        nnx.Conv(2, 4, (5, 3), strides=(2, 1), use_bias=False, rngs=rngs),  # SAME: rows are padded by 1 and 2
+        norm,
+        nn.ParametricLIF(tau=2.0, shape=(4,), learn=("threshold",), threshold=jnp.linspace(0.2, 0.5, 4), reset=reset),
+        partial(nnx.avg_pool, window_shape=(2, 2), strides=(2, 2)),
+        nnx.Conv(4, 4, (3, 3), kernel_dilation=(1, 2), feature_group_count=2, rngs=rngs),
+        nn.LIF(decay=jnp.linspace(0.3, 0.8, 4), threshold=0.3, reset=reset),
+        nn.flatten,
+        interop.Scale(jnp.linspace(0.5, 2, 24)),
+        nn.IF(threshold=0.4, reset=reset),
+        nn.Sequential(nnx.Linear(24, 7, rngs=rngs), nn.CubaLIF(tau_syn=1.5, tau=3.0, threshold=0.3, reset=reset)),
+    )
+
+
+def line():
+    return nn.Sequential(
+        nnx.Conv(2, 6, 4, strides=2, padding=((2, 0),), rngs=nnx.Rngs(0)),
+        nn.IF(threshold=0.7),
+        nn.flatten,
+        nnx.Linear(30, 5, use_bias=False, rngs=nnx.Rngs(1)),
+        nn.LI(tau=3.0, decay_input=True, v_rest=0.1),
+    )
+
+
+@pytest.mark.parametrize("name", ["NIR", "SPIKINGJELLY", "NORSE", "SINABS"])
+def test_there_and_back(name, tmp_path):
+    dialect = getattr(interop, name)
+    model = convnet(sf.SoftReset() if dialect.reset == "soft" else sf.HardReset())
+    xs = inputs(8, 6, 2)
+    nir.write(tmp_path / "model.nir", interop.to_nir(model, (8, 6, 2), dialect))
+    again = interop.from_nir(tmp_path / "model.nir", dialect)
+    want, got = model(xs)[0], again(xs)[0]
+    assert_fires(want)
+    np.testing.assert_array_equal(got, want)
+
+
+def test_there_and_back_along_a_line():
+    xs = inputs(11, 2)
+    graph = interop.to_nir(line(), (11, 2))
+    assert [type(n).__name__ for n in graph.nodes.values()] == "Input Conv1d IF Flatten Linear LI Output".split()
+    np.testing.assert_allclose(interop.from_nir(graph)(xs)[0], line()(xs)[0], atol=1e-5)
+
+
+def test_there_and_back_late():
+    model = interop.from_nir(GOLDEN / "snntorch_synaptic.nir", interop.SNNTORCH)
+    again = interop.from_nir(interop.to_nir(model, (12,), interop.SNNTORCH), interop.SNNTORCH)
+    np.testing.assert_array_equal(again(RUNS["snntorch_synaptic/x"])[0], RUNS["snntorch_synaptic/y"])
+
+
+# Into the other packages, where they are installed.
+
+
+def dense(neuron):
+    rngs = nnx.Rngs(3)
+    layers = [nnx.Linear(6, 16, rngs=rngs), neuron(), nnx.Linear(16, 8, use_bias=False, rngs=rngs), neuron()]
+    for linear in layers[::2]:
+        linear.kernel[...] *= 3
+    return nn.Sequential(*layers)
+
+
+elsewhere = pytest.mark.filterwarnings("ignore")  # what the others warn of is theirs
+
+
+def channels_first(xs):
+    return np.array(np.moveaxis(xs, -1, 2))
+
+
+@elsewhere
+@pytest.mark.parametrize("kind", ["lif", "lif_out", "if", "cuba", "conv"])
+def test_ours_in_spikingjelly(kind):
+    torch = pytest.importorskip("torch")
+    exchange = pytest.importorskip("spikingjelly.activation_based.nir_exchange")
+    models = {
+        "lif": dense(partial(nn.LIF, tau=2.0, decay_input=True, threshold=0.4)),
+        "lif_out": dense(partial(nn.LIF, tau=2.0)),
+        "if": dense(nn.IF),
+        "cuba": dense(partial(nn.CubaLIF, decay_syn=0.3, tau=2.0, threshold=1.5)),
+        "conv": nn.Sequential(
+            nnx.Conv(2, 4, (5, 5), strides=2, rngs=nnx.Rngs(0)),
+            nn.LIF(tau=2.0, threshold=0.7),
+            nn.flatten,
+            nnx.Linear(48, 7, rngs=nnx.Rngs(1)),
+            nn.IF(threshold=0.4),
+        ),
+    }
+    xs = np.asarray(inputs(8, 6, 2) if kind == "conv" else inputs(6))
+    graph = interop.to_nir(models[kind], xs.shape[2:], interop.SPIKINGJELLY)
+    net = exchange.import_from_nir(graph, step_mode="m")
+    want = models[kind](xs)[0]
+    assert_fires(want)
+    with torch.no_grad():
+        got = net(torch.from_numpy(channels_first(xs) if kind == "conv" else xs))[0].numpy()
+    np.testing.assert_array_equal(got, want)
+
+
+@elsewhere
+@pytest.mark.parametrize(
+    "neuron", [partial(nn.LIF, tau=4.0), partial(nn.CubaLIF, decay_syn=0.3, tau=2.0, threshold=2.0)]
+)
+def test_ours_in_snntorch(neuron):
+    torch = pytest.importorskip("torch")
+    importer = pytest.importorskip("snntorch.import_nir")
+    model, xs = nn.Sequential(*dense(neuron).layers[:2]), np.asarray(inputs(6))
+    net = importer.import_from_nir(interop.to_nir(model, (6,)))
+    want = model(xs)[0]
+    assert_fires(want)
+    state, got = None, []
+    with torch.no_grad():
+        for x in torch.from_numpy(xs):
+            out, state = net(x, state)
+            got.append(out.numpy())
+    np.testing.assert_array_equal(np.stack(got), want)
+
+
+@elsewhere
+@pytest.mark.parametrize("kind", ["lif", "if", "cuba"])
+def test_ours_in_norse(kind):
+    torch = pytest.importorskip("torch")
+    norse = pytest.importorskip("norse.torch.utils.import_nir")
+    model = {
+        "lif": dense(partial(nn.LIF, tau=2.0, decay_input=True, threshold=0.4)),
+        "if": dense(nn.IF),
+        "cuba": dense(partial(nn.CubaLIF, decay_syn=0.3, tau=2.0, decay_input=True, threshold=0.6)),
+    }[kind]
+    xs = np.asarray(inputs(6))
+    net = norse.from_nir(interop.to_nir(model, (6,), interop.Dialect(dt=1e-3, jumps=("IF",))), dt=1e-3)
+    want = model(xs)[0]
+    assert_fires(want)
+    state, got = None, []
+    with torch.no_grad():
+        for x in torch.from_numpy(xs):
+            out, state = net(x, state)
+            got.append(out.numpy())
+    np.testing.assert_array_equal(np.stack(got), want)
+
+
+# What cannot be.
+
+
+def graph_of(**nodes):
+    nodes = {"in": nir.Input([2]), **nodes, "out": nir.Output([2])}
+    names = list(nodes)
+    return nir.NIRGraph(nodes, list(zip(names, names[1:], strict=False)), type_check=False)
+
+
+def uneven(**change):
+    fields = dict(tau=np.full(2, 2e-4), r=np.ones(2), v_leak=np.zeros(2), v_threshold=np.ones(2), v_reset=np.zeros(2))
+    return nir.LIF(**(fields | change))
+
+
+def recurrent():
+    graph = graph_of(lif=uneven(), w=nir.Linear(np.eye(2)))
+    graph.edges.append(("w", "lif"))
+    return graph
+
+
+def edited(edges=(), without=(), **nodes):
+    graph = graph_of(w=nir.Linear(np.eye(2)))
+    graph.nodes |= nodes
+    graph.nodes = {k: v for k, v in graph.nodes.items() if k not in without}
+    graph.edges = [e for e in graph.edges if not set(e) & set(without)] + list(edges)
+    return graph
+
+
+@pytest.mark.parametrize(
+    "graph, error, message",
+    [
+        (graph_of(wait=nir.Delay(np.ones(2))), NotImplementedError, "node 'wait': Delay is not supported"),
+        (
+            recurrent(),
+            NotImplementedError,
+            r"recurrent connections are not supported; got (lif -> w -> lif|w -> lif -> w)",
+        ),
+        (
+            graph_of(lif=uneven(v_leak=np.arange(2.0))),
+            NotImplementedError,
+            "node 'lif': v_leak must be the same for all neurons",
+        ),
+        (graph_of(lif=uneven(v_reset=np.arange(2.0))), NotImplementedError, "node 'lif': v_reset must be the same"),
+        (graph_of(w=nir.Linear(np.ones((2, 2, 2)))), NotImplementedError, r"node 'w': weight must be \[out, in\]"),
+        (edited(without=("in",)), ValueError, r"graph must have one Input; got 0: \[\]"),
+        (edited(more=nir.Output([2])), ValueError, r"graph must have one Output; got 2: \['out', 'more'\]"),
+        (edited(loose=nir.Scale(np.ones(2))), ValueError, "nothing comes to node 'loose'"),
+        (edited(loose=nir.Scale(np.ones(2)), edges=[("w", "loose")]), ValueError, "nothing comes from node 'loose'"),
+        (edited(edges=[("w", "ghost")]), ValueError, "the edge w -> ghost names no node 'ghost'"),
+        (
+            edited(sub=nir.NIRGraph({"a": nir.Input([2])}, [], type_check=False)),
+            ValueError,
+            "subgraph 'sub' must have one Output; got 0",
+        ),
+        (7, TypeError, "graph must be a nir.NIRGraph or the path of a .nir file; got int"),
+    ],
+)
+def test_graphs_that_cannot_be_read(graph, error, message):
+    with pytest.raises(error, match=message):
+        interop.from_nir(graph)
+
+
+def test_a_late_reset_needs_one_decay():
+    with pytest.raises(NotImplementedError, match="node 'lif': the late reset needs one decay above 0 for all neurons"):
+        interop.from_nir(graph_of(lif=uneven(tau=np.array([2e-4, 3e-4]))), interop.SNNTORCH)
+
+
+@pytest.mark.parametrize(
+    "layers, shape, message",
+    [
+        ([jnp.tanh], (3,), r"layer 0 \(tanh\): NIR has no node for it on \(3,\)"),
+        ([nn.LIF(tau=2.0), nn.AdaptiveLIF(tau=2.0, tau_adapt=2.0)], (3,), r"layer 1 \(AdaptiveLIF\): .*AdaptiveLIF"),
+        ([nn.LIF(tau=2.0, reset=sf.SoftReset())], (3,), r"layer 0 \(LIF\): its reset is SoftReset.* 'hard'.*replace"),
+        ([nn.LI(decay=1.0)], (3,), r"layer 0 \(LI\): decay must be in \(0, 1\)"),
+        ([nnx.Linear(3, 3, rngs=nnx.Rngs(0))], (4, 3), r"layer 0 \(Linear\): NIR's Affine takes vectors"),
+        ([nn.flatten], (2, 2, 3), "the output is in the order of snnfuse.nn.flatten"),
+        ([nnx.BatchNorm(3, rngs=nnx.Rngs(0))], (3,), r"layer 0 \(BatchNorm\) must follow one Conv or Linear"),
+        (
+            [nn.IF(), nnx.BatchNorm(3, rngs=nnx.Rngs(0))],
+            (3,),
+            r"layer 1 \(BatchNorm\) must follow a Conv or Linear; .* IF",
+        ),
+        (
+            [nnx.Conv(1, 1, 3, padding="CIRCULAR", rngs=nnx.Rngs(0))],
+            (5, 1),
+            "layer 0 .Conv.: NIR has no padding 'CIRCULAR'",
+        ),
+        (
+            [partial(nnx.avg_pool, window_shape=(3, 3), strides=(2, 2), padding="SAME")],
+            (4, 4, 1),
+            "pads alike on both sides",
+        ),
+    ],
+)
+def test_models_that_cannot_be_written(layers, shape, message):
+    with pytest.raises(NotImplementedError, match=message):
+        interop.to_nir(nn.Sequential(*layers), shape)
+
+
+def test_other_bad_arguments(monkeypatch):
+    with pytest.raises(TypeError, match="model must be a snnfuse.nn.Sequential or a Graph; got LIF"):
+        interop.to_nir(nn.LIF(tau=2.0), (3,))
+    with pytest.raises(ValueError, match="reset must be one of .*; got 'none'"):
+        interop.Dialect(reset="none")
+    with pytest.raises(ValueError, match="dt must be above 0; got 0"):
+        interop.Dialect(dt=0)
+    with pytest.raises(ValueError, match=r"jumps must name types of NIR neurons; got \['lif'\]"):
+        interop.Dialect(jumps=("lif",))
+    with pytest.raises(ValueError, match=r"sources\[1\] must be places in -1..0; got \(1,\)"):
+        interop.Graph([nn.IF()], [(-1,), (1,)])
+    monkeypatch.setitem(sys.modules, "nir", None)
+    with pytest.raises(ImportError, match=r'pip install "snnfuse\[nir\]"'):
+        interop.from_nir("x.nir")
