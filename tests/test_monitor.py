@@ -155,6 +155,29 @@ def test_operations_of_a_network():
     assert got["layers.2"].joules == pytest.approx(float(spikes.sum()) * 3 * 0.9e-12)
 
 
+def test_fused_normalisation_bits_and_rematerialisation():
+    """Layers of snnfuse.nn: a neuron within a kernel with its normalisation, spikes kept as bits, blocks that run twice."""
+    rngs = nnx.Rngs(0)
+    first = nn.NormSpiking(nn.LIF(tau=2.0), nn.BatchNorm(3, rngs=rngs), pack=True)
+    block = nn.Sequential(nn.Conv(3, 4, rngs=rngs, precision="bfloat16"), nn.IF())
+    model = nn.Sequential(nn.Conv(2, 3, rngs=rngs), first, nn.Remat(block), nn.mean_pool, nn.Linear(4, 5, rngs=rngs))
+    xs = inputs(5, 6, 2)
+    (outs, _), spikes = nnx.jit(lambda model, xs: monitor.record(model, xs))(model, xs)
+    np.testing.assert_array_equal(outs, nnx.jit(lambda model, xs: model(xs)[0])(nnx.clone(model), xs))
+    kept = spikes["layers.1.neuron"]
+    want, _ = nnx.clone(first)(model.layers[0](xs))
+    assert list(spikes) == ["layers.1.neuron", "layers.2.layer.layers.1"]
+    assert_same_spikes(kept, want.values)
+    got = monitor.operations(model, xs)
+    dense = count_by_hand(np.ones((1, 5, 6, 2)), (3, 3, 2, 3), 1, 1, (5, 6))
+    sparse = count_by_hand(np.asarray(kept).reshape(-1, 5, 6, 3), (3, 3, 3, 4), 1, 1, (5, 6))
+    assert got == {
+        "layers.0": (0, T * B * dense),
+        "layers.2.layer.layers.0": (sparse, 0),
+        "layers.4": (0, T * B * 4 * 5),
+    }
+
+
 def test_bad_arguments():
     model, xs = Net(), inputs(6)
     with pytest.raises(ValueError, match="what must be 'spikes' or 'state'; got 'v'"):

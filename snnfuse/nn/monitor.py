@@ -2,8 +2,8 @@
 
 A monitor runs a copy of the model whose layers tell what passes through them. The model itself is left as it is (also
 its BatchNorm statistics), so a run without a monitor costs nothing. Layers are named by their path: `layers.2`,
-`block1.neuron`. Nothing is seen inside of a transform of the model's own, such as `nnx.jit` or `nnx.scan`: put that
-around the monitor.
+`block1.neuron`. A `Remat` runs as the layer in it. Nothing is seen inside of another transform of the model's own, such as
+`nnx.jit` or `nnx.scan`: put that around the monitor.
 """
 
 from collections.abc import Callable, Sequence
@@ -16,8 +16,13 @@ from flax import nnx
 from jax import Array
 
 from snnfuse.core import neurons
+from snnfuse.core.compose import Twice
 from snnfuse.core.neuron import PyTree, WithState
+from snnfuse.nn.conv import Conv, Linear
+from snnfuse.nn.precision import Precision
+from snnfuse.nn.spikes import values
 from snnfuse.nn.spiking import Spiking
+from snnfuse.nn.temporal import Remat
 from snnfuse.ops.packing import Packed, unpack
 
 MAC, AC = 4.6e-12, 0.9e-12  # joules, see `Operations`
@@ -33,6 +38,7 @@ def record(
       what: "spikes", each record the outputs [T, *B, N] of the layer, or "state", the tree of its states after every
         step, float32 [T, *B, N] (`.v` is the membrane after the reset).
 
+    The output of a neuron that a shortcut meets inside of its kernel (`NormSpiking`, connect "add") is with the shortcut.
     A layer that is called more than once has its calls joined along time. Works under `jax.jit`.
 
     Raises:
@@ -40,7 +46,7 @@ def record(
     """
     if what not in ("spikes", "state"):
         raise ValueError(f"what must be 'spikes' or 'state'; got {what!r}")
-    copy = nnx.clone(model)
+    copy = _copy(model)
     found = _layers(copy, Spiking)
     if layers is None:
         layers = [p for p, m in found.items() if what == "state" or not isinstance(m.neuron, neurons.LI)]
@@ -89,21 +95,36 @@ class Operations(NamedTuple):
 
 
 def operations(model: nnx.Module, *args: Any, **kwargs: Any) -> dict[str, Operations]:
-    """Operations of every `nnx.Linear` and `nnx.Conv` in one call of `model(*args, **kwargs)`, by path.
+    """Operations of every Linear and Conv, of nnx and of snnfuse.nn, in one call of `model(*args, **kwargs)`, by path.
 
     A call whose input holds nothing but 0 and 1 is counted by its spikes, any other as dense. The fan-out is exact, at
     the borders of a convolution too: that of an input is how many products the layer makes of it. Not under `jax.jit`.
     """
-    copy = nnx.clone(model)
+    copy = _copy(model)
     counts = {}
-    for path, layer in _layers(copy, nnx.Linear | nnx.Conv).items():
+    for path, layer in _layers(copy, nnx.Linear | nnx.Conv | Linear | Conv).items():
         counts[path] = []
-        if isinstance(layer, nnx.Conv):
-            layer.conv_general_dilated = _counting(layer.conv_general_dilated, 1, counts[path].append)
-        else:
-            layer.dot_general = _counting(layer.dot_general, -1, counts[path].append)
+        _intercept(layer, _counting(layer, counts[path].append))
     copy(*args, **kwargs)
     return {path: Operations(*map(sum, zip((0, 0), *calls, strict=True))) for path, calls in counts.items()}
+
+
+def _copy(model: nnx.Module) -> nnx.Module:
+    copy = nnx.clone(model)
+    for layer in _layers(copy, Remat).values():
+        _intercept(layer, lambda call, xs, state=None, layer=layer: layer.layer(xs, state))
+    return copy
+
+
+def _intercept(layer: nnx.Module, around: Callable) -> None:
+    """Calls of `layer` become around(call, *args), `call` being its own; the layer must be of a copy."""
+    own = type(layer)
+
+    class Watched(own):
+        def __call__(self, *args, **kwargs):
+            return around(lambda *args, **kwargs: own.__call__(self, *args, **kwargs), *args, **kwargs)
+
+    object.__setattr__(layer, "__class__", Watched)
 
 
 def _layers(model, kind) -> dict[str, nnx.Module]:
@@ -115,8 +136,8 @@ def _recording(unroll: Callable, what: str, keep: Callable) -> Callable:
 
     def spikes(neuron, params, state, xs, *, out_dtype=None, **options):
         outs, final = unroll(neuron, params, state, xs, out_dtype=out_dtype, **options)
-        T = len(jax.tree.leaves(xs)[0])
-        keep(unpack(outs, T) if isinstance(out_dtype, Packed) else outs)
+        spikes = outs[0] if isinstance(neuron, Twice) else outs
+        keep(unpack(spikes, len(jax.tree.leaves(xs)[0])) if isinstance(out_dtype, Packed) else spikes)
         return outs, final
 
     def states(neuron, params, state, xs, *, out_dtype=None, **options):
@@ -130,19 +151,21 @@ def _recording(unroll: Callable, what: str, keep: Callable) -> Callable:
     return spikes if what == "spikes" else states
 
 
-def _counting(product: Callable, axis: int, keep: Callable) -> Callable:
-    """`product`, a dot_general or convolution whose input has one sample's axes from `axis` on, with (acs, macs) kept."""
+def _counting(layer: nnx.Module, keep: Callable) -> Callable:
+    """Keeps (acs, macs) of each call. With weights of 1 the gradient of the sum of all outputs is the fan-out."""
+    ones = nnx.clone(layer)
+    ones.kernel[...] = jnp.ones_like(ones.kernel[...], jnp.float32)
+    ones.dtype, ones.precision = jnp.float32, Precision("float32") if isinstance(ones, Conv | Linear) else None
+    axes = 1 if isinstance(layer, nnx.Linear | Linear) else ones.kernel[...].ndim - 1  # of one sample
 
-    def counted(x, kernel, *args, **options):
-        sample = jnp.zeros((1,) * len(x.shape[:axis]) + x.shape[axis:])
-        ones = jnp.ones(kernel.shape)
-        fan_out = jax.grad(lambda x: product(x, ones, *args, **options).sum())(sample).ravel()
-        rows = x.reshape(-1, fan_out.size).astype(jnp.float32)
-        fan_out = np.asarray(fan_out, np.float64).round()
+    def counted(call, x, *args, **kwargs):
+        sample = jnp.zeros((1, *values(x).shape[-axes:]))
+        fan_out = np.asarray(jax.grad(lambda x: ones(x).sum())(sample), np.float64).round().ravel()
+        rows = values(x).reshape(-1, fan_out.size).astype(jnp.float32)
         if bool(jnp.all((rows == 0) | (rows == 1))):
             keep((int(np.asarray(rows.sum(0), np.float64) @ fan_out), 0))
         else:
             keep((0, len(rows) * int(fan_out.sum())))
-        return product(x, kernel, *args, **options)
+        return call(x, *args, **kwargs)
 
     return counted

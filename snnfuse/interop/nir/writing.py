@@ -14,21 +14,23 @@ from snnfuse import nn
 from snnfuse.core import neurons
 from snnfuse.core.reset import HardReset, SoftReset
 from snnfuse.interop.nir.dialect import NIR, Dialect, require
-from snnfuse.interop.nir.layers import Flatten, Graph, LateSoftReset, Pool, Scale, Threshold, chain
+from snnfuse.interop.nir.layers import Flatten, Graph, LateSoftReset, Pool, Scale, Threshold
+from snnfuse.models.resnet import Residual
 
 
-def to_nir(model: nn.Sequential, input_shape: Sequence[int], dialect: Dialect = NIR) -> Any:
+def to_nir(model: nn.Temporal, input_shape: Sequence[int], dialect: Dialect = NIR) -> Any:
     """The `nir.NIRGraph` of a model, as it is in evaluation; `nir.write(path, graph)` makes a file of it.
 
     Args:
-      model: a `snnfuse.nn.Sequential` or `Graph` of nnx.Linear, nnx.Conv (1d, 2d), IF, LIF, ParametricLIF, CubaLIF, LI,
-        `snnfuse.nn.flatten`, partial(nnx.avg_pool, ...), the layers of this module, and nnx.BatchNorm right after a Conv
-        or Linear, whose weights take it in.
+      model: a `snnfuse.nn.Sequential`, `Graph` or `snnfuse.models.Residual` ("sum", "add"), nested at will, of Linear and Conv
+        (of nnx, 1d and 2d, and of snnfuse.nn), IF, LIF, ParametricLIF, CubaLIF, LI, NormSpiking, `snnfuse.nn.flatten` and
+        `mean_pool`, partial(nnx.avg_pool, ...), the layers of this package, and a BatchNorm right after a Conv or Linear,
+        whose weights take it in.
       input_shape: of one sample in one step, channels last: (H, W, C), (L, C) or (N,).
       dialect: of who is to read it. Its reset must be that of the model.
 
     Raises:
-      NotImplementedError: a layer that NIR, or the dialect, has no word for, by its place in the model.
+      NotImplementedError: a layer that NIR, or the dialect, has no word for, by its place in the order of the layers.
     """
     nir = require()
     layers, sources = _flat(model)
@@ -81,16 +83,42 @@ class _Signal:
 
 
 def _flat(model):
-    """The layers of nested Sequentials, with their sources."""
-    if isinstance(model, Graph):
-        return [layer.layer if isinstance(layer, nn.Folded) else layer for layer in model.layers], model.sources
-    if not isinstance(model, nn.Sequential):
-        raise TypeError(f"model must be a snnfuse.nn.Sequential or a Graph; got {type(model).__name__}")
-    layers = []
-    for layer in model.layers:
-        layer = layer.layer if isinstance(layer, nn.Folded) else layer
-        layers += _flat(layer)[0] if isinstance(layer, nn.Sequential) else [layer]
-    return layers, chain(layers)
+    """(the layers of what is nested, in order, and what each is fed: the `sources` of a `Graph`)."""
+    layers, sources = [], []
+
+    def put(layer, came):
+        if isinstance(layer, nn.Folded | nn.Remat):
+            return put(layer.layer, came)
+        if isinstance(layer, nn.PackSpikes):
+            return came
+        if isinstance(layer, nn.Sequential):
+            for inner in layer.layers:
+                came = put(inner, came)
+            return came
+        if isinstance(layer, Graph):
+            made = [came]
+            for inner, places in zip(layer.layers, layer.sources, strict=False):
+                made.append(put(inner, sum((made[p + 1] for p in places), ())))
+            return sum((made[p + 1] for p in layer.sources[-1]), ())
+        if isinstance(layer, nn.NormSpiking) and layer.connect == "sum" and layer.shortcut_norm is None:
+            return put(layer.neuron, put(layer.norm, came))
+        if isinstance(layer, Residual) and layer.join.connect in ("sum", "add"):
+            join, inner = layer.join, put(layer.join.norm, put(layer.main, came))
+            beside = came if layer.shortcut is None else put(layer.shortcut, came)
+            beside = beside if join.shortcut_norm is None else put(join.shortcut_norm, beside)
+            return put(join.neuron, inner + beside) if join.connect == "sum" else put(join.neuron, inner) + beside
+        if layer is nn.mean_pool:
+            return put(nn.flatten, put(_mean, came))
+        layers.append(layer)
+        sources.append(came)
+        return (len(layers) - 1,)
+
+    output = put(model, (-1,))
+    return layers, [*sources, output]
+
+
+def _mean(x):
+    return x.mean((-3, -2), keepdims=True)
 
 
 def _node(nir, layer, signal, dialect, where):
@@ -98,7 +126,7 @@ def _node(nir, layer, signal, dialect, where):
     shape, order = signal.shape, signal.order
     if isinstance(layer, nn.Spiking):
         return _neuron_node(nir, layer, signal, dialect, where), order
-    if isinstance(layer, nnx.Linear):
+    if isinstance(layer, nnx.Linear | nn.Linear):
         return _linear_node(nir, layer, signal, where), None
     if isinstance(layer, Scale):
         return nir.Scale(_nir_layout(layer.scale[...], signal)), order
@@ -107,12 +135,17 @@ def _node(nir, layer, signal, dialect, where):
     if layer is nn.flatten:
         if len(shape) < 2:
             return None, order
-        places = np.moveaxis(np.arange(np.prod(shape)).reshape(_shape(shape)), 0, -1)
-        return nir.Flatten(_shape(shape), 0, -1), places.ravel()
+        order = np.moveaxis(np.arange(np.prod(shape)).reshape(_shape(shape)), 0, -1).ravel()
+        return nir.Flatten(_shape(shape), 0, -1), None if (np.diff(order) == 1).all() else order
     if isinstance(layer, Flatten):
         return nir.Flatten(_shape(shape), layer.start_dim, layer.end_dim), order
     if isinstance(layer, nnx.Conv) and len(shape) in (2, 3):
         return _conv_node(nir, layer, shape, where), None
+    if isinstance(layer, nn.Conv):
+        weight = np.moveaxis(np.array(layer.kernel[...], np.float32), -1, 1)
+        return nir.Conv2d(shape[:2], weight, layer.stride, layer.padding, 1, 1, _bias(layer, len(weight))), None
+    if layer is _mean:
+        return nir.AvgPool2d(np.array(shape[:2]), np.ones(2, int), np.zeros(2, int)), None
     if isinstance(layer, Pool):
         kind = nir.SumPool2d if layer.kind == "sum" else nir.AvgPool2d
         return kind(*map(np.array, (layer.window, layer.stride, layer.padding))), None
@@ -195,10 +228,14 @@ def _conv_node(nir, layer, shape, where):
             raise NotImplementedError(f"{where}: NIR has no padding {padding} with kernel_dilation {dilation}")
         weight = np.pad(weight, [(0, 0)] * 2 + [(max(high - low, 0), max(low - high, 0)) for low, high in padding])
     padding = tuple(max(pair) for pair in padding)
-    bias = np.zeros(weight.shape[0], np.float32) if layer.bias is None else np.array(layer.bias[...], np.float32)
+    bias = _bias(layer, len(weight))
     if dims == 1:
         return nir.Conv1d(shape[0], weight, strides[0], padding[0], dilation[0], layer.feature_group_count, bias)
     return nir.Conv2d(tuple(shape[:2]), weight, strides, padding, dilation, layer.feature_group_count, bias)
+
+
+def _bias(layer, features):
+    return np.zeros(features, np.float32) if layer.bias is None else np.array(layer.bias[...], np.float32)
 
 
 def _padding(padding, size, window, strides, dilation, where):
@@ -227,7 +264,7 @@ def _normalised(nir, node, norm, where):
     """The node of a Linear or Conv with a BatchNorm in evaluation taken in."""
     if type(node) not in (nir.Affine, nir.Linear, nir.Conv1d, nir.Conv2d):
         raise NotImplementedError(f"{where} must follow a Conv or Linear; it follows a {type(node).__name__}")
-    scale = 1 / np.sqrt(np.asarray(norm.var[...], np.float64) + norm.epsilon)
+    scale = getattr(norm, "gain", 1.0) / np.sqrt(np.asarray(norm.var[...], np.float64) + norm.epsilon)
     scale = scale * (1 if norm.scale is None else np.asarray(norm.scale[...]))
     bias = (getattr(node, "bias", 0) - np.asarray(norm.mean[...])) * scale
     bias = np.asarray(bias + (0 if norm.bias is None else np.asarray(norm.bias[...])), np.float32)
