@@ -43,7 +43,7 @@ def spike_counts(model, xs):
     return np.stack(counts)
 
 
-@pytest.mark.parametrize("memory", ["fast", "lean"])
+@pytest.mark.parametrize("memory", ["fast", "packed", "lean"])
 def test_spiking_resnet18_is_that_of_pytorch(memory):
     """Logits, spikes layer by layer, every gradient, the running averages, and the logits in eval mode thereafter."""
     model = resnet18(memory=memory, implementation="scan")

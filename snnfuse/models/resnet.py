@@ -14,7 +14,7 @@ from snnfuse.core.surrogate import Rectangle
 DEPTHS = {18: (2, 2, 2, 2), 34: (3, 4, 6, 3), 50: (3, 4, 6, 3)}
 WIDTHS = (64, 128, 256, 512)
 STEMS = ("imagenet", "cifar")
-MEMORY = ("fast", "lean")
+MEMORY = ("fast", "packed", "lean")
 
 # The neuron of the temporal fusion paper: u = 0.2 v + x, a spike at 0.3, v = 0 after it; rectangular surrogate of width 1.
 paper_lif = partial(nn.LIF, decay=0.2, threshold=0.3, surrogate=Rectangle())
@@ -48,7 +48,7 @@ def spiking_resnet(
     neuron: Callable[..., nn.Spiking] = paper_lif,
     stem: str = "imagenet",
     precision: nn.Precision | str = "float32",
-    memory: str = "fast",
+    memory: str = "packed",
     implementation: str | None = None,
     rngs: nnx.Rngs,
 ) -> nn.Sequential:
@@ -61,9 +61,10 @@ def spiking_resnet(
       neuron: makes a neuron, `neuron(implementation=...)`.
       stem: "imagenet", 7 x 7 of stride 2 and a max-pool, or "cifar", 3 x 3.
       precision: see `snnfuse.nn.Precision`.
-      memory: "fast", or "lean": a block keeps its input spikes, one bit each, and runs again in the backward pass.
+      memory: what is kept for the backward pass. "fast": conv outputs, and spikes as numbers; "packed": spikes as bits; "lean":
+        of each block its input spikes, as bits, and the block runs again.
 
-    Convolutions and the dense layer keep the spikes they consume as bits. Layers are initialised as in torchvision and
+    Layers are initialised as in torchvision and
     SpikingJelly.
     """
     if depth not in DEPTHS:
@@ -71,7 +72,7 @@ def spiking_resnet(
     for name, value, known in (("stem", stem, STEMS), ("memory", memory, MEMORY)):
         if value not in known:
             raise ValueError(f"{name} must be one of {', '.join(known)}; got {value!r}")
-    build = _Build(neuron, connect, precision, implementation, rngs)
+    build = _Build(neuron, connect, precision, memory != "fast", implementation, rngs)
     if stem == "imagenet":
         first = nn.Sequential(*build.layer(in_features, 64, 7, stride=2, pack=False), nn.max_pool)
     else:
@@ -86,7 +87,8 @@ def spiking_resnet(
     if memory == "lean":
         blocks = [nn.Remat(block) for block in blocks]
     classify = nn.Linear(width, classes, rngs=rngs)
-    return nn.Sequential(blocks[0], nn.PackSpikes(), *blocks[1:], nn.mean_pool, classify)
+    packed = [] if memory == "fast" else [nn.PackSpikes()]
+    return nn.Sequential(blocks[0], *packed, *blocks[1:], nn.mean_pool, classify)
 
 
 def sew_resnet(depth: int, in_features: int, classes: int, *, connect: str = "add", **options: Any) -> nn.Sequential:
@@ -104,15 +106,15 @@ def sew_resnet(depth: int, in_features: int, classes: int, *, connect: str = "ad
 class _Build:
     """Makes layers and blocks of one network."""
 
-    def __init__(self, neuron, connect, precision, implementation, rngs):
+    def __init__(self, neuron, connect, precision, pack, implementation, rngs):
         self.neuron = partial(neuron, implementation=implementation)
-        self.connect = connect
+        self.connect, self.pack = connect, pack
         self.conv = partial(nn.Conv, precision=precision, rngs=rngs)
         self.norm = partial(nn.BatchNorm, rngs=rngs)
 
     def layer(self, features, width, size, *, stride=1, pack=True):
         return self.conv(features, width, size, stride=stride), nn.NormSpiking(
-            self.neuron(), self.norm(width), pack=pack
+            self.neuron(), self.norm(width), pack=self.pack and pack
         )
 
     def basic(self, features, width, stride):
@@ -136,6 +138,6 @@ class _Build:
             self.norm(width),
             shortcut_norm=shortcut_norm,
             connect=self.connect,
-            pack=self.connect != "add",  # whose sums are no bits
+            pack=self.pack and self.connect != "add",  # whose sums are no bits
         )
         return Residual(nn.Sequential(*main), join, beside)

@@ -115,56 +115,54 @@ def _fold(f, x, kernel):
 
 
 def conv(x: Array, kernel: Array, *, stride: int = 1, padding: int = 0, precision: Any = None) -> Array:
-    """x [n, H, W, I], kernel [O, k, l, I] -> [n, H', W', O], in the cheapest of some forms that are equal.
+    """x [n, H, W, I], kernel [O, k, l, I] -> [n, H', W', O], in the cheapest of four forms that are equal.
 
-    Taps that only ever meet padding are cut off (a 3 x 3 kernel on a 1 x 1 map is one product of matrices, not nine);
-    a window that is the whole map, and a 1 x 1 kernel, are products of matrices; with few channels (images) and a stride,
-    stride x stride pixels become channels, which are too few otherwise to fill the matrix units.
+    On a map so small that the kernel mostly meets padding, and for a 1 x 1 kernel, it is a product of matrices. With few
+    channels (images) and a stride, stride x stride pixels become channels first: three do not fill the matrix units.
     """
-    kernel, pads = _reachable(kernel, x.shape[1:3], stride, padding)
-    O, k, l, I = kernel.shape
-    n, H, W, _ = x.shape
-    if pads == ((0, 0), (0, 0)) and (k, l) == (H, W):
-        return jnp.matmul(x.reshape(n, -1), kernel.reshape(O, -1).T, precision=precision).reshape(n, 1, 1, O)
-    if pads == ((0, 0), (0, 0)) and stride == 1 and (k, l) == (1, 1):
-        return jnp.matmul(x, kernel.reshape(O, I).T, precision=precision)
+    (O, k, l, I), (H, W) = kernel.shape, x.shape[1:3]
+    outs = [(size + 2 * padding - taps) // stride + 1 for size, taps in ((H, k), (W, l))]
+    if min(outs) < 1:
+        raise ValueError(f"a map of {H} x {W} with padding {padding} is smaller than the kernel, {k} x {l}")
+    if 2 * H * W <= k * l:
+        matrix = _dense(kernel, (H, W), outs, stride, padding)
+        return jnp.matmul(x.reshape(len(x), -1), matrix.T, precision=precision).reshape(len(x), *outs, O)
+    if (k, l, padding) == (1, 1, 0):
+        return jnp.matmul(x[:, ::stride, ::stride], kernel.reshape(O, I).T, precision=precision)
+    pads = [(padding, padding)] * 2
     if stride > 1 and I * stride**2 <= 16 and H % stride == 0 and W % stride == 0:
-        x, kernel, pads, stride = _space_to_depth(x, kernel, pads, stride)
+        x, kernel, pads = _space_to_depth(x, kernel, stride, padding, outs)
+        stride = 1
     return lax.conv_general_dilated(
         x, kernel, (stride, stride), pads, dimension_numbers=("NHWC", "OHWI", "NHWC"), precision=precision
     )
 
 
-def _reachable(kernel, sizes, stride, padding):
-    """The part of the kernel that ever meets the map, and the padding ((low, high), ...) that goes with it."""
-    cuts, pads = [], []
-    for size, k in zip(sizes, kernel.shape[1:3], strict=True):
-        outs = (size + 2 * padding - k) // stride + 1
-        if outs < 1:
-            raise ValueError(f"a map of {sizes} with padding {padding} is smaller than the kernel {kernel.shape[1:3]}")
-        taps = [i for i in range(k) if any(0 <= o * stride + i - padding < size for o in range(outs))]
-        low, high = taps[0], taps[-1]
-        cuts.append(slice(low, high + 1))
-        before = padding - low
-        pads.append((before, (outs - 1) * stride + high - low + 1 - size - before))
-    return kernel[:, cuts[0], cuts[1]], tuple(pads)
+def _dense(kernel, sizes, outs, stride, padding):
+    """The convolution as a matrix [H' W' O, H W I]: for each output, the taps that the map lies under."""
+    (H, W), (h, w) = sizes, outs
+    (k, l), O = kernel.shape[1:3], kernel.shape[0]
+    wide = jnp.pad(kernel, ((0, 0), (stride * h, H), (stride * w, W), (0, 0)))
+    rows = []
+    for i in range(h):
+        for j in range(w):
+            top, left = stride * (h - i) + padding, stride * (w - j) + padding
+            rows.append(wide[:, top : top + H, left : left + W])
+    return jnp.stack(rows).reshape(h * w * O, -1)
 
 
-def _space_to_depth(x, kernel, pads, stride):
-    """The same convolution of stride 1 on [n, H / stride, W / stride, I stride^2]."""
-    O, k, l, I = kernel.shape
-    before = [-low % stride for low, _ in pads]  # taps of zero, for the padding to be whole blocks
-    after = [-(size + b) % stride for size, b in zip((k, l), before, strict=True)]
-    kernel = jnp.pad(kernel, ((0, 0), *zip(before, after, strict=True), (0, 0)))
-    (k, l), channels = kernel.shape[1:3], I * stride**2
-    kernel = kernel.reshape(O, k // stride, stride, l // stride, stride, I).transpose(0, 1, 3, 2, 4, 5)
-    fill = -channels % 8
-    kernel = jnp.pad(kernel.reshape(O, k // stride, l // stride, channels), ((0, 0),) * 3 + ((0, fill),))
+def _space_to_depth(x, kernel, stride, padding, outs):
+    """(x [n, H / stride, W / stride, I stride^2], kernel, pads) of the same convolution with stride 1."""
+    O, *taps, I = kernel.shape
+    before = -padding % stride  # taps of zero, for the padding to be whole blocks
+    blocks = [-(-(t + before) // stride) for t in taps]
+    after = [b * stride - t - before for b, t in zip(blocks, taps, strict=True)]
+    kernel = jnp.pad(kernel, ((0, 0), (before, after[0]), (before, after[1]), (0, 0)))
+    kernel = kernel.reshape(O, blocks[0], stride, blocks[1], stride, I).transpose(0, 1, 3, 2, 4, 5)
+    channels = I * stride**2
+    fill = -channels % 8  # what the matrix units take at a time
+    kernel = jnp.pad(kernel.reshape(O, *blocks, channels), ((0, 0),) * 3 + ((0, fill),))
     parts = [x[:, a::stride, b::stride] for a in range(stride) for b in range(stride)]
-    parts += [jnp.zeros((*parts[0].shape[:3], fill), x.dtype)] if fill else []
-    new_pads = []
-    for (low, high), b, taps, size in zip(pads, before, kernel.shape[1:3], x.shape[1:3], strict=True):
-        outs = (size + low + high - (taps * stride - b - after[len(new_pads)])) // stride + 1
-        low = (low + b) // stride
-        new_pads.append((low, outs - 1 + taps - size // stride - low))
-    return jnp.concatenate(parts, -1), kernel, tuple(new_pads), 1
+    x = jnp.pad(jnp.concatenate(parts, -1), ((0, 0),) * 3 + ((0, fill),))
+    low = (padding + before) // stride
+    return x, kernel, [(low, out - 1 + b - s - low) for out, b, s in zip(outs, blocks, x.shape[1:3], strict=True)]

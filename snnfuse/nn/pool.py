@@ -53,43 +53,36 @@ def _forward(how, x):
 
 
 def _backward(how, residuals, d_out):
-    """Each input looks at the windows over it, at most ceil(window / stride) an axis: a gather, where none need be added up."""
+    """Input s m + r of an axis (s the stride) lies in few windows, the same for all m: one plane for each r, then interleaved."""
     window, stride, padding = how
     place, like = residuals
-    h, w = place.shape[1:3]
     H, W = like.shape[1:]
-    d_x = jnp.zeros((place.shape[0], H, W, place.shape[3]), jnp.float32)
-    for a in range(-(-window // stride)):
-        for b in range(-(-window // stride)):
-            rows, columns = (_cover(H, h, a, stride, padding), _cover(W, w, b, stride, padding))
-            (up_h, i, real_i), (up_w, j, real_j) = rows, columns
-            spread = lambda y, up_h=up_h, up_w=up_w: up_w(up_h(y, 1), 2)
-            mine = (i < window)[:, None] & (j < window)[None] & real_i[:, None] & real_j[None]
-            offset = (i[:, None] * window + j[None]).astype(jnp.uint8)
-            hit = (spread(place) == offset[None, :, :, None]) & mine[None, :, :, None]
-            d_x = d_x + jnp.where(hit, spread(d_out), 0)
-    return (d_x.astype(like.dtype),)
+    M, L = -(-H // stride), -(-W // stride)
+    planes = []
+    for rows in _covering(window, stride, padding):
+        for columns in _covering(window, stride, padding):
+            d_x = jnp.zeros((place.shape[0], M, L, place.shape[3]), jnp.float32)
+            for (up, i), (left, j) in ((row, column) for row in rows for column in columns):
+                hit = _shifted(place, (up, left), (M, L), 255) == i * window + j
+                d_x = d_x + jnp.where(hit, _shifted(d_out, (up, left), (M, L), 0), 0)
+            planes.append(d_x.astype(like.dtype))
+    n, C = place.shape[0], place.shape[3]
+    rows = [jnp.stack(planes[r : r + stride], 3) for r in range(0, len(planes), stride)]
+    return (jnp.stack(rows, 2).reshape(n, M * stride, L * stride, C)[:, :H, :W],)
 
 
-def _cover(size, windows, back, stride, padding):
-    """For each position of an axis: its window, `back` windows before the last that may cover it.
+def _covering(window, stride, padding):
+    """For each r < stride: the windows over position stride m + r, as (window - m, the position in it)."""
+    for r in range(stride):
+        last, offset = divmod(r + padding, stride)
+        yield [(last - back, offset + back * stride) for back in range(window) if offset + back * stride < window]
 
-    (spread y from windows to positions, the offset of the position in the window, whether there is such a window)
-    """
-    position = jnp.arange(size) + padding
-    window = position // stride - back
-    offset = position - window * stride
 
-    def spread(y, axis):  # position p of y is window p // stride - back, by repeating: a slice, no gather
-        y = jnp.repeat(y, stride, axis)
-        start = padding - back * stride
-        before, after = max(0, -start), max(0, start + size - windows * stride)
-        pads = [(0, 0)] * y.ndim
-        pads[axis] = (before, after)
-        y = jnp.pad(y, pads)
-        return jax.lax.slice_in_dim(y, start + before, start + before + size, axis=axis)
-
-    return spread, offset, (window >= 0) & (window < windows)
+def _shifted(y, shifts, sizes, fill):
+    """y[:, shift : shift + size] along both axes of space, `fill` where there is none."""
+    pads = [(-shift, shift + size - have) for shift, size, have in zip(shifts, sizes, y.shape[1:3], strict=True)]
+    config = [(0, 0, 0), *((low, high, 0) for low, high in pads), (0, 0, 0)]
+    return jax.lax.pad(y, jnp.asarray(fill, y.dtype), config)
 
 
 _max_pool.defvjp(_forward, _backward)

@@ -82,7 +82,11 @@ def _triton_heuristic(problem):
         # Chunks of 25 with it take 58 us and are slower to compile.
         return Blocks(32, 1, fit(20, 768), prefetch=True)
     if all(jnp.dtype(d).itemsize == 2 for d in problem.x_dtypes):
-        return Blocks(256, 2, fit(8, 512))  # LIF, T = 32, M = 2^20: 136 us; (256, 4, 16) takes 142 us
+        # LIF, T = 32, us: (256, 2, 8), then these with the prefetch. M = 2^24: 2010, 2043; 2^22 (T = 8): 126.3, 126.6;
+        # 2^20: 138, 133; 2^17: 46, (128, 1) 38, (128, 2) 24; T = 256, 2^17: 162, 139.
+        if problem.M >= 2**22:
+            return Blocks(256, 2, fit(8, 512))
+        return Blocks(128, 2 if problem.M < 2**19 else 1, fit(8, 512), prefetch=True)
     # LIF: best or within 1 % of it at T = 32 and 256, M = 2^17 to 2^24. Chunks of 32 gain nothing, and cost half the
     # speed and more where a thread has 8 lanes.
     return Blocks(256, 4, fit(16, 512))

@@ -1,9 +1,18 @@
 """NIR, the Neuromorphic Intermediate Representation: `from_nir` makes a model of a graph, `to_nir` a graph of a model.
 
 NIR's neurons are equations in continuous time, which every simulator steps in its own way; and not all that a simulator
-does is in its files. A `Dialect` says how: `NIR` is the definition, forward Euler at 0.1 ms, the others are what the
-exporters of that name write (read in snnTorch 1.0, SpikingJelly 2.0, Norse 1.1, sinabs 2.0). With u the membrane before
-and v after the reset, a node steps as
+does is in its files. A `Dialect` says how:
+
+    NIR           the definition, by forward Euler with dt = 0.1 ms: hard reset, a spike above the threshold
+    SNNTORCH      1.0: Leaky and Synaptic with the reset they have by default; reset_delay=False is reset="soft", Leaky with
+                  reset_mechanism="zero" is reset="hard" (Synaptic with "zero" also empties its synapse: no dialect)
+    SPIKINGJELLY  2.0: a spike at the threshold, too
+    NORSE         1.1, exported with its dt of 1 ms, by which it multiplies tau; its importer does not: to export to it take
+                  Dialect(dt=1e-3, jumps=("IF",))
+    SINABS        2.0: LIF, IAF and ExpLeak with spike_fn=SingleSpike (the default spikes several times a step) and without
+                  min_v_mem; tau in steps; LIF(norm_input=False) is jumps=("LIF", "LI")
+
+With u the membrane before and v after the reset, a node steps as
 
     LIF      u[t] = v_leak + decay (v[t-1] - v_leak) + (1 - decay) r x[t],   decay = 1 - dt / tau or exp(-dt / tau)
     LI       the same, v = u its output

@@ -40,13 +40,11 @@ class Dialect:
             raise ValueError(f"jumps must name types of NIR neurons; got {sorted(unknown)}")
 
 
+# for what each stands, see `snnfuse.interop.nir`
 NIR = Dialect()
-# Leaky and Synaptic as they are made by default; reset_delay=False is reset="soft", Leaky's reset_mechanism="zero" "hard"
 SNNTORCH = Dialect(reset="late")
 SPIKINGJELLY = Dialect(fires=">=")
-# Norse's exporter multiplies tau by its dt, 1 ms, where its importer does not: to export to it, Dialect(dt=1e-3, jumps=("IF",))
 NORSE = Dialect(dt=1e-6, jumps=("IF", "CubaLIF"))
-# LIF, IAF and ExpLeak with spike_fn=SingleSpike and no min_v_mem; LIF(norm_input=False) is jumps=("LIF", "LI"). tau in steps
 SINABS = Dialect(dt=1.0, decay="exponential", reset="soft", fires=">=", jumps=("LI",))
 
 
