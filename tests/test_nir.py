@@ -349,6 +349,26 @@ def test_ours_in_norse(kind):
     np.testing.assert_array_equal(np.stack(got), want)
 
 
+@elsewhere
+def test_ours_in_sinabs():
+    """Its importer makes LIF spike several times a step: as ours as long as no membrane comes to twice the threshold."""
+    torch = pytest.importorskip("torch")
+    sinabs = pytest.importorskip("sinabs.nir")
+    rngs = nnx.Rngs(0)
+    lif = nn.LIF(decay=0.7, threshold=0.8, reset=sf.SoftReset())
+    model = nn.Sequential(nnx.Linear(6, 16, rngs=rngs), lif, nnx.Linear(16, 3, rngs=rngs), nn.LI(decay=0.6))
+    model.layers[0].kernel[...] *= 0.4
+    xs = np.asarray(inputs(6, scale=0.5))
+    (spikes, states), _ = lif.trace(model.layers[0](xs))
+    assert_fires(spikes)
+    assert states.v.max() < 0.8, "as much is left of v after a spike as makes another"
+    graph = interop.to_nir(model, (6,), dataclasses.replace(interop.SINABS, jumps=("LIF", "LI")))
+    net = sinabs.from_nir(graph, batch_size=xs.shape[1])
+    with torch.no_grad():
+        got = net(torch.from_numpy(np.array(xs.swapaxes(0, 1)).reshape(-1, 6)))[0].numpy()
+    np.testing.assert_allclose(got.reshape(xs.shape[1], -1, 3).swapaxes(0, 1), model(xs)[0], atol=1e-5)
+
+
 # What cannot be.
 
 
