@@ -110,12 +110,9 @@ class NormSpiking(Temporal):
         neuron, params, inputs, out_dtype = self._assembled(xs, shortcut)
         if self.pack:
             neuron, out_dtype = Twice(neuron), (out_dtype, Packed(8))
-        outs, state = self._unroll(neuron, params, state, inputs, out_dtype)
+        options = dict(implementation=self.neuron.implementation, out_dtype=out_dtype, reuse_cotangents=True)
+        outs, state = self.neuron.unroll(neuron, params, state, inputs, **options)
         return (Spikes(*outs) if self.pack else outs), state
-
-    def _unroll(self, neuron, params, state, inputs, out_dtype):
-        run = self.neuron.unroll
-        return run(neuron, params, state, inputs, implementation=self.neuron.implementation, out_dtype=out_dtype)
 
     def _assembled(self, xs, shortcut) -> tuple[Any, Any, Any, Any]:
         """(neuron, params, inputs, out_dtype) of the one call of `unroll` that is all of this layer."""

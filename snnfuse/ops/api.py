@@ -32,6 +32,7 @@ def unroll(
     *,
     implementation: str | None = None,
     out_dtype: Any = None,
+    reuse_cotangents: bool = False,
 ) -> tuple[PyTree, PyTree]:
     """Run a neuron over time: state[t], outs[t] = neuron.step(params, state[t-1], xs[t]) for t = 1..T.
 
@@ -50,6 +51,8 @@ def unroll(
         `snnfuse.explain` says which, and why.
       out_dtype: the dtype of the outputs, one for all or a tree like the outputs; None is that of xs (float32 if its
         leaves differ). Outputs in an integer dtype or bool carry no gradient.
+      reuse_cotangents: "pallas" writes the gradient of an input over the cotangent of an output of the same dtype: one
+        sequence less in memory, inside a network; where something else needs that cotangent XLA copies it first.
 
     Returns:
       (outs, final_state): outs is a tree of [T, *B, N]; final_state is float32.
@@ -63,7 +66,7 @@ def unroll(
     The fused kernels keep for the backward pass xs and one float32 state every K steps, K about 8 to 32 (for how, see
     `snnfuse.ops.fused`). Temporal fusion: Li et al., ICANN 2024, https://arxiv.org/abs/2408.00280.
     """
-    problem, params, state, xs = _check(neuron, params, state, xs, out_dtype)
+    problem, params, state, xs = _check(neuron, params, state, xs, out_dtype, reuse_cotangents)
     outs, state = _choose(problem, implementation).unroll(problem, params, state, xs)
     return problem.out_tree.unflatten(outs), problem.step.state_tree.unflatten(state)
 
@@ -79,7 +82,7 @@ def _choose(problem: Problem, implementation: str | None):
     raise NotImplementedError("; ".join(reasons))
 
 
-def _check(neuron, params, state, xs, out_dtype):
+def _check(neuron, params, state, xs, out_dtype, reuse_cotangents=False):
     _check_neuron(neuron)
     xs, x_tree, shape, dtype = _check_xs(xs)
     params, params_tree, constants = _check_params(params, shape)
@@ -96,6 +99,7 @@ def _check(neuron, params, state, xs, out_dtype):
         out_tree=out_tree,
         dtype=dtype,
         initial=initial,
+        reuse_cotangents=reuse_cotangents,
     )
     return problem, params, state, xs
 

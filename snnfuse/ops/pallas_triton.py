@@ -150,21 +150,26 @@ class PallasKernels:
             for ref, leaf in zip((*d_param_refs, *d_state_refs), (*d_p, *d_s), strict=True):
                 plt.store(ref.at[:], leaf, mask=mask)
 
-        results = self._call(
-            kernel,
-            "snn_backward",
-            sum(inputs, ()),
-            len(params),
-            [self._float(problem.M)] * (sum(wanted.params) + sum(wanted.state))
-            + [jax.ShapeDtypeStruct(x.shape, x.dtype) for x, want in zip(xs, wanted.xs, strict=True) if want],
-        )
+        out_shape = [self._float(problem.M)] * (sum(wanted.params) + sum(wanted.state))
+        out_shape += [jax.ShapeDtypeStruct(x.shape, x.dtype) for x, want in zip(xs, wanted.xs, strict=True) if want]
+        args = sum(inputs, ())
+        reused = self._reused(inputs, out_shape) if problem.reuse_cotangents else {}
+        results = self._call(kernel, "snn_backward", args, len(params), out_shape, reused)
         results = iter(results)
         return tuple(tuple(next(results) if want else None for want in group) for group in vars(wanted).values())
+
+    @staticmethod
+    def _reused(inputs, out_shape):
+        """{argument: result} of one cotangent and one d_x written over it: a chunk is read before it is written."""
+        like = lambda a: (a.shape, a.dtype)
+        first = sum(map(len, inputs[:4]))
+        pairs = [(first + i, o) for i, d in enumerate(inputs[4]) for o, a in enumerate(out_shape) if like(a) == like(d)]
+        return dict(pairs[:1])
 
     def _float(self, *shape):
         return jax.ShapeDtypeStruct(shape, self.problem.dtype)
 
-    def _call(self, kernel, name, args, num_params, out_shape):
+    def _call(self, kernel, name, args, num_params, out_shape, reused=None):
         lanes, warps = self.blocks.lanes, self.blocks.warps
         varies = jax.typeof(args[-1]).manual_axis_type
         out_shape = [jax.ShapeDtypeStruct(a.shape, a.dtype, manual_axis_type=varies) for a in out_shape]
@@ -178,6 +183,7 @@ class PallasKernels:
             out_specs=[block(a) for a in out_shape],
             out_shape=out_shape,
             compiler_params=plt.CompilerParams(num_warps=warps, num_stages=1),
+            input_output_aliases=reused or {},
             interpret=self.interpret,
             name=name,
         )(*args)

@@ -51,6 +51,7 @@ class Problem:
     out_tree: Any
     dtype: Any
     initial: tuple[float, ...] | None  # the value of each leaf of a constant initial state; None: it is an argument
+    reuse_cotangents: bool = False
 
     @property
     def M(self) -> int:

@@ -41,6 +41,7 @@ def unroll_over_time(
     microbatches: int | None = None,
     implementation: str | None = None,
     out_dtype: Any = None,
+    reuse_cotangents: bool = False,
 ) -> tuple[PyTree, PyTree]:
     """`snnfuse.unroll` of a sequence whose time is cut over the devices along `axis`.
 
@@ -50,7 +51,8 @@ def unroll_over_time(
     """
     _check_packed(out_dtype, xs)
     G = lax.axis_size(axis)
-    run = partial(unroll, neuron, implementation=implementation, out_dtype=out_dtype)
+    options = dict(implementation=implementation, out_dtype=out_dtype, reuse_cotangents=reuse_cotangents)
+    run = partial(unroll, neuron, **options)
     if G == 1 and microbatches in (None, 1):
         return run(params, state, xs)
     B = _batch(xs)
