@@ -1,6 +1,6 @@
 """Does the loader keep the device busy? A training step on batches that are already there, against the same step fed.
 
-    python benchmarks/loader.py                                  a spiking ResNet-18 on CIFAR-shaped bytes, T=32, B=100
+    python benchmarks/loader.py                                  Spiking-ResNet-18 on CIFAR-shaped bytes, T=32, B=100
     python benchmarks/loader.py --data events --workers 8        the same on 34 x 34 x 2 events, as bits
     python benchmarks/loader.py --model my_module:build          any model: build(rngs, channels, classes), [T, B, H, W, C] -> [T, B, classes]
 
@@ -30,7 +30,7 @@ import optax
 from flax import nnx
 from measure import record
 
-from snnfuse import nn
+from snnfuse import models, nn
 from snnfuse.data import encoders
 from snnfuse.data.events import Sensor
 from snnfuse.data.loader import Frames, Images, load
@@ -38,32 +38,8 @@ from snnfuse.data.loader import Frames, Images, load
 SENSOR = Sensor(34, 34)
 
 
-class Block(nn.Temporal):
-    """conv BN LIF conv BN + shortcut, LIF."""
-
-    def __init__(self, inputs, outputs, stride, dtype, rngs):
-        conv = partial(nnx.Conv, use_bias=False, dtype=dtype, param_dtype=jnp.float32, rngs=rngs)
-        norm = partial(nnx.BatchNorm, dtype=dtype, rngs=rngs)
-        first = conv(inputs, outputs, (3, 3), strides=stride), norm(outputs), nn.LIF(tau=2.0)
-        self.main = nn.Sequential(*first, conv(outputs, outputs, (3, 3)), norm(outputs))
-        same = inputs == outputs and stride == 1
-        self.side = None if same else nn.Sequential(conv(inputs, outputs, (1, 1), strides=stride), norm(outputs))
-        self.lif = nn.LIF(tau=2.0)
-
-    def __call__(self, xs, state=None):
-        side = xs if self.side is None else self.side(xs)[0]
-        return self.lif(self.main(xs)[0] + side)
-
-
-def resnet18(rngs, channels, classes, dtype=jnp.bfloat16):
-    layers = [nnx.Conv(channels, 64, (3, 3), use_bias=False, dtype=dtype, rngs=rngs)]
-    layers += [nnx.BatchNorm(64, dtype=dtype, rngs=rngs), nn.LIF(tau=2.0)]
-    wide = 64
-    for outputs, stride in ((64, 1), (64, 1), (128, 2), (128, 1), (256, 2), (256, 1), (512, 2), (512, 1)):
-        layers.append(Block(wide, outputs, stride, dtype, rngs))
-        wide = outputs
-    pool = lambda x: x.mean((-3, -2))
-    return nn.Sequential(*layers, pool, nnx.Linear(wide, classes, dtype=dtype, rngs=rngs))
+def resnet18(rngs, channels, classes):
+    return models.spiking_resnet(18, channels, classes, precision="bfloat16", rngs=rngs)
 
 
 def small(rngs, channels, classes):
@@ -136,10 +112,11 @@ def main() -> None:
     build = getattr(importlib.import_module(module), function) if function else MODELS[options.model]
     model = build(nnx.Rngs(0), channels, 10)
     graphdef, state = nnx.split((model, nnx.Optimizer(model, optax.adam(1e-3), wrt=nnx.Param)))
+    state, tree = jax.tree.flatten(state)
 
     @partial(jax.jit, donate_argnums=0)
     def step(state, inputs, labels, number):
-        model, optimizer = nnx.merge(graphdef, state)
+        model, optimizer = nnx.merge(graphdef, tree.unflatten(state))
         xs = example.unpack(inputs)
         if options.data == "images":
             xs = encoders.bernoulli(jax.random.fold_in(jax.random.key(0), number), xs, T)
@@ -150,7 +127,7 @@ def main() -> None:
 
         value, grads = nnx.value_and_grad(loss)(model)
         optimizer.update(model, grads)
-        return nnx.state((model, optimizer)), value
+        return jax.tree.leaves(nnx.state((model, optimizer))), value
 
     def run(state, next_batch, steps):
         start = time.perf_counter()

@@ -203,7 +203,12 @@ def main():
             for precision in args.precisions.split(","):
                 for case in args.cases.split(","):
                     row = dict(
-                        case=f"spiking-resnet-{depth}", implementation=case, precision=precision, T=args.T, B=B, size=size
+                        case=f"spiking-resnet-{depth}",
+                        implementation=case,
+                        precision=precision,
+                        T=args.T,
+                        B=B,
+                        size=size,
                     )
                     try:
                         measure(row, case, depth, precision, data, args.profile)

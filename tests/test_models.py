@@ -31,7 +31,11 @@ def spike_counts(model, xs):
 
     def count(layer, xs, *args):
         outs, state = call(layer, xs, *args)
-        counts.append(np.asarray(nn.spikes.values(outs), np.int64).sum(axis=tuple(range(1, outs.values.ndim if isinstance(outs, nn.Spikes) else outs.ndim))))
+        counts.append(
+            np.asarray(nn.spikes.values(outs), np.int64).sum(
+                axis=tuple(range(1, outs.values.ndim if isinstance(outs, nn.Spikes) else outs.ndim))
+            )
+        )
         return outs, state
 
     call = nn.NormSpiking.__call__

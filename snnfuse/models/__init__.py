@@ -2,5 +2,19 @@
 
 from snnfuse.models.resnet import Residual, paper_lif, sew_resnet, spiking_resnet
 from snnfuse.models.torch_names import load_torch, to_torch, torch_variables
+from snnfuse.models.transformer import SelfAttention, spikformer, spikformer_lif
+from snnfuse.models.vgg import spiking_vgg11
 
-__all__ = ["Residual", "load_torch", "paper_lif", "sew_resnet", "spiking_resnet", "to_torch", "torch_variables"]
+__all__ = [
+    "Residual",
+    "SelfAttention",
+    "load_torch",
+    "paper_lif",
+    "sew_resnet",
+    "spikformer",
+    "spikformer_lif",
+    "spiking_resnet",
+    "spiking_vgg11",
+    "to_torch",
+    "torch_variables",
+]

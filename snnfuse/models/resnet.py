@@ -10,11 +10,11 @@ from snnfuse import nn
 from snnfuse.core.neuron import PyTree
 from snnfuse.core.reset import HardReset
 from snnfuse.core.surrogate import Rectangle
+from snnfuse.models.build import Build, check_option
 
 DEPTHS = {18: (2, 2, 2, 2), 34: (3, 4, 6, 3), 50: (3, 4, 6, 3)}
 WIDTHS = (64, 128, 256, 512)
 STEMS = ("imagenet", "cifar")
-MEMORY = ("fast", "packed", "lean")
 
 # The neuron of the temporal fusion paper: u = 0.2 v + x, a spike at 0.3, v = 0 after it; rectangular surrogate of width 1.
 paper_lif = partial(nn.LIF, decay=0.2, threshold=0.3, surrogate=Rectangle())
@@ -67,12 +67,9 @@ def spiking_resnet(
     Layers are initialised as in torchvision and
     SpikingJelly.
     """
-    if depth not in DEPTHS:
-        raise ValueError(f"depth must be one of {', '.join(map(str, DEPTHS))}; got {depth}")
-    for name, value, known in (("stem", stem, STEMS), ("memory", memory, MEMORY)):
-        if value not in known:
-            raise ValueError(f"{name} must be one of {', '.join(known)}; got {value!r}")
-    build = _Build(neuron, connect, precision, memory != "fast", implementation, rngs)
+    check_option("depth", depth, tuple(DEPTHS))
+    check_option("stem", stem, STEMS)
+    build = _Build(neuron, precision, memory, implementation, rngs, connect=connect)
     if stem == "imagenet":
         first = nn.Sequential(*build.layer(in_features, 64, 7, stride=2, pack=False), nn.max_pool)
     else:
@@ -84,11 +81,9 @@ def spiking_resnet(
             block = build.bottleneck if depth >= 50 else build.basic
             blocks.append(block(width, middle, stride))
             width = middle * (4 if depth >= 50 else 1)
-    if memory == "lean":
-        blocks = [nn.Remat(block) for block in blocks]
+    first, *others = map(build.block, blocks)
     classify = nn.Linear(width, classes, rngs=rngs)
-    packed = [] if memory == "fast" else [nn.PackSpikes()]
-    return nn.Sequential(blocks[0], *packed, *blocks[1:], nn.mean_pool, classify)
+    return nn.Sequential(first, *build.packed(), *others, nn.mean_pool, classify)
 
 
 def sew_resnet(depth: int, in_features: int, classes: int, *, connect: str = "add", **options: Any) -> nn.Sequential:
@@ -103,19 +98,15 @@ def sew_resnet(depth: int, in_features: int, classes: int, *, connect: str = "ad
     return spiking_resnet(depth, in_features, classes, connect=connect, **options)
 
 
-class _Build:
-    """Makes layers and blocks of one network."""
+class _Build(Build):
+    """And residual blocks."""
 
-    def __init__(self, neuron, connect, precision, pack, implementation, rngs):
-        self.neuron = partial(neuron, implementation=implementation)
-        self.connect, self.pack = connect, pack
-        self.conv = partial(nn.Conv, precision=precision, rngs=rngs)
-        self.norm = partial(nn.BatchNorm, rngs=rngs)
+    def __init__(self, *options, connect):
+        super().__init__(*options)
+        self.connect = connect
 
     def layer(self, features, width, size, *, stride=1, pack=True):
-        return self.conv(features, width, size, stride=stride), nn.NormSpiking(
-            self.neuron(), self.norm(width), pack=self.pack and pack
-        )
+        return self.conv(features, width, size, stride=stride), self.spiking(width, pack=pack)
 
     def basic(self, features, width, stride):
         main = [*self.layer(features, width, 3, stride=stride), self.conv(width, width, 3)]
@@ -133,11 +124,6 @@ class _Build:
                 shortcut_norm = self.norm(width)
             else:
                 beside = nn.Sequential(*self.layer(features, width, 1, stride=stride, pack=False))
-        join = nn.NormSpiking(
-            self.neuron(),
-            self.norm(width),
-            shortcut_norm=shortcut_norm,
-            connect=self.connect,
-            pack=self.pack and self.connect != "add",  # whose sums are no bits
-        )
+        # the sums that "add" makes are no bits
+        join = self.spiking(width, pack=self.connect != "add", shortcut_norm=shortcut_norm, connect=self.connect)
         return Residual(nn.Sequential(*main), join, beside)

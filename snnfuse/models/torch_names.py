@@ -49,7 +49,9 @@ def torch_variables(model: nn.Sequential) -> Iterator[tuple[str, nnx.Variable]]:
         if block.shortcut is not None:
             conv, *norm = block.shortcut.layers
             norm = norm[0].norm if norm else block.join.shortcut_norm
-            yield from _conv_norm(f"layer{stage}.{index}.downsample.0", f"layer{stage}.{index}.downsample.1", conv, norm)
+            yield from _conv_norm(
+                f"layer{stage}.{index}.downsample.0", f"layer{stage}.{index}.downsample.1", conv, norm
+            )
     yield "fc.weight", layers[-1].kernel
     yield "fc.bias", layers[-1].bias
 

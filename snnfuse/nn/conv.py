@@ -16,6 +16,10 @@ from snnfuse.nn.temporal import Stepwise
 from snnfuse.ops.packing import unpack
 
 
+_he_normal = nnx.initializers.variance_scaling(2.0, "fan_out", "normal", in_axis=-1, out_axis=0)
+_torch_uniform = nnx.initializers.variance_scaling(1 / 3, "fan_in", "uniform")
+
+
 class Conv(Stepwise):
     """A 2-D convolution, [..., H, W, I] -> [..., H', W', O] with any axes before; H' = (H + 2 padding - size) // stride + 1.
 
@@ -38,7 +42,7 @@ class Conv(Stepwise):
         padding: int | None = None,
         use_bias: bool = False,
         precision: Precision | str = "float32",
-        kernel_init: Callable = nnx.initializers.variance_scaling(2.0, "fan_out", "normal", in_axis=-1, out_axis=0),
+        kernel_init: Callable = _he_normal,
         rngs: nnx.Rngs,
     ):
         self.stride = stride
@@ -66,7 +70,7 @@ class Linear(Stepwise):
         *,
         use_bias: bool = True,
         precision: Precision | str = "float32",
-        kernel_init: Callable = nnx.initializers.variance_scaling(1 / 3, "fan_in", "uniform"),
+        kernel_init: Callable = _torch_uniform,
         rngs: nnx.Rngs,
     ):
         self.precision = Precision(precision)
@@ -120,17 +124,17 @@ def conv(x: Array, kernel: Array, *, stride: int = 1, padding: int = 0, precisio
     On a map so small that the kernel mostly meets padding, and for a 1 x 1 kernel, it is a product of matrices. With few
     channels (images) and a stride, stride x stride pixels become channels first: three do not fill the matrix units.
     """
-    (O, k, l, I), (H, W) = kernel.shape, x.shape[1:3]
-    outs = [(size + 2 * padding - taps) // stride + 1 for size, taps in ((H, k), (W, l))]
+    (features, *taps, inputs), (H, W) = kernel.shape, x.shape[1:3]
+    outs = [(size + 2 * padding - t) // stride + 1 for size, t in zip((H, W), taps, strict=True)]
     if min(outs) < 1:
-        raise ValueError(f"a map of {H} x {W} with padding {padding} is smaller than the kernel, {k} x {l}")
-    if 2 * H * W <= k * l:
+        raise ValueError(f"x must be as large as the kernel, {taps}, with padding {padding}; got a map of {H} x {W}")
+    if 2 * H * W <= taps[0] * taps[1]:
         matrix = _dense(kernel, (H, W), outs, stride, padding)
-        return jnp.matmul(x.reshape(len(x), -1), matrix.T, precision=precision).reshape(len(x), *outs, O)
-    if (k, l, padding) == (1, 1, 0):
-        return jnp.matmul(x[:, ::stride, ::stride], kernel.reshape(O, I).T, precision=precision)
+        return jnp.matmul(x.reshape(len(x), -1), matrix.T, precision=precision).reshape(len(x), *outs, features)
+    if (*taps, padding) == (1, 1, 0):
+        return jnp.matmul(x[:, ::stride, ::stride], kernel.reshape(features, inputs).T, precision=precision)
     pads = [(padding, padding)] * 2
-    if stride > 1 and I * stride**2 <= 16 and H % stride == 0 and W % stride == 0:
+    if stride > 1 and inputs * stride**2 <= 16 and H % stride == 0 and W % stride == 0:
         x, kernel, pads = _space_to_depth(x, kernel, stride, padding, outs)
         stride = 1
     return lax.conv_general_dilated(
@@ -141,27 +145,26 @@ def conv(x: Array, kernel: Array, *, stride: int = 1, padding: int = 0, precisio
 def _dense(kernel, sizes, outs, stride, padding):
     """The convolution as a matrix [H' W' O, H W I]: for each output, the taps that the map lies under."""
     (H, W), (h, w) = sizes, outs
-    (k, l), O = kernel.shape[1:3], kernel.shape[0]
     wide = jnp.pad(kernel, ((0, 0), (stride * h, H), (stride * w, W), (0, 0)))
     rows = []
     for i in range(h):
         for j in range(w):
             top, left = stride * (h - i) + padding, stride * (w - j) + padding
             rows.append(wide[:, top : top + H, left : left + W])
-    return jnp.stack(rows).reshape(h * w * O, -1)
+    return jnp.stack(rows).reshape(h * w * len(kernel), -1)
 
 
 def _space_to_depth(x, kernel, stride, padding, outs):
     """(x [n, H / stride, W / stride, I stride^2], kernel, pads) of the same convolution with stride 1."""
-    O, *taps, I = kernel.shape
+    features, *taps, inputs = kernel.shape
     before = -padding % stride  # taps of zero, for the padding to be whole blocks
     blocks = [-(-(t + before) // stride) for t in taps]
     after = [b * stride - t - before for b, t in zip(blocks, taps, strict=True)]
     kernel = jnp.pad(kernel, ((0, 0), (before, after[0]), (before, after[1]), (0, 0)))
-    kernel = kernel.reshape(O, blocks[0], stride, blocks[1], stride, I).transpose(0, 1, 3, 2, 4, 5)
-    channels = I * stride**2
+    kernel = kernel.reshape(features, blocks[0], stride, blocks[1], stride, inputs).transpose(0, 1, 3, 2, 4, 5)
+    channels = inputs * stride**2
     fill = -channels % 8  # what the matrix units take at a time
-    kernel = jnp.pad(kernel.reshape(O, *blocks, channels), ((0, 0),) * 3 + ((0, fill),))
+    kernel = jnp.pad(kernel.reshape(features, *blocks, channels), ((0, 0),) * 3 + ((0, fill),))
     parts = [x[:, a::stride, b::stride] for a in range(stride) for b in range(stride)]
     x = jnp.pad(jnp.concatenate(parts, -1), ((0, 0),) * 3 + ((0, fill),))
     low = (padding + before) // stride

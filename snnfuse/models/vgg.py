@@ -1,0 +1,57 @@
+"""Spiking VGG: a plain stack of convolutions, each with its normalisation and neuron in one kernel."""
+
+from collections.abc import Callable
+from functools import partial
+
+from flax import nnx
+
+from snnfuse import nn
+from snnfuse.models.build import Build
+from snnfuse.models.resnet import paper_lif
+
+STAGES = (
+    (64,),
+    (128,),
+    (256, 256),
+    (512, 512),
+    (512, 512),
+)  # widths of 3 x 3 convolutions, a max-pool after each stage
+
+
+def spiking_vgg11(
+    in_features: int,
+    classes: int,
+    *,
+    hidden: int = 4096,
+    neuron: Callable[..., nn.Spiking] = paper_lif,
+    precision: nn.Precision | str = "float32",
+    memory: str = "packed",
+    implementation: str | None = None,
+    rngs: nnx.Rngs,
+) -> nn.Sequential:
+    """Spiking VGG-11 with normalisation: [T, B, H, W, in_features] -> [T, B, classes], H and W of 32 or more.
+
+    Eight 3 x 3 convolutions with BatchNorm and neuron, a 2 x 2 max-pool after each of five stages, the mean over space, two
+    dense layers of `hidden` with BatchNorm and neuron, a dense layer. Logits are in the dtype of `precision`. The other
+    options are those of `snnfuse.models.build.Build`.
+
+    `spiking_vgg11_bn` of SpikingJelly but for: the mean over space, where that has 7 x 7 places (a map of 224 x 224; it
+    repeats those of a smaller one); the normalised dense layers, which that leaves silent (weights of variance 1e-4) on small
+    images, so it has no dropout; no bias before a BatchNorm. Simonyan and Zisserman 2015, https://arxiv.org/abs/1409.1556.
+    """
+    build = Build(neuron, precision, memory, implementation, rngs)
+    layers, features = [], in_features
+    for widths in STAGES:
+        stage = []
+        for i, width in enumerate(widths, 1):
+            stage += [build.conv(features, width, 3), build.spiking(width, pack=i < len(widths))]
+            features = width
+        layers += [build.block(nn.Sequential(*stage, half)), *build.packed()]
+    layers.append(nn.mean_pool)
+    for _ in range(2):
+        layers += [build.linear(features, hidden, use_bias=False), build.spiking(hidden)]
+        features = hidden
+    return nn.Sequential(*layers, build.linear(features, classes))
+
+
+half = partial(nn.max_pool, window=2, stride=2, padding=0)
