@@ -15,7 +15,6 @@ from snnfuse.nn.spikes import Spikes, values
 from snnfuse.nn.temporal import Stepwise
 from snnfuse.ops.packing import unpack
 
-
 _he_normal = nnx.initializers.variance_scaling(2.0, "fan_out", "normal", in_axis=-1, out_axis=0)
 _torch_uniform = nnx.initializers.variance_scaling(1 / 3, "fan_in", "uniform")
 
