@@ -67,7 +67,7 @@ def spikformer(
     implementation: str | None = None,
     rngs: nnx.Rngs,
 ) -> nn.Sequential:
-    """Spikformer-4-256, or another: [T, B, H, W, in_features] -> [T, B, classes]; the mean over T is what it classifies by.
+    """Spikformer-4-256, or another: [T, B, H, W, in_features] -> [T, B, classes] in float32, whose mean over T classifies.
 
         x = patches(image);   x = x + neuron(norm(conv(x)))
         x = x + neuron(norm(linear(neuron(attention(q, k, v)))));   q, k, v = neuron(norm(linear(x)))

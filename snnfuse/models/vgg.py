@@ -9,13 +9,10 @@ from snnfuse import nn
 from snnfuse.models.build import Build
 from snnfuse.models.resnet import paper_lif
 
-STAGES = (
-    (64,),
-    (128,),
-    (256, 256),
-    (512, 512),
-    (512, 512),
-)  # widths of 3 x 3 convolutions, a max-pool after each stage
+# widths of 3 x 3 convolutions, stage by stage
+STAGES = ((64,), (128,), (256, 256), (512, 512), (512, 512))
+
+half = partial(nn.max_pool, window=2, stride=2, padding=0)
 
 
 def spiking_vgg11(
@@ -29,11 +26,11 @@ def spiking_vgg11(
     implementation: str | None = None,
     rngs: nnx.Rngs,
 ) -> nn.Sequential:
-    """Spiking VGG-11 with normalisation: [T, B, H, W, in_features] -> [T, B, classes], H and W of 32 or more.
+    """Spiking VGG-11 with normalisation: [T, B, H, W, in_features] -> [T, B, classes] in float32, for H and W of 32 or more.
 
     Eight 3 x 3 convolutions with BatchNorm and neuron, a 2 x 2 max-pool after each of five stages, the mean over space, two
-    dense layers of `hidden` with BatchNorm and neuron, a dense layer. Logits are in the dtype of `precision`. The other
-    options are those of `snnfuse.models.build.Build`.
+    dense layers of `hidden` with BatchNorm and neuron, a dense layer. The other options are
+    those of `snnfuse.models.build.Build`.
 
     `spiking_vgg11_bn` of SpikingJelly but for: the mean over space, where that has 7 x 7 places (a map of 224 x 224; it
     repeats those of a smaller one); the normalised dense layers, which that leaves silent (weights of variance 1e-4) on small
@@ -51,7 +48,4 @@ def spiking_vgg11(
     for _ in range(2):
         layers += [build.linear(features, hidden, use_bias=False), build.spiking(hidden)]
         features = hidden
-    return nn.Sequential(*layers, build.linear(features, classes))
-
-
-half = partial(nn.max_pool, window=2, stride=2, padding=0)
+    return nn.Sequential(*layers, nn.Linear(features, classes, rngs=rngs))
