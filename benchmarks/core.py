@@ -14,12 +14,11 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
-from measure import RESULTS, copy_rate, device_ms, fwd_bwd, record, time_ms
+from measure import ON_GPU, RESULTS, copy_rate, device_ms, fwd_bwd, record, time_ms
 
 import snnfuse as sf
 
 f32, bf16 = jnp.float32, jnp.bfloat16
-ON_GPU = jax.default_backend() == "gpu"
 ROWS = "core" if ON_GPU else "core_cpu"  # without a GPU: the smallest cases, a check and no result
 
 

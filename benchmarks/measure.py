@@ -21,6 +21,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+ON_GPU = jax.default_backend() == "gpu"
 RESULTS = pathlib.Path(__file__).parent / "results"
 
 
