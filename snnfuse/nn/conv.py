@@ -56,7 +56,7 @@ class Conv(Stepwise):
             raise ValueError(f"x must be [..., H, W, {features}], of rank 4 or more; got {shape}")
         f = partial(_fold, partial(conv, stride=self.stride, padding=self.padding, precision=self.precision.lax))
         y = linear_in(f, x, self.kernel[...], self.precision)
-        return y if self.bias is None else y + self.bias[...].astype(y.dtype)
+        return y if self.bias is None else y + jnp.broadcast_to(self.bias[...].astype(y.dtype), y.shape)
 
 
 class Linear(Stepwise):
@@ -83,7 +83,7 @@ class Linear(Stepwise):
         if shape[-1:] != (features,):
             raise ValueError(f"x must be [..., {features}]; got {shape}")
         y = linear_in(partial(jnp.matmul, precision=self.precision.lax), x, self.kernel[...], self.precision)
-        return y if self.bias is None else y + self.bias[...].astype(y.dtype)
+        return y if self.bias is None else y + jnp.broadcast_to(self.bias[...].astype(y.dtype), y.shape)
 
 
 def linear_in(f: Callable, x: Array | Spikes, kernel: Array, precision: Precision) -> Array:

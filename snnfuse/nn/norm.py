@@ -42,9 +42,10 @@ class BatchNorm(nnx.BatchNorm):
         else:
             mean, var = self._statistics(xs)
         scale = lax.rsqrt(var + self.epsilon) * self.gain
-        scale = scale if self.scale is None else scale * self.scale[...]
+        like = lambda variable: variable[...].reshape(*(1,) * (mean.ndim - 1), -1)
+        scale = scale if self.scale is None else scale * like(self.scale)
         shift = -mean * scale
-        return scale, shift if self.bias is None else shift + self.bias[...]
+        return scale, shift if self.bias is None else shift + like(self.bias)
 
     def _statistics(self, xs):
         axes = tuple(range(1 if self.per_step else 0, xs.ndim - 1))
@@ -60,7 +61,7 @@ class BatchNorm(nnx.BatchNorm):
         return mean, var
 
     def __call__(self, xs: Array) -> Array:
-        scale, shift = self.affine(xs)
+        scale, shift = (jnp.broadcast_to(a, xs.shape) for a in self.affine(xs))
         return (xs.astype(jnp.float32) * scale + shift).astype(xs.dtype)
 
 

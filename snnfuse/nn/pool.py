@@ -9,6 +9,8 @@ from jax import Array
 
 def mean_pool(x: Array) -> Array:
     """[..., H, W, C] -> [..., C]: the mean over space, in float32."""
+    if x.ndim < 3:
+        raise ValueError(f"mean_pool: x must be [..., H, W, C]; got {x.shape}")
     return x.mean((-3, -2), dtype=jnp.float32)
 
 

@@ -3,7 +3,6 @@
 from dataclasses import dataclass
 
 import jax
-import numpy as np
 from jax import Array
 
 from snnfuse.ops.packing import pack, unpack
@@ -33,12 +32,12 @@ def values(x: Array | Spikes | None) -> Array | None:
     return x.values if isinstance(x, Spikes) else x
 
 
-@jax.custom_vjp
+@jax.custom_jvp  # not custom_vjp: what a remat keeps for one of those are all its arguments, used or not
 def _unpacked(values, bits):
     return unpack(bits, values.shape[0], values.dtype)
 
 
-_unpacked.defvjp(
-    lambda values, bits: (_unpacked(values, bits), bits),
-    lambda bits, d: (d, np.zeros(bits.shape, jax.dtypes.float0)),
-)
+@_unpacked.defjvp
+def _unpacked_jvp(primals, tangents):
+    values, bits = primals
+    return unpack(bits, values.shape[0], values.dtype), tangents[0]
