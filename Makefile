@@ -7,7 +7,7 @@ CUDA := $(shell nvidia-smi 2>/dev/null | sed -n 's/.*CUDA Version: \(1[23]\)\..*
 BIN := $(VENV)/bin
 TESTS ?= tests
 
-.PHONY: demo test test-core test-gpu bench lint clean
+.PHONY: demo test test-core test-gpu bench bench-compare report lint clean
 
 demo: $(VENV)/train
 	$(BIN)/python experiments/train.py
@@ -27,6 +27,12 @@ test-gpu: $(VENV)/dev
 
 bench: $(VENV)/dev
 	$(BIN)/python benchmarks/core.py
+
+bench-compare: $(VENV)/dev
+	$(BIN)/python benchmarks/compare.py $(A) $(B)
+
+report: $(VENV)/dev
+	$(BIN)/python benchmarks/report.py
 
 lint: $(VENV)/dev
 	$(BIN)/ruff check .

@@ -7,7 +7,16 @@ import sys
 
 HERE = pathlib.Path(__file__).parent
 README = HERE.parent / "README.md"
-START, END = "<!-- core: made by benchmarks/report.py -->\n", "<!-- /core -->\n"
+PEERS = {  # a column of the table of the libraries: who is in it
+    "ours": ("snnfuse",),
+    "SpikingJelly": ("spikingjelly", "spikingjelly_cupy"),
+    "snnTorch": ("snntorch",),
+    "Norse": ("norse",),
+    "Spyx": ("spyx",),
+    "jaxpike": ("jaxpike",),
+    "sparx": ("sparx",),
+}
+NO_NEURON = "relu"  # a way that measures the network around the neurons, and is no library's spiking network
 
 
 def power(n):
@@ -40,11 +49,59 @@ def core_table():
     return "\n".join(lines) + f"\n\nMeasured on: {where}; {rate}. Rows: `benchmarks/results/core.jsonl`.\n"
 
 
+def peers_table():
+    rows = [json.loads(line) for line in (HERE / "results/peers.jsonl").read_text().splitlines()]
+    rows = [r for r in rows if r["how"] != NO_NEURON]
+    lines = [f"| case | dtype | {' | '.join(PEERS)} | fastest peer over ours |", "|---" * (len(PEERS) + 3) + "|"]
+    for case, dtype in dict.fromkeys((r["case"], r["dtype"]) for r in rows):
+        here = [r for r in rows if (r["case"], r["dtype"]) == (case, dtype)]
+        best = {name: fastest([r for r in here if r["library"] in who]) for name, who in PEERS.items()}
+        cells = [cell([r for r in here if r["library"] in who], best[name]) for name, who in PEERS.items()]
+        lines.append(f"| {case} | {dtype} | {' | '.join(cells)} | {verdict(best)} |")
+    measured = [r for r in rows if r["status"] == "ok"]
+    used = dict.fromkeys(f"{r['library']} {r['version']}" for r in measured)
+    once = lambda key: ", ".join(dict.fromkeys(r[key] for r in measured if key in r))
+    where = f"{once('device')}, JAX {once('jax')}, PyTorch {once('torch')}, {once('date')}, commit {once('commit')}"
+    what = "Milliseconds on the device, each library in its fastest way that gave our scan's spikes"
+    return (
+        "\n".join(lines)
+        + f"\n\n{what}; measured on: {where}; {', '.join(used)}. Rows: `benchmarks/results/peers.jsonl`.\n"
+    )
+
+
+def fastest(rows):
+    return min((r["ms"] for r in rows if r["status"] == "ok"), default=None)
+
+
+def cell(rows, best):
+    if best is not None:
+        return f"{best:.3g}"
+    return rows[-1]["status"].split(":")[0] if rows else ""
+
+
+def verdict(best):
+    """How many times as long the fastest of the others takes; plainly, if that is one of them."""
+    ours, others = best["ours"], {name: ms for name, ms in best.items() if ms and name != "ours"}
+    if not ours or not others:
+        return ""
+    name = min(others, key=others.get)
+    ratio = f"{others[name] / ours:.2g}x ({name})"
+    return ratio if others[name] >= ours else f"**{ratio} is faster than ours**"
+
+
+AFTER = "<!-- /core -->\n"
+TABLES = {"core": core_table, "peers": peers_table}
+
+
 def main(check):
-    text = README.read_text()
-    head, rest = text.split(START)
-    tail = rest.split(END)[1]
-    made = head + START + core_table() + END + tail
+    text = made = README.read_text()
+    for name, table in TABLES.items():
+        start, end = f"<!-- {name}: made by benchmarks/report.py -->\n", f"<!-- /{name} -->\n"
+        if (HERE / f"results/{name}.jsonl").exists():
+            if start not in made:  # a table's first time
+                made = made.replace(AFTER, f"{AFTER}\n{start}{end}")
+            head, rest = made.split(start)
+            made = head + start + table() + end + rest.split(end)[1]
     if check and made != text:
         sys.exit("README.md does not say what benchmarks/results says: run python benchmarks/report.py")
     README.write_text(made)
