@@ -1,0 +1,374 @@
+"""Layers of convolutional networks: fused normalisation against the same unfused, kept bits, convolutions, pooling."""
+
+from functools import partial
+
+import cases
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from compare import assert_close, assert_fires, assert_same_spikes
+from flax import nnx
+from hypothesis import example, given, settings
+from hypothesis import strategies as st
+from jax import lax
+
+import snnfuse as sf
+from snnfuse import nn
+from snnfuse.core.compose import CONNECTIONS
+from snnfuse.nn.conv import conv
+from snnfuse.nn.spikes import values
+
+strict = pytest.mark.usefixtures("strict")
+
+T, B, H, N = 6, 3, 2, 4
+# what normalises xs; the shortcut: none, a sequence, or one that is normalised; how it meets the neuron
+LAYERS = {
+    "alone": ({}, None, "sum"),
+    "tdBN": (dict(gain=0.7), None, "sum"),
+    "per_step": (dict(per_step=True), None, "sum"),
+    "shortcut": ({}, "as it is", "sum"),
+    "shortcut_norm": ({}, "normalised", "sum"),
+    "add": ({}, "as it is", "add"),
+    "and": (dict(gain=0.7), "as it is", "and"),
+    "iand": ({}, "as it is", "iand"),
+}
+
+
+def batch_norm(seed, **options):
+    """With scale, bias and running averages unlike those it starts with."""
+    norm = nn.BatchNorm(N, rngs=nnx.Rngs(0), **options)
+    keys = jax.random.split(jax.random.key(seed), 4)
+    for variable, key in zip((norm.scale, norm.bias, norm.mean, norm.var), keys, strict=True):
+        variable[...] = jax.random.uniform(key, (N,), minval=0.5, maxval=1.5)
+    norm.bias[...] = norm.bias[...] - 1.0
+    return norm
+
+
+def make(name, implementation="scan", dtype=jnp.float32, pack=False):
+    """(layer, xs, shortcut)"""
+    options, shortcut, connect = LAYERS[name]
+    lif = nn.LIF(decay=0.6, threshold=0.6, learn=("decay", "threshold"), shape=(N,), implementation=implementation)
+    shortcut_norm = batch_norm(1) if shortcut == "normalised" else None
+    layer = nn.NormSpiking(lif, batch_norm(0, **options), shortcut_norm=shortcut_norm, connect=connect, pack=pack)
+    keys = jax.random.split(jax.random.key(7), 2)
+    xs = (2 * jax.random.normal(keys[0], (T, B, H, N)) + 0.5).astype(dtype)
+    r = jax.random.normal(keys[1], xs.shape)
+    r = 0.5 * r if connect == "sum" else (r > 0).astype(jnp.float32)
+    return layer, xs, None if shortcut is None else r.astype(dtype)
+
+
+def unfused(layer, xs, shortcut):
+    """The same layer in three: BatchNorm, the shortcut, the neuron by scan; in float32, but for statistics per step."""
+    dtype = xs.dtype
+    current = layer.norm(xs if layer.norm.per_step else xs.astype(jnp.float32)).astype(jnp.float32)
+    r = None if shortcut is None else shortcut.astype(jnp.float32)
+    if r is not None and layer.connect == "sum":
+        current = current + (r if layer.shortcut_norm is None else layer.shortcut_norm(r))
+    outs, state = sf.unroll(layer.neuron.neuron, layer.neuron.params, None, current, implementation="scan")
+    if layer.connect != "sum":
+        outs = CONNECTIONS[layer.connect](outs, r)
+    return outs.astype(dtype), state
+
+
+def gradients(call, layer, xs, shortcut):
+    """(outs, state), gradients of the parameters, xs and shortcut under random cotangents, and the running averages."""
+    graphdef, params, rest = nnx.split(layer, nnx.Param, ...)
+    state = jax.ShapeDtypeStruct((B, H, N), jnp.float32)
+    cotangents = cases.cotangents((jax.ShapeDtypeStruct(xs.shape, xs.dtype), sf.LIFState(state)))
+
+    @jax.jit
+    def run(params, rest, xs, shortcut, cotangents):
+        def f(params, xs, shortcut):
+            layer = nnx.merge(graphdef, params, rest, copy=True)
+            return call(layer, xs, shortcut), nnx.state(layer, nnx.BatchStat)
+
+        out, vjp, averages = jax.vjp(f, params, xs, shortcut, has_aux=True)
+        return out, vjp(cotangents), averages
+
+    return run(params, rest, xs, shortcut, cotangents)
+
+
+RUNS = [(name, *how, "train") for name in LAYERS for how in (("scan", "float32"), ("interpret", "bfloat16"))]
+RUNS += [
+    ("shortcut_norm", "interpret", "float32", "eval"),
+    ("per_step", "scan", "float32", "eval"),
+    ("iand", "scan", "bfloat16", "eval"),
+]
+
+
+@strict
+@pytest.mark.parametrize("name, implementation, dtype, mode", RUNS)
+def test_norm_spiking_is_norm_then_shortcut_then_neuron(name, implementation, dtype, mode):
+    """Spikes exactly, state, every gradient, running averages."""
+    layer, xs, shortcut = make(name, implementation, jnp.dtype(dtype))
+    getattr(layer, mode)()
+    (outs, state), (d_params, d_xs, d_shortcut), averages = gradients(nn.NormSpiking.__call__, layer, xs, shortcut)
+    want, (want_params, want_xs, want_shortcut), want_averages = gradients(unfused, layer, xs, shortcut)
+    assert_fires(want[0], high=0.9)
+    assert_same_spikes(outs, want[0])
+    assert_close(state, want[1], 1e-5)
+    assert_close(averages, want_averages, 1e-6)
+    assert_close(d_params, want_params, 1e-5)
+    rounding = 1e-5 if dtype == "float32" else 2**-7  # of the sums of two or three in 16 bits
+    assert_close((d_xs, d_shortcut), (want_xs, want_shortcut), rounding)
+    for path, gradient in nnx.to_flat_state(d_params):
+        assert jnp.all(gradient[...] != 0), f"no gradient reaches {path}"
+
+
+@strict
+def test_pack_gives_the_same_spikes_and_their_bits():
+    (layer, xs, _), (packing, _, _) = make("alone", "interpret"), make("alone", "interpret", pack=True)
+    want, d_want, _ = gradients(nn.NormSpiking.__call__, layer, xs, None)
+
+    def call(layer, xs, shortcut):
+        outs, state = layer(xs, shortcut)
+        assert isinstance(outs, nn.Spikes) and outs.bits.dtype == jnp.uint8 and outs.bits.shape == (1, B, H, N)
+        same = jnp.array_equal(sf.unpack(outs.bits, T, outs.values.dtype), outs.values)
+        return jnp.where(same, outs.values, jnp.nan), state
+
+    got, d_got, _ = gradients(call, packing, xs, None)
+    assert_fires(want[0])
+    assert_close((got, d_got), (want, d_want), 0.0)
+
+
+@strict
+def test_gain_and_per_step_by_hand():
+    x = np.asarray(make("alone")[1], np.float64)
+    for axes, options in (((0, 1, 2), dict(gain=0.7)), ((1, 2), dict(per_step=True, gain=1.0))):
+        norm = batch_norm(0, **options)
+        want = (x - x.mean(axes, keepdims=True)) / np.sqrt(x.var(axes, keepdims=True) + 1e-5)
+        want = want * options["gain"] * np.asarray(norm.scale[...]) + np.asarray(norm.bias[...])
+        np.testing.assert_allclose(norm(jnp.asarray(x, jnp.float32)), want, rtol=1e-4, atol=1e-5)
+
+
+def test_running_averages_are_those_of_torch():
+    """torch: running = 0.9 running + 0.1 now, of the mean and of the variance over n - 1; normalising is by n."""
+    norm, xs = nn.BatchNorm(N, rngs=nnx.Rngs(0)), make("alone")[1]
+    norm.eval()
+    np.testing.assert_allclose(norm(xs), xs / np.sqrt(1 + 1e-5), rtol=1e-6)  # before any training: mean 0, variance 1
+    norm.train()
+    mean, var = np.zeros(N), np.ones(N)
+    for i in range(3):
+        x = np.asarray(xs, np.float64) * (i + 1)
+        norm(jnp.asarray(x, jnp.float32))
+        mean = 0.9 * mean + 0.1 * x.reshape(-1, N).mean(0)
+        var = 0.9 * var + 0.1 * x.reshape(-1, N).var(0, ddof=1)
+    np.testing.assert_allclose(norm.mean[...], mean, rtol=1e-5, atol=1e-6)
+    np.testing.assert_allclose(norm.var[...], var, rtol=1e-5)
+    norm.eval()
+    np.testing.assert_allclose(norm(xs), (xs - mean) / np.sqrt(var + 1e-5), rtol=1e-4, atol=1e-5)
+
+
+@strict
+@pytest.mark.parametrize("per_step", [False, True])
+def test_axis_name_shares_statistics(per_step):
+    """Three shards of one sample under vmap equal the whole batch: spikes, gradients and running averages."""
+    layer, xs, _ = make("alone")
+    layer.norm.per_step = per_step
+    want, (d_params, d_xs, _), averages = gradients(nn.NormSpiking.__call__, layer, xs, None)
+    cotangent = jax.tree.map(lambda c: jnp.moveaxis(c, -3, 0)[..., None, :, :], cases.cotangents(want))
+    layer.norm.axis_name = "devices"
+    graphdef, params, rest = nnx.split(layer, nnx.Param, ...)
+
+    def shard(params, x, cotangent):
+        def f(params, x):
+            layer = nnx.merge(graphdef, params, rest, copy=True)
+            return layer(x), nnx.state(layer, nnx.BatchStat)
+
+        out, vjp, averages = jax.vjp(f, params, x, has_aux=True)
+        d_params, d_x = vjp(cotangent)
+        return out[0], averages, lax.psum(d_params, "devices"), d_x
+
+    shards = jnp.moveaxis(xs, 1, 0)[:, :, None]
+    outs, now, got_params, got_xs = jax.jit(jax.vmap(partial(shard, params), axis_name="devices"))(shards, cotangent)
+    assert_fires(want[0])
+    assert_same_spikes(jnp.moveaxis(outs[:, :, 0], 0, 1), want[0])
+    first = partial(jax.tree.map, lambda leaf: leaf[0])
+    assert_close(first(now), averages, 1e-5)
+    assert_close(first(got_params), d_params, 1e-5)
+    assert_close(jnp.moveaxis(got_xs[:, :, 0], 0, 1), d_xs, 1e-5)
+
+
+def random_spikes(*shape, seed=0, dtype=jnp.float32):
+    return jax.random.bernoulli(jax.random.key(seed), 0.3, shape).astype(dtype)
+
+
+@strict
+@pytest.mark.parametrize("precision", ["float32", "bfloat16"])
+@pytest.mark.parametrize("layer", ["conv", "linear", "dense conv"])
+def test_layers_on_spikes_keep_bits_and_give_the_same(layer, precision):
+    rngs = nnx.Rngs(0)
+    if layer == "linear":
+        layer, xs = nn.Linear(5, 4, precision=precision, rngs=rngs), random_spikes(40, B, 5)
+    else:
+        size = 2 if layer == "dense conv" else 6
+        layer = nn.Conv(5, 4, 3, stride=2, use_bias=True, precision=precision, rngs=rngs)
+        xs = random_spikes(9, B, size, size, 5)
+    graphdef, params, rest = nnx.split(layer, nnx.Param, ...)
+
+    def run(params, xs, wrap):
+        f = lambda params, xs: nnx.merge(graphdef, params, rest)(wrap(xs))
+        out, vjp = jax.vjp(f, params, xs)
+        return (out, *vjp(cases.cotangents(out))), vjp
+
+    (want, _), (got, vjp) = run(params, xs, lambda xs: xs), run(params, xs, lambda xs: nn.Spikes(xs, sf.pack(xs, 8)))
+    assert want[0].dtype == precision and float(jnp.abs(want[2]).max()) > 0
+    assert_close(got, want, 0.0)
+    assert all(leaf.size < xs.size for leaf in jax.tree.leaves(vjp)), "the values are kept"
+
+
+def block(memory, implementation):
+    """conv, neuron, conv, neuron on 4 channels; spikes packed, kept as numbers, or all of it run again."""
+    rngs, pack = nnx.Rngs(0), memory != "fast"
+    lif = lambda: nn.LIF(decay=0.5, threshold=0.6, learn="decay", implementation=implementation)
+    spiking = lambda: nn.NormSpiking(lif(), nn.BatchNorm(4, rngs=rngs), pack=pack)
+    layers = [layer for _ in range(2) for layer in (nn.Conv(4, 4, rngs=rngs), spiking())]
+    layer = nn.Sequential(*layers)
+    return nn.Remat(layer) if memory == "lean" else layer
+
+
+def vjp_of_block(memory, implementation):
+    """(its parameters, (params, xs) -> (outs, state), vjp, running averages)"""
+    graphdef, params, rest = nnx.split(block(memory, implementation), nnx.Param, ...)
+
+    def f(params, xs):
+        layer = nnx.merge(graphdef, params, rest, copy=True)
+        outs, state = layer(xs if memory == "fast" else nn.Spikes.of(xs))
+        return (values(outs), state), nnx.state(layer, nnx.BatchStat)
+
+    return params, lambda params, xs: jax.vjp(f, params, xs, has_aux=True)
+
+
+def test_packed_keeps_less_and_remat_still_less():
+    xs = jax.ShapeDtypeStruct((16, 2, 8, 8, 4), jnp.float32)
+    sequence, kept = xs.size * 4, {}
+    for memory in ("fast", "packed", "lean"):
+        params, vjp = vjp_of_block(memory, "interpret")
+        residuals = lambda *args, vjp=vjp: list({id(leaf): leaf for leaf in jax.tree.leaves(vjp(*args)[1])}.values())
+        kept[memory] = sum(leaf.size * leaf.dtype.itemsize for leaf in jax.eval_shape(residuals, params, xs))
+    small = sequence / 2  # kernels, states, and bits, 1 / 32 of the sequence
+    assert 4 * sequence <= kept["fast"] < 4 * sequence + small, "two inputs and two outputs of convolutions"
+    assert 2 * sequence <= kept["packed"] < 2 * sequence + small, "two outputs of convolutions; the spikes as bits"
+    assert sequence / 32 <= kept["lean"] < small, "the bits of the input"
+
+
+def test_packed_and_remat_change_no_result():
+    xs, results = random_spikes(8, 2, 4, 4, 4), []
+    for memory in ("fast", "packed", "lean"):
+        params, vjp_of = vjp_of_block(memory, "scan")
+
+        @jax.jit
+        def run(params, xs, vjp_of=vjp_of):
+            out, vjp, averages = vjp_of(params, xs)
+            d_params, d_xs = vjp(cases.cotangents(out))
+            return out, jax.tree.leaves(d_params), d_xs, jax.tree.leaves(averages)
+
+        results.append(run(params, xs))
+    assert_fires(results[0][0][0])
+    assert_close(results[1], results[0], 1e-5)
+    assert_close(results[2], results[0], 1e-5)
+
+
+def conv_and_gradients(f, x, kernel):
+    y, vjp = jax.vjp(f, x, kernel)
+    return (y, *vjp(cases.cotangents(y)))
+
+
+@strict
+@settings(max_examples=5, deadline=None, derandomize=True)
+@given(
+    sizes=st.tuples(st.integers(1, 9), st.integers(1, 9)),
+    taps=st.tuples(st.integers(1, 5), st.integers(1, 5)),
+    stride=st.integers(1, 3),
+    padding=st.integers(0, 3),
+    inputs=st.integers(1, 4),
+)
+@example(sizes=(2, 2), taps=(3, 3), stride=1, padding=1, inputs=3)  # a matrix
+@example(sizes=(1, 2), taps=(5, 3), stride=2, padding=2, inputs=2)
+@example(sizes=(5, 4), taps=(1, 1), stride=2, padding=0, inputs=7)  # 1 x 1
+@example(sizes=(8, 12), taps=(7, 7), stride=2, padding=3, inputs=3)  # pixels to channels
+@example(sizes=(9, 6), taps=(2, 4), stride=3, padding=1, inputs=1)
+@example(sizes=(7, 6), taps=(3, 3), stride=2, padding=1, inputs=5)  # as it is
+def test_each_form_of_conv_is_the_convolution(sizes, taps, stride, padding, inputs):
+    x = jax.random.normal(jax.random.key(0), (2, *sizes, inputs))
+    kernel = jax.random.normal(jax.random.key(1), (3, *taps, inputs))
+    highest = lax.Precision.HIGHEST
+    if any(size + 2 * padding < t for size, t in zip(sizes, taps, strict=True)):
+        with pytest.raises(ValueError, match="kernel.*map of"):
+            conv(x, kernel, stride=stride, padding=padding)
+        return
+
+    def reference(x, kernel):
+        numbers = ("NHWC", "OHWI", "NHWC")
+        pads, strides = ((padding, padding),) * 2, (stride, stride)
+        return lax.conv_general_dilated(x, kernel, strides, pads, dimension_numbers=numbers, precision=highest)
+
+    ours = partial(conv, stride=stride, padding=padding, precision=highest)
+    got, want = jax.jit(lambda *args: [conv_and_gradients(f, *args) for f in (ours, reference)])(x, kernel)
+    scale = max(1.0, float(jnp.abs(want[2]).max()))
+    for a, b in zip(got, want, strict=True):
+        np.testing.assert_allclose(a, b, rtol=0, atol=2e-6 * scale)
+
+
+@strict
+@pytest.mark.parametrize("window, stride, padding", [(3, 2, 1), (2, 2, 0), (3, 1, 1), (2, 3, 0), (5, 2, 2)])
+def test_max_pool_is_reduce_window(window, stride, padding):
+    """Values, and the gradient to the first of equal values: of spikes, nearly all windows have a tie."""
+
+    def reference(x):
+        ones, pads = lambda n: (1, n, n, 1), ((0, 0), (padding,) * 2, (padding,) * 2, (0, 0))
+        return lax.reduce_window(x, -jnp.inf, lax.max, ones(window), ones(stride), pads)
+
+    ours = partial(nn.max_pool, window=window, stride=stride, padding=padding)
+    for x in (random_spikes(2, 7, 8, 3), jax.random.normal(jax.random.key(0), (2, 7, 8, 3))):
+        want, vjp = jax.vjp(reference, x)
+        got, our_vjp = jax.vjp(ours, x)
+        cotangent = jax.random.normal(jax.random.key(1), want.shape)
+        np.testing.assert_array_equal(got, want)
+        assert_close(our_vjp(cotangent), vjp(cotangent), 1e-6)
+
+
+def norm_spiking(neuron=None, norm=None, **options):
+    rngs = nnx.Rngs(0)
+    return nn.NormSpiking(neuron or nn.IF(implementation="scan"), norm or nn.BatchNorm(4, rngs=rngs), **options)
+
+
+ones = jnp.ones((3, 2, 4))
+image = jnp.ones((1, 4, 4, 1))
+
+
+@pytest.mark.parametrize(
+    "call, error, message",
+    [
+        (lambda: norm_spiking()(ones, jnp.ones((3, 2, 5))), ValueError, r"shortcut .*\(3, 2, 4\); got \(3, 2, 5\)"),
+        (lambda: norm_spiking()(ones, jnp.ones((2, 2, 4))), ValueError, r"shortcut .*\(3, 2, 4\); got \(2, 2, 4\)"),
+        (lambda: norm_spiking(connect="add")(ones), ValueError, "shortcut must be given.*got None"),
+        (lambda: norm_spiking()(jnp.ones((3, 2, 5))), ValueError, r"xs must be \[T, B, ..., 4\]; got \(3, 2, 5\)"),
+        (lambda: norm_spiking()(jnp.ones((3, 4))), ValueError, r"xs must be \[T, B, ..., 4\]; got \(3, 4\)"),
+        (lambda: norm_spiking()(jnp.ones((3, 0, 4))), ValueError, r"xs.* no empty axis; got shape \(3, 0, 4\)"),
+        (lambda: norm_spiking()(ones.astype(jnp.int32)), TypeError, "xs.* must be float32, bfloat16.*got int32"),
+        (lambda: norm_spiking()(ones, ones.astype(jnp.int8)), TypeError, "xs.* must be float32, bfloat16.*got int8"),
+        (lambda: norm_spiking(norm=nnx.BatchNorm(4, rngs=nnx.Rngs(0))), TypeError, "norm must be .*BatchNorm; got"),
+        (lambda: norm_spiking(shortcut_norm=nnx.relu), TypeError, "shortcut_norm must be .*BatchNorm; got"),
+        (lambda: norm_spiking(neuron=nnx.relu), TypeError, "neuron must be .*Spiking"),
+        (lambda: norm_spiking(connect="or"), ValueError, "must be one of .*add, and, iand; got 'or'"),
+        (
+            lambda: norm_spiking(connect="add", shortcut_norm=nn.BatchNorm(4, rngs=nnx.Rngs(0))),
+            ValueError,
+            "shortcut_norm goes with connect='sum'; got connect='add'",
+        ),
+        (lambda: nn.Conv(1, 1, precision="fp16", rngs=nnx.Rngs(0)), ValueError, "precision must be one of.*got 'fp16'"),
+        (lambda: nn.Conv(3, 1, rngs=nnx.Rngs(0))(image), ValueError, r"x must be \[..., H, W, 3\].*got \(1, 4, 4, 1\)"),
+        (lambda: nn.Conv(1, 1, 7, padding=0, rngs=nnx.Rngs(0))(image), ValueError, r"kernel, \[7, 7\].*map of 4 x 4"),
+        (lambda: nn.Linear(3, 1, rngs=nnx.Rngs(0))(image), ValueError, r"x must be \[..., 3\]; got \(1, 4, 4, 1\)"),
+        (lambda: nn.max_pool(image, window=5, padding=0), ValueError, "max_pool: x must be.*window 5"),
+        (lambda: nn.max_pool(image, window=2, padding=2), ValueError, "max_pool: .*padding < window.*padding 2"),
+        (lambda: nn.max_pool(image, stride=0), ValueError, "max_pool: .*stride >= 1.*stride 0"),
+        (lambda: nn.max_pool(image[0]), ValueError, r"max_pool: x must be \[n, H, W, C\].*got \(4, 4, 1\)"),
+        (lambda: nn.mean_pool(jnp.ones((4, 4))), ValueError, r"x must be \[..., H, W, C\].*got \(4, 4\)"),
+    ],
+)
+def test_bad_input_is_named(call, error, message):
+    with pytest.raises(error, match=message):
+        call()
