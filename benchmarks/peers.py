@@ -2,6 +2,7 @@
 
     python benchmarks/peers.py                    three minutes on an H100; rows go to results/peers.jsonl
     python benchmarks/peers.py --tiny             small shapes, without a GPU too; rows are printed only
+    python benchmarks/peers.py --keep             what has no time yet in results/peers.jsonl, in the same order
     python benchmarks/peers.py --only 'shd|n512' --libraries snnfuse,spikingjelly --keep
 
 The peers are not dependencies of snnfuse: `pip install --no-deps --target FOLDER` them and put FOLDER on PYTHONPATH. One
@@ -38,7 +39,7 @@ PLAN = [  # the most important first: the budget cuts the end
     ("lif_T32_N1048576", "bfloat16", OURS | {"spikingjelly": ["triton", "storage", "native"]}),
     ("lif_T500_N8192", "float32", OURS | JELLY),
     ("resnet18_28", "tf32", {"spikingjelly": ["triton", "relu"]}),
-    ("resnet18_28", "bfloat16", {"snnfuse": ["pallas"], "spikingjelly": ["triton", "cast", "relu"]}),
+    ("resnet18_28", "bfloat16", {"snnfuse": ["pallas"], "spikingjelly": ["triton", "relu"]}),
     ("open_neuromorphic_n512", "tf32", {"snnfuse": ["pallas", "scan"], "spikingjelly": ["triton"]} | TORCH | ONE),
     ("lif_T32_N1048576", "float32", TORCH | JAX | {"spikingjelly_cupy": ["cupy"]}),
     ("shd", "tf32", {"snnfuse": ["pallas", "scan"], "spikingjelly": ["triton"]} | TORCH | ONE),
@@ -51,6 +52,7 @@ PLAN = [  # the most important first: the budget cuts the end
     ("lif_T32_N1048576", "float32", {"snnfuse": ["mosaic", "triton"], "spikingjelly": ["storage"]}),
     ("lif_T32_N1048576", "bfloat16", {"snnfuse": ["mosaic", "triton"]}),
     ("lif_T500_N8192", "float32", {"snnfuse": ["mosaic", "triton"]}),
+    ("resnet18_28", "bfloat16", {"spikingjelly": ["cast"]}),
     ("open_neuromorphic_n4096", "tf32", TORCH),
     ("open_neuromorphic_n16384", "tf32", TORCH),
     ("lif_T256_N131072", "float32", ONE | TORCH | {"snnfuse": ["mosaic", "triton"]}),
@@ -180,10 +182,20 @@ def record(path, row):
     digits = lambda v: float(f"{v:.5g}") if isinstance(v, float) else v
     row = {k: [digits(x) for x in v] if isinstance(v, tuple) else digits(v) for k, v in row.items()}
     if path:
-        path.parent.mkdir(exist_ok=True)
         with open(path, "a") as f:
             f.write(json.dumps(row) + "\n")
     print(json.dumps(row), flush=True)
+
+
+def start(path, todo, keep):
+    """What of `todo` has no time in the file yet; what is to be run anew is removed from it."""
+    lines = path.read_text().splitlines() if keep and path.exists() else []
+    task = lambda r: (r["library"], r["how"], r["case"], r["dtype"])
+    done = {task(r) for r in map(json.loads, lines) if r["status"] == "ok"}
+    todo = [t for t in todo if t not in done]
+    path.parent.mkdir(exist_ok=True)
+    path.write_text("".join(f"{line}\n" for line in lines if task(json.loads(line)) not in todo))
+    return todo
 
 
 def main():
@@ -195,19 +207,19 @@ def main():
     parser.add_argument("--budget", type=float, default=190, help="seconds, after which the other rows say so")
     parser.add_argument("--case-seconds", type=float, default=60, help="the longest that one row may take")
     parser.add_argument("--cupy", default="", help="a folder with SpikingJelly 0.0.0.0.14")
-    parser.add_argument("--keep", action="store_true", help="add to the rows that there are")
+    parser.add_argument("--keep", action="store_true", help="keep the rows that have a time, and run the others")
     parser.add_argument("--out", type=pathlib.Path, help="the file of the rows")
     args = parser.parse_args()
     os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")
     path = args.out or (None if args.tiny else HERE / "results/peers.jsonl")
-    if path and not args.keep:
-        path.unlink(missing_ok=True)
     chosen = args.libraries.split(",") if args.libraries else []
     todo = [
         (library, way, case, dtype)
         for library, way, case, dtype in tasks(args.tiny)
         if (not chosen or library in chosen) and re.search(args.only, case) and re.search(args.ways, way)
     ]
+    if path:
+        todo = start(path, todo, args.keep)
     run = Run(args)
     for library in dict.fromkeys(["snnfuse", *(library for library, *_ in todo)]):
         run.worker(library)  # they import side by side

@@ -62,7 +62,7 @@ def peers_table():
     used = dict.fromkeys(f"{r['library']} {r['version']}" for r in measured)
     once = lambda key: ", ".join(dict.fromkeys(r[key] for r in measured if key in r))
     where = f"{once('device')}, JAX {once('jax')}, PyTorch {once('torch')}, {once('date')}, commit {once('commit')}"
-    what = "Milliseconds on the device, each library in its fastest way that gave our scan's spikes"
+    what = "Milliseconds on the device, each library in its fastest way that gave our scan's spikes (Spyx: of its own neuron)"
     return (
         "\n".join(lines)
         + f"\n\n{what}; measured on: {where}; {', '.join(used)}. Rows: `benchmarks/results/peers.jsonl`.\n"
@@ -85,7 +85,7 @@ def verdict(best):
     if not ours or not others:
         return ""
     name = min(others, key=others.get)
-    ratio = f"{others[name] / ours:.2g}x ({name})"
+    ratio = f"{others[name] / ours:.3g}x ({name})"
     return ratio if others[name] >= ours else f"**{ratio} is faster than ours**"
 
 
