@@ -1,7 +1,7 @@
 """A training step of spiking ResNets: time, peak memory and a profile, beside `lax.scan` and networks of ReLU.
 
     python benchmarks/resnet.py                            Spiking-ResNet-18, T=32, B=100, 3 x 28 x 28; minutes on an H100
-    python benchmarks/resnet.py --cases pallas_packed,relu --precisions bfloat16 --shapes 28,32,dvs --depths 18,34,50
+    python benchmarks/resnet.py --cases pallas,relu --precisions bfloat16 --shapes 28,32,dvs --depths 18,34,50
 
 Rows go to results/resnet.jsonl. Input is random spikes of rate 0.5 of the real shape ("random input"), 8 different batches
 in turn; a step is forward, backward and Adam. `relu` is our network with ReLU in place of the neurons, `flax_relu` the
@@ -98,11 +98,15 @@ def build(case, depth, precision):
         return FlaxResNet(depth, precision)
     if case == "relu":
         return relu(depth, precision)
-    implementation, _, memory = case.partition("_")  # "pallas_lean"
-    memory, rngs = memory or "packed", nnx.Rngs(0)
-    return models.spiking_resnet(
-        depth, 3, 10, precision=precision, memory=memory, implementation=implementation, rngs=rngs
-    )
+    implementation, memory = named(case)
+    options = dict(memory=memory, implementation=implementation, rngs=nnx.Rngs(0))
+    return models.spiking_resnet(depth, 3, 10, precision=precision, **options)
+
+
+def named(case):
+    """(implementation, memory) of a case such as pallas_lean."""
+    implementation, _, memory = case.partition("_")
+    return implementation, memory or "packed"
 
 
 def training(model):
@@ -189,7 +193,7 @@ def profile(step, state, data, steps=5):
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--cases", default="pallas_packed,pallas_lean,pallas_fast,scan_packed,relu,flax_relu")
+    parser.add_argument("--cases", default="pallas,pallas_lean,pallas_fast,scan,relu,flax_relu")
     parser.add_argument("--precisions", default="bfloat16,tf32")
     parser.add_argument("--shapes", default="28")
     parser.add_argument("--depths", default="18")
