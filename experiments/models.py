@@ -1,13 +1,13 @@
 """Models by name. One is a frozen dataclass of choices with T, `readout` and
 
-build(shape, classes, rngs) -> a snnfuse.nn.Sequential: [T, B, *shape] to outputs [T, B, classes]
+build(shape, classes, rngs) -> a snnfuse.nn.Sequential: [T, B, *shape], what `encode` gives, to outputs [T, B, classes]
 """
 
 from dataclasses import dataclass
 
 from flax import nnx
 
-from snnfuse import nn
+from snnfuse import models, nn
 from snnfuse.ops.api import IMPLEMENTATIONS
 
 READOUTS = {
@@ -34,15 +34,7 @@ class ConvNet:
     implementation: str | None = None
 
     def __post_init__(self):
-        if self.T < 1:
-            raise ValueError(f"--model.T must be at least 1; got {self.T}")
-        if self.readout not in READOUTS:
-            raise ValueError(f"--model.readout must be one of {', '.join(READOUTS)}; got {self.readout!r}")
-
-        if self.implementation not in (None, *IMPLEMENTATIONS):
-            raise ValueError(
-                f"--model.implementation must be none or one of {', '.join(IMPLEMENTATIONS)}; got {self.implementation!r}"
-            )
+        _check(self, readout=READOUTS)
 
     def build(self, shape: tuple[int, ...], classes: int, rngs: nnx.Rngs) -> nn.Sequential:
         height, width, channels = shape
@@ -67,4 +59,58 @@ class ConvNet:
         )
 
 
-MODELS = {"conv": ConvNet}
+@dataclass(frozen=True)
+class Resnet:
+    """Spiking-ResNet-18, -34 or -50 of the temporal fusion paper (connect "sum", LIF neurons of decay 0.2 and threshold
+    0.3), or SEW-ResNet ("add", "and", "iand", IF neurons): see `snnfuse.models`, whose options these are.
+    """
+
+    T: int = 32
+    depth: int = 18
+    connect: str = "sum"
+    stem: str = "imagenet"
+    precision: str = "bfloat16"
+    memory: str = "fast"
+    readout: str = "mean"
+    implementation: str | None = None
+
+    def __post_init__(self):
+        _check(
+            self,
+            depth=(18, 34, 50),
+            connect=("sum", "add", "and", "iand"),
+            stem=("imagenet", "cifar"),
+            precision=nn.Precision,
+            memory=("fast", "packed", "lean"),
+            readout=READOUTS,
+        )
+
+    def build(self, shape: tuple[int, ...], classes: int, rngs: nnx.Rngs) -> nn.Sequential:
+        make, connect = models.spiking_resnet, {}
+        if self.connect != "sum":
+            make, connect = models.sew_resnet, {"connect": self.connect}
+        return make(
+            self.depth,
+            shape[-1],
+            classes,
+            **connect,
+            stem=self.stem,
+            precision=self.precision,
+            memory=self.memory,
+            implementation=self.implementation,
+            rngs=rngs,
+        )
+
+
+def _check(model, **known):
+    if model.T < 1:
+        raise ValueError(f"--model.T must be at least 1; got {model.T}")
+    for name, values in known.items():
+        if (value := getattr(model, name)) not in tuple(values):
+            raise ValueError(f"--model.{name} must be one of {', '.join(map(str, values))}; got {value!r}")
+    if model.implementation not in (None, *IMPLEMENTATIONS):
+        known = ", ".join(IMPLEMENTATIONS)
+        raise ValueError(f"--model.implementation must be none or one of {known}; got {model.implementation!r}")
+
+
+MODELS = {"conv": ConvNet, "resnet": Resnet}

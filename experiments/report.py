@@ -11,10 +11,11 @@ from flax import nnx
 matplotlib.use("Agg")
 from matplotlib import pyplot as plt  # noqa: E402
 
-from snnfuse import nn  # noqa: E402
+from snnfuse.nn import monitor  # noqa: E402
 
 STEPS = 48  # the network is shown the image for longer than in training, for there to be something to see
-NEURONS = 50  # of each layer, in the raster
+LAYERS = 5  # in the raster, from the first to the last
+NEURONS = 50  # of each layer there
 TRACED_RATES = (0.08, 0.2, 0.35, 0.5)  # the membranes shown are of the neurons that fire most nearly so
 COLOURS = ["#3b6fb6", "#2a9d8f", "#e08e29", "#c8553d", "#7a5195"]
 
@@ -24,6 +25,7 @@ def draw(path: Path, rows: list[dict], config, model, data) -> Path:
     accuracy = [row["eval_accuracy"] for row in rows if "eval_accuracy" in row][-1]
     figure.suptitle(
         f"{path.parent}: {accuracy:.1%} of {len(data.test_labels):,} held-out images in {config.model.T} time steps"
+        + (f" ({data.note})" if data.note else "")
     )
     top, bottom = figure.subfigures(2, 1, height_ratios=(1, 1.25))
     loss, accuracy, image = top.subplots(1, 3, width_ratios=(2, 2, 1))
@@ -56,23 +58,24 @@ def _activity(config, model, data, image_axes, raster, membranes, outputs):
     T = max(STEPS, config.model.T)
     chosen = len(data.test_labels) // 3
     image, label = data.test_images[chosen : chosen + 1], int(data.test_labels[chosen])
-    (outs, traces), _ = _traced(config, model, image, T)
+    xs, outs, hidden, states = _recorded(config, model, image, T)
     outs, answer = np.asarray(outs)[:, 0], int(np.asarray(outs)[:, 0].mean(0).argmax())
-    image_axes.imshow(image[0].squeeze(), cmap="gray_r")
+    image_axes.imshow(_picture(np.asarray(xs)[:, 0]), cmap="gray_r")
     image_axes.set(xticks=[], yticks=[], title=f"a held-out {label}, read as {answer}")
 
-    hidden = [(np.asarray(spikes)[:, 0].reshape(T, -1), states) for spikes, states in traces[:-1]]
-    _raster(raster, [spikes for spikes, _ in hidden], T)
-    spikes, states = hidden[-1]
-    threshold = float(np.mean([layer for layer in model.layers if isinstance(layer, nn.Spiking)][-2].threshold))
-    _membranes(membranes, spikes, np.asarray(states.v)[:, 0].reshape(T, -1), threshold)
+    layers, last = _shown(hidden)
+    flat = lambda x: np.asarray(x, np.float32)[:, 0].reshape(T, -1)
+    _raster(raster, {name: flat(hidden[path]) for name, path in layers.items()}, T)
+    modules = {".".join(map(str, path)): module for path, module in nnx.iter_modules(model)}
+    threshold = float(np.mean(modules[last].threshold))
+    _membranes(membranes, flat(hidden[last]), flat(states.v), threshold)
 
     heights = _apart(outs[-1], 0.045 * (outs.max() - outs.min()))
     for k in range(outs.shape[1]):
         right = k == label
         outputs.plot(outs[:, k], color=COLOURS[3] if right else "0.7", lw=2.2 if right else 1, zorder=2 if right else 1)
         outputs.text(T, heights[k], str(k), fontsize=9, va="center", color=COLOURS[3] if right else "0.5")
-    outputs.set(xlabel="time step", xlim=(-1, T + 2), title="membranes of the outputs")
+    outputs.set(xlabel="time step", xlim=(-1, T + 2), title="outputs")
 
 
 def _apart(heights, gap):
@@ -83,11 +86,33 @@ def _apart(heights, gap):
     return heights
 
 
-def _traced(config, model, images, T):
+def _picture(xs):
+    """What is shown, [T, H, W, C], as its mean over time; two polarities are red and green."""
+    mean = xs.mean(0) / max(xs.mean(0).max(), 1e-6)
+    return mean[..., 0] if mean.shape[-1] == 1 else np.pad(mean, ((0, 0), (0, 0), (0, 3 - mean.shape[-1])))
+
+
+def _shown(hidden):
+    """({name: path} of at most LAYERS hidden layers, the path of the last), of a block with several that which ends it."""
+    blocks = {}
+    for path in hidden:  # layers.3.join.neuron, layers.3.main.layers.1.neuron: the block's own has the shorter path
+        block = int(path.split(".")[1])
+        blocks[block] = min(blocks.get(block, path), path, key=len)
+    paths = [blocks[block] for block in sorted(blocks)]
+    chosen = np.unique(np.linspace(0, len(paths) - 1, LAYERS).astype(int))
+    return {f"layer {i + 1}": paths[i] for i in chosen}, paths[-1]
+
+
+def _recorded(config, model, images, T):
+    """(inputs, outputs, {path of a hidden layer: spikes}, the states of the last that is shown)."""
+
     @jax.jit
     def run(state, images):
-        key = jax.random.key(config.seed)
-        return nnx.merge(graphdef, state).trace(config.data.encode(key, jnp.asarray(images), T, train=False))
+        model = nnx.merge(graphdef, state)
+        xs = config.data.encode(jax.random.key(config.seed), jnp.asarray(images), T, train=False)
+        (outs, _), hidden = monitor.record(model, xs)
+        last = _shown(hidden)[1]
+        return xs, outs, hidden, monitor.record(model, xs, layers=[last], what="state")[1][last]
 
     graphdef, state = nnx.split(model)
     return run(state, images)
@@ -95,17 +120,15 @@ def _traced(config, model, images, T):
 
 def _raster(axes, layers, T):
     base = 0
-    for i, spikes in enumerate(layers):
+    for i, (name, spikes) in enumerate(layers.items()):
         firing = np.flatnonzero(spikes.any(0))
         shown = firing[np.linspace(0, len(firing) - 1, min(NEURONS, len(firing))).astype(int)]
         t, neuron = np.nonzero(spikes[:, shown])
         axes.plot(t, base + neuron, "|", color=COLOURS[i], ms=2.2, mew=1.1)
-        axes.text(
-            T, base + NEURONS / 2, f"layer {i + 1}\n{spikes.mean():.0%}", color=COLOURS[i], va="center", fontsize=9
-        )
+        axes.text(T, base + NEURONS / 2, f"{name}\n{spikes.mean():.0%}", color=COLOURS[i], va="center", fontsize=9)
         base += NEURONS + 5
     axes.set(xlabel="time step", ylabel="neurons that fire", yticks=[], xlim=(-1, T))
-    axes.set_title("spikes of each hidden layer, its mean rate beside it")
+    axes.set_title("spikes of hidden layers, the mean rate beside each")
 
 
 def _membranes(axes, spikes, v, threshold):

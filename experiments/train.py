@@ -4,6 +4,9 @@
     python experiments/train.py --steps 100 --model.T 8 --data.encoding direct
     python experiments/train.py --mesh data=4                each step's batch over 4 devices
     python experiments/train.py --name mine --resume true    goes on from the last checkpoint of runs/mine, exactly
+    python experiments/train.py --model resnet --data random --data.like cifar10      another model, random input
+
+The runs of the temporal fusion paper are in paper.py.
 
 `--help` lists every key. On a GPU the same commands run the fused kernels. A run is a directory, runs/<name>:
 
@@ -22,7 +25,7 @@ import sys
 import time
 from contextlib import contextmanager
 from dataclasses import dataclass
-from functools import lru_cache, partial
+from functools import cached_property, lru_cache, partial
 from typing import Any
 
 import config as configuration
@@ -47,6 +50,9 @@ CHOICES = {"model": MODELS, "data": DATASETS}
 class Config:
     """`stop_at`: stop there as if interrupted, to be resumed; `steps` alone shapes the schedule.
 
+    `schedule`, after the warmup: cosine, to zero at the last step, or constant. `clip` none: gradients as they are. With a
+    `weight_decay` of 0 AdamW is Adam.
+
     `mesh`: data=4 trains on 4 devices, each with a quarter of the batch and its own noise. `sync_batch_norm`: with the
     statistics of the whole batch, or each device with its own.
     """
@@ -57,8 +63,9 @@ class Config:
     batch: int = 64
     learning_rate: float = 3e-3
     warmup: float = 0.1  # of the steps
+    schedule: str = "cosine"
     weight_decay: float = 1e-2
-    clip: float = 1.0
+    clip: float | None = 1.0
     seed: int = 0
     log_every: int = 10
     eval_every: int = 50
@@ -75,6 +82,8 @@ class Config:
                 raise ValueError(f"--{name} must be at least 1; got {getattr(self, name)}")
         if not 0 <= self.warmup < 1:
             raise ValueError(f"--warmup, a fraction of the steps, must be in [0, 1); got {self.warmup}")
+        if self.schedule not in ("cosine", "constant"):
+            raise ValueError(f"--schedule must be cosine or constant; got {self.schedule!r}")
 
 
 def create(config: Config, shape: tuple[int, ...], classes: int):
@@ -88,21 +97,43 @@ def create(config: Config, shape: tuple[int, ...], classes: int):
 @lru_cache  # the same functions for the same configuration, so that what is compiled for it is found again
 def _transform(config):
     warmup = int(config.warmup * config.steps)
-    schedule = optax.warmup_cosine_decay_schedule(0.0, config.learning_rate, warmup, config.steps)
-    return optax.chain(optax.clip_by_global_norm(config.clip), optax.adamw(schedule, weight_decay=config.weight_decay))
+    if config.schedule == "cosine":
+        schedule = optax.warmup_cosine_decay_schedule(0.0, config.learning_rate, warmup, config.steps)
+    else:
+        start = 0.0 if warmup else config.learning_rate  # without a warmup optax stays at the value that it starts from
+        schedule = optax.warmup_constant_schedule(start, config.learning_rate, warmup)
+    clip = optax.identity() if config.clip is None else optax.clip_by_global_norm(config.clip)
+    return optax.chain(clip, optax.adamw(schedule, weight_decay=config.weight_decay))
+
+
+@dataclass(frozen=True)
+class Structure:
+    """All of (model, optimizer) but its arrays. Those go through the step as a list: taking an nnx.State apart for every
+    call, and hashing its graphdef, takes longer than a step of a ResNet on a GPU.
+    """
+
+    graphdef: Any
+    tree: Any
+
+    @cached_property
+    def hash(self):
+        return hash((self.graphdef, self.tree))
+
+    def __hash__(self):
+        return self.hash
 
 
 @partial(jax.jit, static_argnums=(0, 1), donate_argnums=2)
-def train_step(config: Config, graphdef, state, images, labels, step):
-    update = partial(_update, config, graphdef)
+def train_step(config: Config, structure: Structure, arrays, images, labels, step):
+    update = partial(_update, config, structure)
     if config.mesh:
         update = parallel.data_parallel(update, parallel.make_mesh(config.mesh))
-    return update(state, (images, labels), step)
+    return update(arrays, (images, labels), step)
 
 
-def _update(config, graphdef, state, batch, step):
+def _update(config, structure, arrays, batch, step):
     images, labels = batch
-    model, optimizer = nnx.merge(graphdef, state)
+    model, optimizer = nnx.merge(structure.graphdef, structure.tree.unflatten(arrays))
     model.train()
     xs = config.data.encode(parallel.fold(_key(config, 0, step)), images, config.model.T, train=True)
 
@@ -115,7 +146,7 @@ def _update(config, graphdef, state, batch, step):
     grads = parallel.mean(grads)
     optimizer.update(model, grads)
     metrics = {"loss": loss, "accuracy": accuracy, "grad_norm": optax.tree.norm(grads)}
-    return nnx.state((model, optimizer)), metrics
+    return jax.tree.leaves(nnx.state((model, optimizer))), metrics
 
 
 @partial(jax.jit, static_argnums=(0, 1))
@@ -162,16 +193,27 @@ def _mesh(config):
     return mesh
 
 
+def _input_shape(config, data):
+    """The shape of what the model is given at a step, without T and B."""
+    encode = partial(config.data.encode, T=config.model.T, train=False)
+    try:
+        return jax.eval_shape(encode, jax.random.key(0), data.train_images[:1]).shape[2:]
+    except ValueError as e:
+        raise Stopped(str(e)) from e
+
+
 def train(config: Config) -> dict:
     """Run to the end and return the summary. Raises Stopped."""
+    data = config.data.load()
     run = Run(configuration.flatten(config, CHOICES))
     try:
-        data = config.data.load()
+        if data.note:
+            print(f"{run.path}: {data.note}")
         if config.batch > len(data.train_labels):
             raise Stopped(f"--batch must be at most the {len(data.train_labels)} training images; got {config.batch}")
         mesh = _mesh(config)
         fixed = dataclasses.replace(config, **(dict.fromkeys(NOT_COMPARED) | {"mesh": config.mesh}))  # what is compiled
-        graphdef, state = create(fixed, data.train_images.shape[1:], data.classes)
+        graphdef, state = create(fixed, _input_shape(config, data), data.classes)
         state = parallel.shard(state, mesh) if mesh else state
         start, state = run.start(state)
         size = sum(x.size for x in jax.tree.leaves(nnx.state(nnx.merge(graphdef, state)[0], nnx.Param)))
@@ -186,11 +228,13 @@ def train(config: Config) -> dict:
 def _loop(run, config, fixed, graphdef, data, start, state):
     batches = data.batches(config.batch, config.seed, start)
     meter = Meter(run, config.batch)
+    arrays, tree = jax.tree.flatten(state)
+    structure = Structure(graphdef, tree)
     bar = tqdm(total=config.steps, initial=start, unit="step", mininterval=0.5 if sys.stderr.isatty() else 5)
     with bar, _interruptible() as interrupted:
         for step in range(start + 1, config.steps + 1):
             images, labels = next(batches)
-            state, metrics = train_step(fixed, graphdef, state, images, labels, step)
+            arrays, metrics = train_step(fixed, structure, arrays, images, labels, step)
             meter.add(step, metrics)
             bar.update()
             stopping = step < config.steps and (step == config.stop_at or interrupted())
@@ -198,20 +242,21 @@ def _loop(run, config, fixed, graphdef, data, start, state):
             if step % config.log_every == 0 or evaluating or stopping:
                 bar.set_postfix(meter.write(), refresh=False)
             if evaluating:
-                row = evaluate(fixed, graphdef, state, data.test_images, data.test_labels)
+                some = min(250, 10 * config.batch)
+                row = evaluate(fixed, graphdef, tree.unflatten(arrays), data.test_images, data.test_labels, some)
                 run.record(step, {f"eval_{name}": value for name, value in row.items()})
                 bar.write(
                     f"step {step:5d}   held out: loss {row['loss']:.4f}, accuracy {row['accuracy']:.2%}", sys.stdout
                 )
                 meter.restart()
             if evaluating or stopping:
-                run.save(step, state)
+                run.save(step, tree.unflatten(arrays))
             if stopping:
                 raise Stopped(
                     f"stopped after step {step}; go on with the same options and "
                     f"--name {run.path.name} --resume true (checkpoint of step {run.saved()})"
                 )
-    return state
+    return tree.unflatten(arrays)
 
 
 class Meter:
@@ -263,7 +308,8 @@ def _finish(run, config, graphdef, state, data, seconds):
     rows = run.rows()
     evals = [row for row in rows if "eval_accuracy" in row]
     speeds = [row["samples_per_s"] for row in rows if "samples_per_s" in row]
-    summary = {
+    summary = {"note": data.note} if data.note else {}
+    summary |= {
         "held_out_accuracy": evals[-1]["eval_accuracy"],
         "best_held_out_accuracy": max(row["eval_accuracy"] for row in evals),
         "held_out_loss": evals[-1]["eval_loss"],

@@ -272,7 +272,7 @@ def test_overrides():
         (("--steps", "ten"), "--steps must be int; got 'ten'"),
         (("--steps", "0"), "--steps must be at least 1; got 0"),
         (("--resume", "maybe"), "--resume must be bool; got 'maybe'"),
-        (("--model", "mlp"), "--model must be one of conv; got 'mlp'"),
+        (("--model", "mlp"), "--model must be one of conv, resnet; got 'mlp'"),
         (("--model.channels", "8,x"), "--model.channels must be tuple"),
         (("--model.readout", "sum"), "--model.readout must be one of rate, mean, max, last; got 'sum'"),
         (("--model.implementation", "cuda"), "--model.implementation must be none or one of .*scan.*got 'cuda'"),

@@ -1,0 +1,205 @@
+"""The runs of the temporal fusion paper: they build, say what they lack, train, resume, and are compared."""
+
+import json
+import re
+import sys
+from pathlib import Path
+from types import SimpleNamespace
+
+import jax
+import jax.numpy as jnp
+import matplotlib.image
+import numpy as np
+import optax
+import pytest
+from compare import assert_fires
+from flax import nnx
+
+sys.path.insert(0, str(Path(__file__).parent.parent / "experiments"))
+
+import compare_runs
+import config as configuration
+import inputs
+import paper
+import scaling_study
+import train
+from inputs import DATASETS, NMnist, Random
+
+from snnfuse.data import events
+
+pytestmark = pytest.mark.filterwarnings("default::DeprecationWarning", "default::UserWarning")  # Orbax has its own
+RANDOM = ["--data=random", "--data.like=mnist", "--data.examples=8", "--batch=4", "--steps=3", "--eval_every=3"]
+TINY = [*RANDOM, "--model.T=2", "--model.precision=float32", "--model.implementation=scan"]
+
+
+def parse(arguments):
+    return configuration.parse(arguments, train.Config(), train.CHOICES)
+
+
+@pytest.mark.parametrize("model", paper.DEPTHS)
+@pytest.mark.parametrize("data", paper.DATA)
+def test_every_run_is_the_papers(data, model):
+    config = parse(paper.arguments(data, model))
+    assert (config.model.T, config.model.depth) == (32, paper.DEPTHS[model])
+    assert config.batch == (10 if data == "dvsgesture" else 100) and config.learning_rate == 1e-3
+    if data != "mnist5k":
+        assert (config.schedule, config.warmup, config.weight_decay, config.clip) == ("constant", 0, 0, None)
+        count = {"mnist": 60_000, "cifar10": 50_000, "nmnist": 60_000, "dvsgesture": 1_176}[data]
+        assert config.steps == 5 * config.eval_every == 5 * (count // config.batch)
+
+
+@pytest.mark.parametrize("data, model", [("nmnist", "r18"), ("dvsgesture", "r50")])
+def test_every_network_builds(data, model):
+    config = parse(paper.arguments(data, model))
+
+    def logits():
+        images = jnp.zeros((2, *config.data.shape), jnp.uint8)
+        xs = config.data.encode(jax.random.key(0), images, config.model.T, train=True)
+        assert xs.shape[:2] == (32, 2) and xs.shape[-1] == 3
+        return config.model.build(xs.shape[2:], config.data.classes, nnx.Rngs(0))(xs)[0]
+
+    assert nnx.eval_shape(logits).shape == (32, 2, 11 if data == "dvsgesture" else 10)
+
+
+def test_sew_resnets_build():
+    build = parse(["--model=resnet", "--model.connect=add", "--model.memory=packed"]).model.build
+    assert nnx.eval_shape(lambda: build((8, 8, 3), 10, nnx.Rngs(0))(jnp.zeros((4, 2, 8, 8, 3)))[0]).shape == (4, 2, 10)
+
+
+@pytest.mark.parametrize("name", ["mnist", "cifar10", "nmnist", "dvsgesture"])
+def test_missing_data_is_said_with_what_to_do(name, tmp_path, monkeypatch, capsys):
+    monkeypatch.setenv("TFDS_DATA_DIR", str(tmp_path / "data"))
+    assert paper.main([name, "r18", "--out", str(tmp_path / "runs")]) == 1
+    said = capsys.readouterr().err
+    assert re.search(f"python -m snnfuse.data prepare {DATASETS[name].name}", said)
+    assert "snnfuse[data]" in said or re.search(rf"in {tmp_path}.*: \S+ from https://", said)
+    assert not (tmp_path / "runs").exists()
+
+
+def test_the_papers_optimizer_is_adam():
+    ours, adam = train._transform(parse(paper.arguments("mnist", "r18"))), optax.adam(1e-3)
+    params = {"w": jnp.array([3.0, -4.0])}
+    mine, its = ours.init(params), adam.init(params)
+    for scale in (1.0, 100.0):
+        gradient = {"w": jnp.array([0.3, -2.0]) * scale}
+        (a, mine), (b, its) = ours.update(gradient, mine, params), adam.update(gradient, its, params)
+        np.testing.assert_allclose(a["w"], b["w"], rtol=1e-6)
+
+
+def test_each_channel_has_its_own_noise():
+    image = jnp.full((1, 28, 28, 1), 127, jnp.uint8)
+    xs = DATASETS["mnist"]().encode(jax.random.key(0), image, 8, train=True)
+    assert xs.shape == (8, 1, 28, 28, 3) and abs(float(xs.mean()) - 127 / 255) < 0.02
+    assert abs(float((xs[..., 0] == xs[..., 1]).mean()) - 0.5) < 0.03
+
+
+class Recordings:
+    def __init__(self, split):
+        self.rng, self.n = np.random.default_rng(len(split)), 5 if split == "train" else 3
+        self.read = 0
+
+    def __len__(self):
+        return self.n
+
+    def __getitem__(self, i):
+        self.read += 1
+        rng, n = np.random.default_rng(i), 900 + i
+        columns = {name: rng.integers(0, top, n) for name, top in (("x", 34), ("y", 34), ("p", 2))}
+        return {"events": columns | {"t": np.sort(rng.integers(0, 300_000, n))}, "label": i % 10}
+
+
+def test_frames_are_made_once_and_read_from_their_file(tmp_path, monkeypatch):
+    sources = {split: Recordings(split) for split in ("train", "test")}
+    monkeypatch.setattr(inputs.catalog, "source", lambda name, split: sources[split])
+    monkeypatch.setattr(inputs.catalog, "prepared", lambda name: SimpleNamespace(data_dir=str(tmp_path)))
+    data = NMnist(bins=4)
+    first, again = data.load(), data.load()
+    assert [s.read for s in sources.values()] == [10, 6] and len(list(tmp_path.iterdir())) == 4
+    assert again.train_images.shape == (5, 4, 34, 34, 2) and isinstance(again.train_images, np.memmap)
+    for name in ("train_images", "train_labels", "test_images", "test_labels"):
+        np.testing.assert_array_equal(getattr(first, name), getattr(again, name))
+    images, labels = next(again.batches(2, seed=0))
+    want = [events.to_frames(sources["train"][int(i)]["events"], data.sensor, 4) for i in labels]
+    xs = data.encode(jax.random.key(0), jnp.asarray(images), 6, train=True)
+    np.testing.assert_array_equal(xs[:4, ..., :2], np.stack(want, 1))
+    assert xs.shape == (6, 2, 34, 34, 3) and not xs[4:].any() and not xs[..., 2].any()
+    assert_fires(xs[:4])
+    with pytest.raises(ValueError, match="--model.T must be at least --data.bins, 4; got 3"):
+        data.encode(jax.random.key(0), jnp.asarray(images), 3, train=True)
+
+
+@pytest.mark.parametrize("like", ["mnist", "cifar10", "nmnist"])
+def test_random_input_has_the_shape_of_the_real(like):
+    data = Random(like=like, examples=4).load()
+    assert data.note == "random input" and data.classes == 10
+    assert data.train_images.shape == (4, *DATASETS[like]().shape) and data.test_images.shape[0] == 2
+    with pytest.raises(ValueError, match="--data.like must be one of mnist5k, mnist, cifar10, nmnist, dvsgesture"):
+        Random(like="imagenet")
+
+
+@pytest.fixture(scope="module")
+def compared(tmp_path_factory):
+    """The run twice by the same implementation, so that what differs would be chance."""
+    out = tmp_path_factory.mktemp("runs")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(compare_runs.measure, "RESULTS", out)
+        patch.setattr(train.report, "draw", lambda path, *_: path)  # which is drawn once, below
+        rows = compare_runs.compare("mnist", "r18", ["scan", "scan"], [*TINY, f"--out={out}"])
+    return out, rows
+
+
+def test_a_run_repeats_itself_and_is_a_row(compared):
+    out, rows = compared
+    recorded = [json.loads(line) for line in (out / "accuracy.jsonl").read_text().splitlines()]
+    assert [row["case"] for row in recorded] == ["mnist r18"] * 2
+    assert recorded[0] | rows[0] == recorded[0] and {"device", "jax", "flax", "date", "commit"} <= recorded[0].keys()
+    assert rows[0]["largest_difference"] == 0 and rows[0]["input"] == "random input"
+    assert 0 < rows[0]["final_loss"] < 20 and rows[0]["steps"] == 3
+    assert matplotlib.image.imread(out / "mnist-r18-compare.png").shape[0] > 300
+
+
+def test_it_resumes_exactly(compared, capsys):
+    out, _ = compared
+    arguments = ["mnist", "r18", *TINY, f"--out={out}", "--name=part"]
+    assert paper.main([*arguments, "--stop_at=2"]) == 1
+    assert "stopped after step 2" in capsys.readouterr().err
+    assert paper.main([*arguments, "--resume=true"]) == 0
+    assert capsys.readouterr().out.count("random input") == 2  # where the run starts, and in its summary
+    assert json.loads((out / "part" / "summary.json").read_text())["note"] == "random input"
+    picture = matplotlib.image.imread(out / "part" / "report.png")[..., :3]
+    assert picture.shape[0] > 600 and (picture.min(-1) < 0.9).mean() > 0.01
+    rows = lambda name: [json.loads(line) for line in (out / name / "metrics.jsonl").read_text().splitlines()]
+    losses = lambda name: [(r["step"], r.get("loss"), r.get("eval_loss")) for r in rows(name)]
+    assert losses("part") == losses("mnist-r18-scan") and len(losses("part")) == 4
+
+
+def test_the_report_shows_blocks_in_their_order():
+    paths = [f"layers.{i}.{inside}" for i in range(2, 13) for inside in ("join.neuron", "main.layers.1.neuron")]
+    layers, last = train.report._shown(sorted(["layers.0.layers.1.neuron", *paths]))
+    assert last == "layers.12.join.neuron"
+    assert [path.split(".")[1] for path in layers.values()] == ["0", "3", "6", "9", "12"]
+
+
+def test_the_list_has_every_run(capsys, monkeypatch, tmp_path):
+    monkeypatch.setattr(paper, "RESULTS", tmp_path)
+    row = dict(status="ok", device="NVIDIA H100 80GB HBM3")
+    step = dict(case="spiking-resnet-18", implementation="pallas", precision="bfloat16", T=32, B=100, size=28, ms=3.4)
+    (tmp_path / "resnet.jsonl").write_text(json.dumps(row | step) + "\n" + json.dumps(row | step | {"B": 1, "ms": 1}))
+    (tmp_path / "accuracy.jsonl").write_text(json.dumps(row | dict(case="mnist r18", held_out_accuracy=0.991)))
+    assert paper.main(["--list"]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert len(lines) == 1 + len(paper.DATA) * len(paper.DEPTHS)
+    assert re.fullmatch(r"python experiments/paper.py mnist +r18 +3000 +3.40 on H100 +99.10% on H100", lines[1])
+    assert lines[2].count("not measured") == 2
+    assert paper.main(["imagenet", "r18"]) == 2 and "expected DATA MODEL" in capsys.readouterr().err
+
+
+def test_the_scaling_study(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(sys.modules["measure"], "RESULTS", tmp_path)
+    options = ["--T=4,8", "--neurons=64", "--implementations=scan,scan,mosaic"]
+    assert scaling_study.main(options) == 0
+    rows = [json.loads(line) for line in (tmp_path / "scaling_T.jsonl").read_text().splitlines()]
+    assert [row["T"] for row in rows] == [4] * 3 + [8] * 3
+    for scan, again, absent in zip(rows[::3], rows[1::3], rows[2::3], strict=True):
+        assert scan["input"] == "random input" and 0.02 < scan["firing_rate"] == again["firing_rate"] < 0.4
+        assert again["over_scan"] > 0 and "Error" in absent["status"]
