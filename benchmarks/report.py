@@ -49,6 +49,31 @@ def core_table():
     return "\n".join(lines) + f"\n\nMeasured on: {where}; {rate}. Rows: `benchmarks/results/core.jsonl`.\n"
 
 
+def resnet_table():
+    """The last row of each case."""
+    rows = [json.loads(line) for line in (HERE / "results/resnet.jsonl").read_text().splitlines()]
+    key = lambda r: (r["size"], r["case"], r["precision"], r["implementation"], r["memory"])
+    last = {key(r): r for r in rows}
+    scans = {k[:3]: r["ms"] for k, r in last.items() if k[3] == "scan" and r["status"] == "ok"}
+    names = {"pallas": "fused", "scan": "`lax.scan`", "relu": "ReLU for neurons", "flax_relu": "ReLU, flax's layers"}
+    lines = [
+        "| network | input | precision | neurons | kept | ms a step | speed-up | peak MB |",
+        "|---|---|---|---|---|---|---|---|",
+    ]
+    for k, r in last.items():
+        label = f"| {r['case']} | {r['B']} x 3 x {r['size']} x {r['size']} | {r['precision']} | {names[r['implementation']]} | {r['memory'] or ''}"
+        if r["status"] != "ok":
+            lines.append(f"{label} | {r['status'][:60]} | | |")
+            continue
+        over = f"{scans[k[:3]] / r['ms']:.1f}x" if k[:3] in scans and r["implementation"] == "pallas" else ""
+        lines.append(f"{label} | {r['ms']:.2f} | {over} | {r['peak_mb']:.0f} |")
+    once = lambda key: ", ".join(dict.fromkeys(str(r[key]) for r in last.values()))
+    where = f"{once('device')}, JAX {once('jax')}, {once('date')}, commit {once('commit')}"
+    return (
+        "\n".join(lines) + f"\n\nT = 32, random input; measured on: {where}. Rows: `benchmarks/results/resnet.jsonl`.\n"
+    )
+
+
 def peers_table():
     rows = [json.loads(line) for line in (HERE / "results/peers.jsonl").read_text().splitlines()]
     rows = [r for r in rows if r["how"] != NO_NEURON]
@@ -89,8 +114,7 @@ def verdict(best):
     return ratio if others[name] >= ours else f"**{ratio} is faster than ours**"
 
 
-AFTER = "<!-- /core -->\n"
-TABLES = {"core": core_table, "peers": peers_table}
+TABLES = {"core": core_table, "resnet": resnet_table, "peers": peers_table}
 
 
 def main(check):
@@ -98,8 +122,8 @@ def main(check):
     for name, table in TABLES.items():
         start, end = f"<!-- {name}: made by benchmarks/report.py -->\n", f"<!-- /{name} -->\n"
         if (HERE / f"results/{name}.jsonl").exists():
-            if start not in made:  # a table's first time
-                made = made.replace(AFTER, f"{AFTER}\n{start}{end}")
+            if start not in made:
+                sys.exit(f"README.md must say where the table {name} goes: {start}{end}")
             head, rest = made.split(start)
             made = head + start + table() + end + rest.split(end)[1]
     if check and made != text:

@@ -36,7 +36,7 @@ class NormReLU(nn.Temporal):
     def __init__(self, layer):
         self.norm, self.shortcut_norm = layer.norm, layer.shortcut_norm
 
-    def __call__(self, xs, shortcut=None, state=None):
+    def __call__(self, xs, state=None, shortcut=None):
         scale, shift = self.norm.affine(xs)
         current = xs.astype(jnp.float32) * scale + shift
         if shortcut is not None:
