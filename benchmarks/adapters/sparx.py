@@ -1,4 +1,7 @@
-"""sparx (`pip install sparxml`): its Flax layers. A way is the number of steps in one iteration of its loop."""
+"""sparx (`pip install sparxml`): its Flax layers. A way is the number of steps in one iteration of its loop.
+
+What it imports sets XLA's --xla_allow_excess_precision=false, in its own process alone, as its users have it.
+"""
 
 import math
 
