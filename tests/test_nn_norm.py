@@ -58,14 +58,14 @@ def make(name, implementation="scan", dtype=jnp.float32, pack=False):
     return layer, xs, None if shortcut is None else r.astype(dtype)
 
 
-def unfused(layer, xs, shortcut):
+def unfused(layer, xs, state, shortcut):
     """The same layer in three: BatchNorm, the shortcut, the neuron by scan; in float32, but for statistics per step."""
     dtype = xs.dtype
     current = layer.norm(xs if layer.norm.per_step else xs.astype(jnp.float32)).astype(jnp.float32)
     r = None if shortcut is None else shortcut.astype(jnp.float32)
     if r is not None and layer.connect == "sum":
         current = current + (r if layer.shortcut_norm is None else layer.shortcut_norm(r))
-    outs, state = sf.unroll(layer.neuron.neuron, layer.neuron.params, None, current, implementation="scan")
+    outs, state = sf.unroll(layer.neuron.neuron, layer.neuron.params, state, current, implementation="scan")
     if layer.connect != "sum":
         outs = CONNECTIONS[layer.connect](outs, r)
     return outs.astype(dtype), state
@@ -81,7 +81,7 @@ def gradients(call, layer, xs, shortcut):
     def run(params, rest, xs, shortcut, cotangents):
         def f(params, xs, shortcut):
             layer = nnx.merge(graphdef, params, rest, copy=True)
-            return call(layer, xs, shortcut), nnx.state(layer, nnx.BatchStat)
+            return call(layer, xs, None, shortcut), nnx.state(layer, nnx.BatchStat)
 
         out, vjp, averages = jax.vjp(f, params, xs, shortcut, has_aux=True)
         return out, vjp(cotangents), averages
@@ -121,8 +121,8 @@ def test_pack_gives_the_same_spikes_and_their_bits():
     (layer, xs, _), (packing, _, _) = make("alone", "interpret"), make("alone", "interpret", pack=True)
     want, d_want, _ = gradients(nn.NormSpiking.__call__, layer, xs, None)
 
-    def call(layer, xs, shortcut):
-        outs, state = layer(xs, shortcut)
+    def call(layer, xs, state, shortcut):
+        outs, state = layer(xs, state, shortcut)
         assert isinstance(outs, nn.Spikes) and outs.bits.dtype == jnp.uint8 and outs.bits.shape == (1, B, H, N)
         same = jnp.array_equal(sf.unpack(outs.bits, T, outs.values.dtype), outs.values)
         return jnp.where(same, outs.values, jnp.nan), state
@@ -341,14 +341,26 @@ image = jnp.ones((1, 4, 4, 1))
 @pytest.mark.parametrize(
     "call, error, message",
     [
-        (lambda: norm_spiking()(ones, jnp.ones((3, 2, 5))), ValueError, r"shortcut .*\(3, 2, 4\); got \(3, 2, 5\)"),
-        (lambda: norm_spiking()(ones, jnp.ones((2, 2, 4))), ValueError, r"shortcut .*\(3, 2, 4\); got \(2, 2, 4\)"),
+        (
+            lambda: norm_spiking()(ones, None, jnp.ones((3, 2, 5))),
+            ValueError,
+            r"shortcut .*\(3, 2, 4\); got \(3, 2, 5\)",
+        ),
+        (
+            lambda: norm_spiking()(ones, None, jnp.ones((2, 2, 4))),
+            ValueError,
+            r"shortcut .*\(3, 2, 4\); got \(2, 2, 4\)",
+        ),
         (lambda: norm_spiking(connect="add")(ones), ValueError, "shortcut must be given.*got None"),
         (lambda: norm_spiking()(jnp.ones((3, 2, 5))), ValueError, r"xs must be \[T, B, ..., 4\]; got \(3, 2, 5\)"),
         (lambda: norm_spiking()(jnp.ones((3, 4))), ValueError, r"xs must be \[T, B, ..., 4\]; got \(3, 4\)"),
         (lambda: norm_spiking()(jnp.ones((3, 0, 4))), ValueError, r"xs.* no empty axis; got shape \(3, 0, 4\)"),
         (lambda: norm_spiking()(ones.astype(jnp.int32)), TypeError, "xs.* must be float32, bfloat16.*got int32"),
-        (lambda: norm_spiking()(ones, ones.astype(jnp.int8)), TypeError, "xs.* must be float32, bfloat16.*got int8"),
+        (
+            lambda: norm_spiking()(ones, None, ones.astype(jnp.int8)),
+            TypeError,
+            "xs.* must be float32, bfloat16.*got int8",
+        ),
         (lambda: norm_spiking(norm=nnx.BatchNorm(4, rngs=nnx.Rngs(0))), TypeError, "norm must be .*BatchNorm; got"),
         (lambda: norm_spiking(shortcut_norm=nnx.relu), TypeError, "shortcut_norm must be .*BatchNorm; got"),
         (lambda: norm_spiking(neuron=nnx.relu), TypeError, "neuron must be .*Spiking"),

@@ -35,7 +35,7 @@ class Residual(nn.Temporal):
         main, shortcut, join = (None,) * 3 if state is None else state
         inner, main = self.main(xs, main)
         beside, shortcut = (xs, shortcut) if self.shortcut is None else self.shortcut(xs, shortcut)
-        outs, join = self.join(inner, beside, join)
+        outs, join = self.join(inner, join, beside)
         return outs, (main, shortcut, join)
 
 

@@ -107,7 +107,7 @@ class NormSpiking(Temporal):
     def init_state(self, xs: PyTree) -> PyTree:
         return self.neuron.init_state(xs)
 
-    def __call__(self, xs: Array, shortcut: Array | Spikes | None = None, state: PyTree | None = None):
+    def __call__(self, xs: Array, state: PyTree | None = None, shortcut: Array | Spikes | None = None):
         neuron, params, inputs, out_dtype = self._assembled(xs, shortcut)
         if self.pack:
             neuron, out_dtype = Twice(neuron), (out_dtype, Packed(8))

@@ -60,7 +60,7 @@ class Sequential(Temporal):
                 state.append(layer.init_state(xs))
                 xs, _ = nnx.eval_shape(lambda layer, xs: layer(xs), layer, xs)
             else:
-                xs = nnx.eval_shape(_fold, layer, xs)
+                xs = nnx.eval_shape(lambda holder, xs: _fold(holder.layer, xs), Folded(layer), xs)
         return tuple(state)
 
     def __call__(self, xs: PyTree, state: tuple | None = None) -> tuple[PyTree, tuple]:

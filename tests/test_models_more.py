@@ -1,0 +1,210 @@
+"""More of the networks: shapes, learning, pieces in turn, attention, what a training step on a GPU transposes, bad input."""
+
+import re
+from functools import partial
+
+import cases
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+from compare import assert_close
+from flax import nnx
+from test_ops_kernels import h100
+
+from snnfuse import models, nn
+
+FAMILIES = {  # a small one, the size of its images, and a learning rate
+    "spiking_resnet": (partial(models.spiking_resnet, 18, stem="cifar"), 8, 1e-3),
+    "sew_resnet": (partial(models.sew_resnet, 18, stem="cifar"), 8, 1e-3),
+    "spiking_vgg11": (partial(models.spiking_vgg11, hidden=64, neuron=partial(nn.LIF, tau=2.0)), 32, 1e-3),
+    "spikformer": (partial(models.spikformer, depth=1, width=32, heads=2), 8, 3e-3),
+}
+RESNETS = [(18, "imagenet", "sum"), (18, "cifar", "sum"), (34, "cifar", "sum"), (50, "imagenet", "sum")]
+RESNETS += [(18, "imagenet", "add"), (34, "imagenet", "and"), (50, "cifar", "iand")]
+
+
+def shape_of(make, *shape, dtype=jnp.float32):
+    """(shape, dtype) of the outputs; nothing is computed."""
+    model = nnx.eval_shape(lambda: make(rngs=nnx.Rngs(0)))
+    outs = nnx.eval_shape(lambda model, xs: model(xs)[0], model, jax.ShapeDtypeStruct(shape, dtype))
+    return outs.shape, outs.dtype
+
+
+@pytest.mark.parametrize("depth, stem, connect", RESNETS)
+def test_shapes_of_resnets(depth, stem, connect):
+    family = models.spiking_resnet if connect == "sum" else models.sew_resnet
+    make = partial(family, depth, 2, 10, stem=stem, connect=connect, precision="bfloat16")
+    assert shape_of(make, 3, 2, 40, 33, 2) == ((3, 2, 10), jnp.float32)
+
+
+@pytest.mark.parametrize("memory", ["fast", "packed", "lean"])
+@pytest.mark.parametrize("precision", ["float32", "bfloat16"])
+def test_shapes_of_vgg_and_spikformer(memory, precision):
+    options = dict(memory=memory, precision=precision)
+    assert shape_of(partial(models.spiking_vgg11, 2, 10, **options), 3, 2, 40, 33, 2) == ((3, 2, 10), jnp.float32)
+    for patch in (1, 16):
+        make = partial(models.spikformer, 2, 10, depth=1, patch=patch, **options)
+        assert shape_of(make, 3, 2, 16, 33, 2) == ((3, 2, 10), jnp.float32)
+
+
+def step_of(loss_of):
+    @nnx.jit
+    def step(model, optimizer, xs, labels):
+        loss, grads = nnx.value_and_grad(loss_of)(model, xs, labels)
+        optimizer.update(model, grads)
+        return loss
+
+    return step
+
+
+def loss_of(model, xs, labels):
+    logits = nn.membrane_mean(model(xs)[0])
+    return optax.softmax_cross_entropy_with_integer_labels(logits, labels).mean()
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_learns_four_images(family):
+    make, size, rate = FAMILIES[family]
+    model = make(2, 4, rngs=nnx.Rngs(0))
+    model.train()
+    optimizer = nnx.Optimizer(model, optax.adam(rate), wrt=nnx.Param)
+    images = jax.random.normal(jax.random.key(0), (4, size, size, 2))
+    step, xs, labels = step_of(loss_of), jnp.stack([images] * 2), jnp.arange(4)
+    losses = [float(step(model, optimizer, xs, labels)) for _ in range(14)]
+    assert np.isfinite(losses).all() and min(losses[-3:]) < 0.8 * losses[0], losses
+
+
+@pytest.mark.parametrize("family", ["spiking_vgg11", "spikformer"])
+def test_pieces_in_turn_equal_the_whole(family):
+    make, size, _ = FAMILIES[family]
+    model = make(2, 4, rngs=nnx.Rngs(0))
+    for _, norm in nnx.iter_modules(model):
+        if isinstance(norm, nn.BatchNorm):
+            norm.var[...] = jnp.full_like(norm.var[...], 2e-4)  # so that a network without training fires
+    model.eval()
+    xs = jax.random.normal(jax.random.key(0), (4, 1, size, size, 2))
+    run = nnx.jit(lambda model, xs, state: model(xs, state))
+    whole, last = run(model, xs, None)
+    outs, state = run(model, xs[:2], None)
+    first, between = outs, state
+    outs, state = run(model, xs[2:], state)
+    assert_close(jnp.concatenate([first, outs]), whole, 1e-5)
+    assert_close(state, last, 1e-5)
+    assert not np.allclose(run(model, xs[2:], None)[0], outs, rtol=1e-3), "the state is not used"
+    assert jax.tree.structure(between) == jax.tree.structure(model.init_state(xs))
+
+
+@pytest.mark.parametrize("tokens", [(3,), (4, 6)])  # less and more than the 5 features of a head: both orders
+def test_self_attention_is_q_k_v(tokens):
+    """Each head, each step, with integers that float32 holds exactly; of `Spikes` the same, and no value is kept."""
+    heads, dim = 2, 5
+    xs = jax.random.bernoulli(jax.random.key(0), 0.4, (9, 3, *tokens, 3 * heads * dim)).astype(jnp.float32)
+    attend = models.SelfAttention(heads, scale=0.25)
+
+    def by_hand(xs):
+        q, k, v = jnp.split(xs.reshape(9, 3, -1, 3 * heads * dim), 3, -1)
+        head = lambda a, h: a[..., h * dim : (h + 1) * dim]
+        outs = [head(q, h) @ head(k, h).swapaxes(-1, -2) @ head(v, h) for h in range(heads)]
+        return 0.25 * jnp.concatenate(outs, -1).reshape(9, 3, *tokens, heads * dim)
+
+    @partial(jax.jit, static_argnums=0)
+    def run(f, xs):
+        outs, vjp = jax.vjp(f, xs)
+        return outs, *vjp(cases.cotangents(outs))
+
+    want, got = run(by_hand, xs), run(attend, xs)
+    np.testing.assert_array_equal(got[0], want[0])
+    assert_close(got[1], want[1], 1e-6)
+    on_spikes = lambda xs: attend(nn.Spikes.of(xs))
+    assert_close(run(on_spikes, xs), got, 1e-6)
+    kept = jax.eval_shape(lambda xs: jax.tree.leaves(jax.vjp(on_spikes, xs)[1]), xs)
+    assert max(leaf.size * leaf.dtype.itemsize for leaf in kept) <= xs.size / 4  # 2 bytes for 9 steps
+
+
+def transposed(model, *, B):
+    """Shapes of all operands of `transpose`, in a training step lowered for an H100, that have B in their size."""
+    optimizer = nnx.Optimizer(model, optax.sgd(0.1), wrt=nnx.Param)
+    graphdef, state = nnx.split((model, optimizer))
+
+    def train(state, xs, labels):
+        model, optimizer = nnx.merge(graphdef, state)
+        loss, grads = nnx.value_and_grad(loss_of)(model, xs, labels)
+        optimizer.update(model, grads)
+        return loss, nnx.state((model, optimizer))
+
+    xs, labels = jax.ShapeDtypeStruct((2, B, 32, 32, 3), jnp.bfloat16), jax.ShapeDtypeStruct((B,), jnp.int32)
+    with h100():
+        text = jax.jit(train).trace(state, xs, labels).lower(lowering_platforms=("cuda",)).as_text()
+    assert text.count("__gpu$xla.gpu.triton") >= 2 and "convolution" in text
+    shapes = re.findall(r"stablehlo\.transpose .*?: \(tensor<([\dx]+)x\w+>\)", text)
+    assert len(shapes) == text.count("stablehlo.transpose"), "a transpose was not understood"
+    return [shape for shape in shapes if np.prod([int(n) for n in shape.split("x")]) % B == 0]
+
+
+@pytest.mark.parametrize("memory", ["packed", "lean"])
+def test_a_training_step_transposes_no_sequence(memory):
+    """No size of a weight is a multiple of 11, that of every sequence is."""
+    options = dict(precision="bfloat16", memory=memory, implementation="pallas")
+    model = nnx.eval_shape(lambda: models.spiking_resnet(18, 3, 10, **options, rngs=nnx.Rngs(0)))
+    assert transposed(model, B=11) == []
+
+
+def test_a_transposed_sequence_would_be_seen():
+    def channels_first(x):
+        return jax.lax.sort(x.transpose(0, 3, 1, 2), dimension=0).transpose(0, 2, 3, 1)
+
+    rngs = nnx.Rngs(0)
+    spiking = nn.NormSpiking(nn.IF(implementation="pallas"), nn.BatchNorm(4, rngs=rngs))
+    head = nn.Sequential(nn.mean_pool, nn.Linear(4, 2, rngs=rngs))
+    model = nn.Sequential(nn.Conv(3, 4, precision="bfloat16", rngs=rngs), channels_first, spiking, head)
+    assert transposed(model, B=11) != []
+
+
+make_vgg = partial(models.spiking_vgg11, 2, 4, hidden=8)
+make_spikformer = partial(models.spikformer, 2, 4, depth=1, width=16, heads=2, rngs=nnx.Rngs(0))
+
+
+@pytest.mark.parametrize(
+    "call, error, message",
+    [
+        (
+            lambda: make_vgg(memory="small", rngs=nnx.Rngs(0)),
+            ValueError,
+            "memory must be one of fast, packed, lean; got 'small'",
+        ),
+        (lambda: make_vgg(precision="half", rngs=nnx.Rngs(0)), ValueError, "precision must be one of .*; got 'half'"),
+        (lambda: shape_of(make_vgg, 2, 1, 16, 16, 2), ValueError, r"max_pool: .*got \(2, 1, 1, 512\), window 2"),
+        (
+            lambda: shape_of(make_vgg, 2, 1, 32, 32, 3),
+            ValueError,
+            r"x must be \[..., H, W, 2\].*\(2, 1, 32, 32, 3\)",
+        ),
+        (lambda: make_spikformer(patch=3), ValueError, "patch must be one of 1, 2, 4, 8, 16; got 3"),
+        (lambda: make_spikformer(width=36), ValueError, "width must be a multiple of 8 and of heads = 2; got 36"),
+        (lambda: make_spikformer(heads=3), ValueError, "width must be a multiple of 8 and of heads = 3; got 16"),
+        (lambda: make_spikformer(memory=None), ValueError, "memory must be one of .*; got None"),
+        (
+            lambda: models.SelfAttention(4)(jnp.ones((2, 1, 5, 20))),
+            ValueError,
+            r"a multiple of 4 heads; got \(2, 1, 5, 20",
+        ),
+        (lambda: models.SelfAttention(4)(jnp.ones((2, 5, 24))), ValueError, r"xs must be \[T, B, \*tokens, 3 D\]"),
+        (
+            lambda: models.spiking_resnet(20, 3, 10, rngs=nnx.Rngs(0)),
+            ValueError,
+            "depth must be one of 18, 34, 50; got 20",
+        ),
+        (lambda: models.spiking_resnet(18, 3, 10, stem="x", rngs=nnx.Rngs(0)), ValueError, "stem must be one of .*'x'"),
+        (
+            lambda: models.spiking_resnet(18, 3, 10, connect="x", rngs=nnx.Rngs(0)),
+            ValueError,
+            "must be one of .*got 'x'",
+        ),
+        (lambda: models.sew_resnet(18, 3, 10, connect="sum", rngs=nnx.Rngs(0)), ValueError, "connect must be .*'sum'"),
+    ],
+)
+def test_bad_input_is_named(call, error, message):
+    with pytest.raises(error, match=message):
+        call()
