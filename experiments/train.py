@@ -214,7 +214,8 @@ def train(config: Config) -> dict:
         mesh = _mesh(config)
         fixed = dataclasses.replace(config, **(dict.fromkeys(NOT_COMPARED) | {"mesh": config.mesh}))  # what is compiled
         graphdef, state = create(fixed, _input_shape(config, data), data.classes)
-        state = parallel.shard(state, mesh) if mesh else state
+        # Placed on its device, as a restored state is, so that a resumed run is the same compiled program.
+        state = parallel.shard(state, mesh) if mesh else jax.device_put(state, jax.devices()[0])
         start, state = run.start(state)
         size = sum(x.size for x in jax.tree.leaves(nnx.state(nnx.merge(graphdef, state)[0], nnx.Param)))
         print(f"{run.path}: {size:,} parameters, steps {start + 1} to {config.steps}, {jax.devices()[0].device_kind}")

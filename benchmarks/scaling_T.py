@@ -1,25 +1,21 @@
 """The idealised study of the temporal fusion paper (arXiv 2408.00280): a layer of LIF neurons alone, T from 4 to 512.
 
-    python experiments/scaling_study.py                                       about 3 minutes on a GPU
-    python experiments/scaling_study.py --T 4,8 --neurons 256 --implementations scan,interpret      a check anywhere
+    python benchmarks/scaling_T.py                                              minutes on a GPU
+    python benchmarks/scaling_T.py --T 4 --neurons 256 --implementations scan,interpret     a check anywhere
 
 Forward and backward of N neurons by `lax.scan` and by each fused implementation, on random input. Rows go to
-benchmarks/results/scaling_T.jsonl: `ms` inside a program, `call_ms` as a user calls it, `over_scan` the speed-up.
+results/scaling_T.jsonl: `ms` inside a program, `call_ms` as a user calls it, `over_scan` the speed-up.
 """
 
 import argparse
 import sys
 from functools import partial
-from pathlib import Path
 
 import jax
 import jax.numpy as jnp
+from measure import device_ms, fwd_bwd, record, time_ms
 
 import snnfuse as sf
-
-sys.path.insert(0, str(Path(__file__).parent.parent / "benchmarks"))
-
-from measure import device_ms, fwd_bwd, record, time_ms  # noqa: E402
 
 NEURON = sf.LIF(reset=sf.HardReset(), surrogate=sf.Rectangle())  # the paper's, of decay 0.2 and threshold 0.3
 PARAMS = sf.LIFParams(0.2, 0.3)
