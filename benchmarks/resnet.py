@@ -187,7 +187,7 @@ def profile(step, state, data, steps=5):
         busy_ms=busy / 1e3,
         kernels=sum(count.values()),
         share={kind: round(us / busy, 4) for kind, us in kinds.most_common()},
-        longest=[(round(us, 1), round(count[name], 1), name[:100]) for name, us in spent.most_common(80)],
+        longest=[(round(us, 1), round(count[name], 1), name[:100]) for name, us in spent.most_common(20)],
     )
 
 
@@ -206,14 +206,9 @@ def main():
         for depth in map(int, args.depths.split(",")):
             for precision in args.precisions.split(","):
                 for case in args.cases.split(","):
-                    row = dict(
-                        case=f"spiking-resnet-{depth}",
-                        implementation=case,
-                        precision=precision,
-                        T=args.T,
-                        B=B,
-                        size=size,
-                    )
+                    implementation, memory = (case, None) if "relu" in case else named(case)
+                    row = dict(case=f"spiking-resnet-{depth}", implementation=implementation, memory=memory)
+                    row |= dict(precision=precision, T=args.T, B=B, size=size)
                     try:
                         measure(row, case, depth, precision, data, args.profile)
                     except Exception as e:  # a failure is a row
