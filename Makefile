@@ -1,5 +1,6 @@
 # make demo   set up an environment and train the default network        make test   set up and run the tests
 # make bench  the core benchmark, on what this machine has               make lint   format and style
+# make docs   the documentation, into notebooks/docs/site
 PYTHON ?= python3
 VENV ?= .venv
 # With an NVIDIA driver for CUDA 12 or 13, JAX comes with its GPU packages: the demo and the tests then run fused kernels.
@@ -7,7 +8,7 @@ CUDA := $(shell nvidia-smi 2>/dev/null | sed -n 's/.*CUDA Version: \(1[23]\)\..*
 BIN := $(VENV)/bin
 TESTS ?= tests
 
-.PHONY: demo test test-core test-gpu bench bench-compare report lint clean
+.PHONY: demo test test-core test-gpu bench bench-compare report docs lint clean
 
 demo: $(VENV)/train
 	$(BIN)/python experiments/train.py
@@ -33,6 +34,10 @@ bench-compare: $(VENV)/dev
 
 report: $(VENV)/dev
 	$(BIN)/python benchmarks/report.py
+
+# the pages, in notebooks/docs/site
+docs: $(VENV)/docs
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --quiet --strict --config-file notebooks/docs/mkdocs.yml
 
 lint: $(VENV)/dev
 	$(BIN)/ruff check .
