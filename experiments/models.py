@@ -70,7 +70,7 @@ class Resnet:
     connect: str = "sum"
     stem: str = "imagenet"
     precision: str = "bfloat16"
-    memory: str = "fast"
+    memory: str = "packed"
     readout: str = "mean"
     implementation: str | None = None
 

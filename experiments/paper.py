@@ -55,9 +55,8 @@ def table() -> str:
         steps = next(option.partition("=")[2] for option in options if option.startswith("--steps"))
         for model, depth in DEPTHS.items():
             B, size = SHAPES[data]
-            wanted = dict(
-                case=f"spiking-resnet-{depth}", implementation="pallas", precision="bfloat16", T=32, B=B, size=size
-            )
+            wanted = dict(case=f"spiking-resnet-{depth}", implementation="pallas", memory="packed")
+            wanted |= dict(precision="bfloat16", T=32, B=B, size=size)
             ms = _last("resnet", "ms", "{:.2f} on {}", **wanted)
             wanted = dict(case=f"{data} {model}", input="real data", T=32, steps=int(steps))
             accuracy = _last("accuracy", "held_out_accuracy", "{:.2%} on {}", **wanted)

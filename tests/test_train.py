@@ -25,6 +25,8 @@ import train
 from inputs import DATASETS, Mnist5k
 from models import READOUTS, ConvNet
 
+from snnfuse.nn.monitor import record
+
 pytestmark = pytest.mark.filterwarnings("default::DeprecationWarning", "default::UserWarning")  # Orbax has its own
 
 
@@ -85,8 +87,8 @@ def test_the_trained_network_fires(whole):
     graphdef, state = train.create(TINY, (28, 28, 1), 10)
     model, _ = nnx.merge(graphdef, runs.from_flat(state, checkpoint(path, 40)))
     model.eval()
-    (_, traces), _ = model.trace(TINY.data.encode(jax.random.key(0), jnp.asarray(data.test_images), 3, train=False))
-    for spikes, _ in traces[:-1]:
+    xs = TINY.data.encode(jax.random.key(0), jnp.asarray(data.test_images), 3, train=False)
+    for spikes in record(model, xs)[1].values():
         assert_fires(spikes)
 
 

@@ -7,11 +7,11 @@ from flax import nnx
 
 from snnfuse import nn
 from snnfuse.models.build import Build
-from snnfuse.models.resnet import paper_lif
 
 # widths of 3 x 3 convolutions, stage by stage
 STAGES = ((64,), (128,), (256, 256), (512, 512), (512, 512))
 
+vgg_lif = partial(nn.LIF, tau=2.0)
 half = partial(nn.max_pool, window=2, stride=2, padding=0)
 
 
@@ -20,7 +20,7 @@ def spiking_vgg11(
     classes: int,
     *,
     hidden: int = 4096,
-    neuron: Callable[..., nn.Spiking] = paper_lif,
+    neuron: Callable[..., nn.Spiking] = vgg_lif,
     precision: nn.Precision | str = "float32",
     memory: str = "packed",
     implementation: str | None = None,

@@ -23,7 +23,8 @@ class BatchNorm(nnx.BatchNorm):
 
       gain: a factor. With the threshold of the neuron behind it, times 1 / sqrt(2) where a residual is added: tdBN, Zheng et
         al. 2021, https://arxiv.org/abs/2011.05280.
-      per_step: every time step with its own statistics over [B, ...], the running ones being their average; not fused.
+      per_step: every time step with its own statistics over [B, ...], the running ones being their average. Not fused: the
+        neuron is given the normalised current in the dtype of xs.
 
     Before any training the running statistics are mean 0 and variance 1. The running variance averages the
     unbiased one, as in PyTorch.
@@ -37,6 +38,10 @@ class BatchNorm(nnx.BatchNorm):
         """(scale, shift), float32 [N] ([T, 1, ..., N] per step), with y = scale x + shift; updates the running averages."""
         if xs.ndim < 3 or xs.shape[-1] != self.num_features:
             raise ValueError(f"xs must be [T, B, ..., {self.num_features}]; got {xs.shape}")
+        if xs.size == 0:
+            raise ValueError(f"xs must have no empty axis; got {xs.shape}")
+        if not jnp.issubdtype(xs.dtype, jnp.floating):
+            raise TypeError(f"xs must be floating; got {xs.dtype}")
         if self.use_running_average:
             mean, var = self.mean[...], self.var[...]
         else:

@@ -64,30 +64,18 @@ class Sequential(Temporal):
         return tuple(state)
 
     def __call__(self, xs: PyTree, state: tuple | None = None) -> tuple[PyTree, tuple]:
-        (outs, _), state = self._run(xs, state, traced=False)
-        return outs, state
-
-    def trace(self, xs: PyTree, state: tuple | None = None) -> tuple[tuple[PyTree, list], tuple]:
-        """The same run with what each temporal layer did: ((outs, traces), state), a trace being (outs, states)."""
-        return self._run(xs, state, traced=True)
-
-    def _run(self, xs, state, traced):
         temporal = [layer for layer in self.layers if isinstance(layer, Temporal)]
         before = [None] * len(temporal) if state is None else list(state)
         if len(before) != len(temporal):
             raise ValueError(f"state must have {len(temporal)} entries, one a temporal layer; got {len(before)}")
-        after, traces = [], []
+        after = []
         for layer in self.layers:
-            if not isinstance(layer, Temporal):
-                xs = _fold(layer, xs)
-            elif traced:
-                (xs, states), s = layer.trace(xs, before[len(after)])
-                traces.append((xs, states))
-                after.append(s)
-            else:
+            if isinstance(layer, Temporal):
                 xs, s = layer(xs, before[len(after)])
                 after.append(s)
-        return (xs, traces), tuple(after)
+            else:
+                xs = _fold(layer, xs)
+        return xs, tuple(after)
 
 
 def flatten(x: Array) -> Array:
