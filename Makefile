@@ -34,6 +34,7 @@ bench-compare: $(VENV)/dev
 
 report: $(VENV)/dev
 	$(BIN)/python benchmarks/report.py
+	$(BIN)/python benchmarks/figures.py
 
 # the pages, in notebooks/docs/site
 docs: $(VENV)/docs

@@ -47,5 +47,6 @@ def test_the_linen_layer_is_the_same_op(ran):
     assert 0.02 < want.mean() < 0.4
 
 
-def test_the_tables_are_those_of_the_rows():
-    subprocess.run([sys.executable, ROOT / "benchmarks/report.py", "--check"], check=True)
+@pytest.mark.parametrize("made_by", ["report.py", "figures.py"])
+def test_tables_and_figure_are_those_of_the_rows(made_by):
+    subprocess.run([sys.executable, ROOT / "benchmarks" / made_by, "--check"], check=True)
