@@ -11,6 +11,7 @@ import pytest
 from flax import nnx
 
 from snnfuse import models, nn
+from snnfuse.nn.monitor import record
 
 sys.path.append(str(Path(__file__).parent / "golden"))
 from spiking_resnet_inputs import inputs, probe, state_dict  # noqa: E402
@@ -25,32 +26,13 @@ def resnet18(**options):
     return model
 
 
-def spike_counts(model, xs):
-    """[layer, T] in the order of the golden file."""
-    counts = []
-
-    def count(layer, xs, *args):
-        outs, state = call(layer, xs, *args)
-        counts.append(
-            np.asarray(nn.spikes.values(outs), np.int64).sum(
-                axis=tuple(range(1, outs.values.ndim if isinstance(outs, nn.Spikes) else outs.ndim))
-            )
-        )
-        return outs, state
-
-    call = nn.NormSpiking.__call__
-    try:
-        nn.NormSpiking.__call__ = count
-        model(xs)
-    finally:
-        nn.NormSpiking.__call__ = call
-    return np.stack(counts)
+on_gpu = pytest.param("packed", "pallas", marks=pytest.mark.gpu)
 
 
-@pytest.mark.parametrize("memory", ["fast", "packed", "lean"])
-def test_spiking_resnet18_is_that_of_pytorch(memory):
-    """Logits, spikes layer by layer, every gradient, the running averages, and the logits in eval mode thereafter."""
-    model = resnet18(memory=memory, implementation="scan")
+@pytest.mark.parametrize("memory, implementation", [("packed", "scan"), ("lean", "scan"), on_gpu])
+def test_spiking_resnet18_is_that_of_pytorch(memory, implementation):
+    """Logits, every gradient, the running averages, and the logits in eval mode thereafter."""
+    model = resnet18(memory=memory, implementation=implementation)
     x, cotangent = inputs()
     xs = jnp.asarray(x, jnp.float32).transpose(0, 1, 3, 4, 2)
     model.train()
@@ -89,5 +71,43 @@ def test_spikes_layer_by_layer_are_those_of_pytorch():
     model = resnet18(implementation="scan")
     x, _ = inputs()
     model.train()
-    counts = spike_counts(model, jnp.asarray(x, jnp.float32).transpose(0, 1, 3, 4, 2))
+    _, spikes = nnx.jit(record)(model, jnp.asarray(x, jnp.float32).transpose(0, 1, 3, 4, 2))
+    blocks = [i for i, layer in enumerate(model.layers) if isinstance(layer, models.Residual)]
+    paths = ["layers.0.layers.1.neuron"]
+    paths += [f"layers.{i}.{place}.neuron" for i in blocks for place in ("main.layers.1", "join")]
+    counts = [np.asarray(spikes[path], np.int64).reshape(len(x), -1).sum(1) for path in paths]
+    assert len(NEURONS) == len(spikes)
     np.testing.assert_array_equal(counts, GOLDEN["spikes"])
+
+
+def test_load_torch_says_what_is_wrong_and_changes_nothing():
+    model = models.spiking_resnet(18, 3, 10, rngs=nnx.Rngs(0))
+    before = jax.tree.leaves(nnx.state(model))
+    good = state_dict()
+    for bad, message in (
+        (
+            {**good, "fc.weight": good["fc.weight"][:3]},
+            r"state_dict\['fc.weight'\] must be \(10, 512\); got \(3, 512\)",
+        ),
+        ({k: v for k, v in good.items() if k != "bn1.bias"}, "missing or not known: bn1.bias"),
+        ({**good, "layer9.0.conv1.weight": good["fc.bias"]}, "missing or not known: layer9.0.conv1.weight"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            models.load_torch(model, bad)
+    for a, b in zip(before, jax.tree.leaves(nnx.state(model)), strict=True):
+        np.testing.assert_array_equal(a, b)
+
+
+@pytest.mark.parametrize(
+    "options, message",
+    [
+        (dict(depth=19), "depth must be one of 18, 34, 50; got 19"),
+        (dict(stem="tiny"), "stem must be one of imagenet, cifar; got 'tiny'"),
+        (dict(memory="little"), "memory must be one of fast, packed, lean; got 'little'"),
+        (dict(precision="int8"), "precision must be one of bfloat16, tf32, float32; got 'int8'"),
+        (dict(connect="xor"), "must be one of .*add, and, iand; got 'xor'"),
+    ],
+)
+def test_bad_options_are_named(options, message):
+    with pytest.raises(ValueError, match=message):
+        models.spiking_resnet(**(dict(depth=18, in_features=3, classes=10, rngs=nnx.Rngs(0)) | options))

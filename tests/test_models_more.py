@@ -16,7 +16,6 @@ from test_ops_kernels import h100
 from snnfuse import models, nn
 
 FAMILIES = {  # a small one, the size of its images, and a learning rate
-    "spiking_resnet": (partial(models.spiking_resnet, 18, stem="cifar"), 8, 1e-3),
     "sew_resnet": (partial(models.sew_resnet, 18, stem="cifar"), 8, 1e-3),
     "spiking_vgg11": (partial(models.spiking_vgg11, hidden=64, neuron=partial(nn.LIF, tau=2.0)), 32, 1e-3),
     "spikformer": (partial(models.spikformer, depth=1, width=32, heads=2), 8, 3e-3),

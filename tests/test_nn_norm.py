@@ -276,7 +276,7 @@ def conv_and_gradients(f, x, kernel):
 
 
 @strict
-@settings(max_examples=5, deadline=None, derandomize=True)
+@settings(max_examples=3, deadline=None, derandomize=True)
 @given(
     sizes=st.tuples(st.integers(1, 9), st.integers(1, 9)),
     taps=st.tuples(st.integers(1, 5), st.integers(1, 5)),
@@ -354,8 +354,8 @@ image = jnp.ones((1, 4, 4, 1))
         (lambda: norm_spiking(connect="add")(ones), ValueError, "shortcut must be given.*got None"),
         (lambda: norm_spiking()(jnp.ones((3, 2, 5))), ValueError, r"xs must be \[T, B, ..., 4\]; got \(3, 2, 5\)"),
         (lambda: norm_spiking()(jnp.ones((3, 4))), ValueError, r"xs must be \[T, B, ..., 4\]; got \(3, 4\)"),
-        (lambda: norm_spiking()(jnp.ones((3, 0, 4))), ValueError, r"xs.* no empty axis; got shape \(3, 0, 4\)"),
-        (lambda: norm_spiking()(ones.astype(jnp.int32)), TypeError, "xs.* must be float32, bfloat16.*got int32"),
+        (lambda: norm_spiking()(jnp.ones((3, 0, 4))), ValueError, r"xs must have no empty axis; got \(3, 0, 4\)"),
+        (lambda: norm_spiking()(ones.astype(jnp.int32)), TypeError, "xs must be floating; got int32"),
         (
             lambda: norm_spiking()(ones, None, ones.astype(jnp.int8)),
             TypeError,
