@@ -13,7 +13,8 @@ import subprocess
 import sys
 
 HERE = pathlib.Path(__file__).parent
-KNOWN_BY = ("case", "T", "M", "B", "size", "dtype", "precision", "library", "implementation", "how", "device")
+KNOWN_BY = ("case", "model", "T", "M", "C", "B", "size", "input", "dtype", "precision", "memory")
+KNOWN_BY += ("library", "implementation", "how", "device")
 
 
 def rows(text):

@@ -77,17 +77,19 @@ def resnet_table():
 def peers_table():
     rows = [json.loads(line) for line in (HERE / "results/peers.jsonl").read_text().splitlines()]
     rows = [r for r in rows if r["how"] != NO_NEURON]
-    lines = [f"| case | dtype | {' | '.join(PEERS)} | fastest peer over ours |", "|---" * (len(PEERS) + 3) + "|"]
+    peers = {name: who for name, who in PEERS.items() if any(r["library"] in who for r in rows)}
+    lines = [f"| case | dtype | {' | '.join(peers)} | fastest peer over ours |", "|---" * (len(peers) + 3) + "|"]
     for case, dtype in dict.fromkeys((r["case"], r["dtype"]) for r in rows):
         here = [r for r in rows if (r["case"], r["dtype"]) == (case, dtype)]
-        best = {name: fastest([r for r in here if r["library"] in who]) for name, who in PEERS.items()}
-        cells = [cell([r for r in here if r["library"] in who], best[name]) for name, who in PEERS.items()]
+        best = {name: fastest([r for r in here if r["library"] in who]) for name, who in peers.items()}
+        cells = [cell([r for r in here if r["library"] in who], best[name]) for name, who in peers.items()]
         lines.append(f"| {case} | {dtype} | {' | '.join(cells)} | {verdict(best)} |")
     measured = [r for r in rows if r["status"] == "ok"]
     used = dict.fromkeys(f"{r['library']} {r['version']}" for r in measured)
     once = lambda key: ", ".join(dict.fromkeys(r[key] for r in measured if key in r))
     where = f"{once('device')}, JAX {once('jax')}, PyTorch {once('torch')}, {once('date')}, commit {once('commit')}"
-    what = "Milliseconds on the device, each library in its fastest way that gave our scan's spikes (Spyx: of its own neuron)"
+    what = "Milliseconds on the device, each library in its fastest way that gave our scan's spikes"
+    what += " (Spyx: of its own neuron)" if "Spyx" in peers else ""
     return (
         "\n".join(lines)
         + f"\n\n{what}; measured on: {where}; {', '.join(used)}. Rows: `benchmarks/results/peers.jsonl`.\n"

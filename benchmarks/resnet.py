@@ -25,9 +25,9 @@ from flax import nnx
 from measure import RESULTS, record
 
 from snnfuse import models, nn
+from snnfuse.models.resnet import DEPTHS
 
 SHAPES = {"28": (100, 28), "32": (100, 32), "dvs": (10, 128), "tiny": (2, 16)}  # B, H = W
-STAGES = {18: (2, 2, 2, 2), 34: (3, 4, 6, 3)}
 
 
 class NormReLU(nn.Temporal):
@@ -79,7 +79,7 @@ class FlaxResNet(nnx.Module):
         self.conv = nnx.Conv(3, 64, (7, 7), strides=2, padding=3, use_bias=False, dtype=dtype, rngs=rngs)
         self.norm = nnx.BatchNorm(64, dtype=dtype, rngs=rngs)
         blocks, features = [], 64
-        for stage, count in enumerate(STAGES[depth]):
+        for stage, count in enumerate(DEPTHS[depth]):
             for i in range(count):
                 blocks.append(FlaxBlock(features, 64 * 2**stage, 2 if stage and not i else 1, dtype, rngs))
                 features = 64 * 2**stage
@@ -94,6 +94,8 @@ class FlaxResNet(nnx.Module):
 
 
 def build(case, depth, precision):
+    if case == "flax_relu" and depth >= 50:
+        raise NotImplementedError("flax_relu has basic blocks alone, depth 18 and 34")
     if case == "flax_relu":
         return FlaxResNet(depth, precision)
     if case == "relu":

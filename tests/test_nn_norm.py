@@ -364,6 +364,13 @@ image = jnp.ones((1, 4, 4, 1))
         (lambda: norm_spiking(norm=nnx.BatchNorm(4, rngs=nnx.Rngs(0))), TypeError, "norm must be .*BatchNorm; got"),
         (lambda: norm_spiking(shortcut_norm=nnx.relu), TypeError, "shortcut_norm must be .*BatchNorm; got"),
         (lambda: norm_spiking(neuron=nnx.relu), TypeError, "neuron must be .*Spiking"),
+        (lambda: norm_spiking(connect="add", pack=True), ValueError, "pack must be False.*got connect='add'"),
+        (lambda: norm_spiking(nn.LI(tau=2.0), pack=True), ValueError, "pack must be False.*neuron LI"),
+        (lambda: nn.BatchNorm(4, momentum=3, rngs=nnx.Rngs(0)), ValueError, r"momentum must be in \[0, 1\]; got 3"),
+        (lambda: nn.Conv(1, 1, (3, 3), rngs=nnx.Rngs(0)), ValueError, r"size must be an integer.*got \(3, 3\)"),
+        (lambda: nn.Conv(1, 1, 3, stride=0, rngs=nnx.Rngs(0)), ValueError, "stride must be an integer.*got 0"),
+        (lambda: nn.Conv(1, 1, 3, padding=3, rngs=nnx.Rngs(0)), ValueError, r"padding must be .* 0..2.*got 3"),
+        (lambda: nn.max_pool(jnp.ones((1, 20, 20, 1)), window=16), ValueError, "max_pool: .*window <= 15.*window 16"),
         (lambda: norm_spiking(connect="or"), ValueError, "must be one of .*add, and, iand; got 'or'"),
         (
             lambda: norm_spiking(connect="add", shortcut_norm=nn.BatchNorm(4, rngs=nnx.Rngs(0))),
@@ -384,3 +391,30 @@ image = jnp.ones((1, 4, 4, 1))
 def test_bad_input_is_named(call, error, message):
     with pytest.raises(error, match=message):
         call()
+
+
+@pytest.mark.parametrize("per_step", [False, True])
+def test_batch_norm_in_a_sequential_sees_time(per_step):
+    xs = jax.random.normal(jax.random.key(0), (3, 4, 2, 5)) * jnp.arange(1.0, 4.0)[:, None, None, None]
+    norm = nn.BatchNorm(5, per_step=per_step, rngs=nnx.Rngs(0))
+    want = nnx.clone(norm)(xs)
+    np.testing.assert_array_equal(nn.Sequential(norm)(xs)[0], want)
+    dense = nn.Sequential(nn.BatchNorm(5, per_step=per_step, rngs=nnx.Rngs(0)), nn.IF(implementation="scan"))
+    assert dense(xs[:, :, 0])[0].shape == (3, 4, 5)
+
+
+def test_layers_that_want_numbers_take_those_of_spikes():
+    spikes = nn.Spikes.of((jax.random.uniform(jax.random.key(0), (3, 2, 4, 4, 5)) < 0.3).astype(jnp.float32))
+    layers = [nn.IF(implementation="scan"), norm_spiking(norm=nn.BatchNorm(5, rngs=nnx.Rngs(0))), nn.spike_rate]
+    for layer in [*layers, nn.mean_pool]:
+        got, want = (
+            nnx.clone(layer)(x) if isinstance(layer, nnx.Module) else layer(x) for x in (spikes, spikes.values)
+        )
+        jax.tree.map(np.testing.assert_array_equal, got, want)
+    assert nn.Sequential(nn.PackSpikes(), nn.max_pool)(spikes.values)[0].shape == (3, 2, 2, 2, 5)
+
+
+def test_max_pool_shows_a_nan():
+    x = jnp.zeros((1, 6, 6, 1)).at[0, 2, 3, 0].set(jnp.nan).at[0, 3, 3, 0].set(2.0)
+    want = jax.lax.reduce_window(x, -jnp.inf, jax.lax.max, (1, 3, 3, 1), (1, 2, 2, 1), [(0, 0), (1, 1), (1, 1), (0, 0)])
+    np.testing.assert_array_equal(nn.max_pool(x), want)

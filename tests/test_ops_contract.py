@@ -72,6 +72,26 @@ def test_contract(name, case, implementation, strict):
     check(name, implementation, **CASES[case])
 
 
+@pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
+@pytest.mark.parametrize("name", ["lif", "affine"])
+def test_reused_cotangents_change_nothing(name, implementation):
+    """Also where the cotangent, which the kernel may write over, is needed afterwards: in d_x, of outs + x."""
+    case = cases.make(name, T=21, lanes=(3, 50))
+
+    def gradients(implementation, reuse):
+        def f(params, xs):
+            options = dict(implementation=implementation, reuse_cotangents=reuse)
+            outs, _ = sf.unroll(case.neuron, params, case.state, xs, **options)
+            return outs + jax.tree.leaves(xs)[0], outs
+
+        outs, vjp, spikes = jax.vjp(f, case.params, case.xs, has_aux=True)
+        return vjp(cases.cotangents(outs)), spikes
+
+    got, want = jax.jit(gradients, static_argnums=(0, 1))(implementation, True), gradients("scan", False)
+    assert_fires(want[1])
+    assert_close(got, want, 1e-5)
+
+
 @pytest.mark.parametrize("implementation", IMPLEMENTATIONS[1:])
 @pytest.mark.parametrize("dtype", [f32, bf16])
 @pytest.mark.parametrize("name", ["lif", "adaptive", "affine"])

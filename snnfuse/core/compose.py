@@ -9,8 +9,10 @@ from snnfuse.core.neuron import Neuron, PyTree
 
 
 class AffineParams(NamedTuple):
+    """Of `Affine`: those of its neuron, a scale an input ([N], float32; None is 1), and one shift [N]."""
+
     inner: PyTree
-    scales: tuple[Array | None, ...]  # one an input; None is 1
+    scales: tuple[Array | None, ...]
     shift: Array
 
 

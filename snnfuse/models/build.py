@@ -12,6 +12,7 @@ MEMORY = ("fast", "packed", "lean")
 
 
 def check_option(name: str, value: Any, known: Sequence) -> None:
+    """Raises ValueError if `value` is none of `known`."""
     if value not in known:
         raise ValueError(f"{name} must be one of {', '.join(map(str, known))}; got {value!r}")
 
@@ -23,7 +24,8 @@ class Build:
       neuron: makes a neuron, `neuron(implementation=...)`.
       precision: see `snnfuse.nn.Precision`.
       memory: what is kept for the backward pass. "fast": conv outputs, and spikes as numbers; "packed": spikes as bits; "lean":
-        of each block its input, spikes as bits, and the block runs again.
+        of each block its input alone, spikes as bits, and the block runs again. What spikes are added to (connect "add") is
+        no spike, and kept as numbers.
       implementation: see `snnfuse.unroll`.
     """
 

@@ -60,12 +60,9 @@ def spiking_resnet(
         fusion paper (https://arxiv.org/abs/2408.00280). "add", "and" or "iand": see `sew_resnet`.
       neuron: makes a neuron, `neuron(implementation=...)`.
       stem: "imagenet", 7 x 7 of stride 2 and a max-pool, or "cifar", 3 x 3.
-      precision: see `snnfuse.nn.Precision`.
-      memory: what is kept for the backward pass. "fast": conv outputs, and spikes as numbers; "packed": spikes as bits; "lean":
-        of each block its input spikes, as bits, and the block runs again.
+      precision, memory, implementation: see `snnfuse.models.build.Build`.
 
-    Layers are initialised as in torchvision and
-    SpikingJelly.
+    Layers are initialised as in torchvision and SpikingJelly. Images below 32 x 32 end as maps of 1 x 1.
     """
     check_option("depth", depth, tuple(DEPTHS))
     check_option("stem", stem, STEMS)

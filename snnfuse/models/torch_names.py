@@ -16,6 +16,8 @@ def load_torch(model: nn.Sequential, state_dict: Mapping[str, Any]) -> None:
 
     Raises ValueError, and leaves the model as it was, if a name is missing or not known, or a shape is another.
     """
+    if not any(isinstance(layer, Residual) for layer in _layers(model)):
+        raise ValueError(f"model must be one of spiking_resnet; got {type(model).__name__} without residual blocks")
     given = {name: np.asarray(value) for name, value in state_dict.items() if not name.endswith("num_batches_tracked")}
     wanted = dict(torch_variables(model))
     if wrong := sorted(set(given) ^ set(wanted)):
@@ -34,7 +36,7 @@ def load_torch(model: nn.Sequential, state_dict: Mapping[str, Any]) -> None:
 
 def torch_variables(model: nn.Sequential) -> Iterator[tuple[str, nnx.Variable]]:
     """(PyTorch's name, variable) of all parameters and running averages of a model of `spiking_resnet`."""
-    layers = [getattr(layer, "layer", layer) for layer in model.layers]
+    layers = _layers(model)
     stem, *_ = layers
     yield from _conv_norm("conv1", "bn1", *stem.layers[:2])
     stage, index, blocks = 0, 0, [block for block in layers if isinstance(block, Residual)]
@@ -56,6 +58,10 @@ def torch_variables(model: nn.Sequential) -> Iterator[tuple[str, nnx.Variable]]:
     yield "fc.bias", layers[-1].bias
 
 
+def _layers(model):
+    return [getattr(layer, "layer", layer) for layer in model.layers]
+
+
 def _conv_norm(conv_name, norm_name, conv, norm):
     norm = norm.norm if isinstance(norm, nn.NormSpiking) else norm
     yield f"{conv_name}.weight", conv.kernel
@@ -71,4 +77,5 @@ def from_torch(value: np.ndarray) -> np.ndarray:
 
 
 def to_torch(value: np.ndarray) -> np.ndarray:
+    """The inverse of `from_torch`, for a parameter or its gradient."""
     return {4: lambda v: v.transpose(0, 3, 1, 2), 2: lambda v: v.T}.get(value.ndim, lambda v: v)(value)

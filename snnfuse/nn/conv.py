@@ -44,6 +44,12 @@ class Conv(Stepwise):
         kernel_init: Callable = _he_normal,
         rngs: nnx.Rngs,
     ):
+        given = dict(in_features=in_features, out_features=out_features, size=size, stride=stride)
+        for name, value in given.items():
+            if not isinstance(value, int) or value < 1:
+                raise ValueError(f"{name} must be an integer of 1 or more, the same both ways; got {value!r}")
+        if padding is not None and (not isinstance(padding, int) or not 0 <= padding < size):
+            raise ValueError(f"padding must be an integer in 0..{size - 1}, less than the kernel; got {padding!r}")
         self.stride = stride
         self.padding = (size - 1) // 2 if padding is None else padding
         self.precision = Precision(precision)
@@ -127,7 +133,7 @@ def conv(x: Array, kernel: Array, *, stride: int = 1, padding: int = 0, precisio
     outs = [(size + 2 * padding - t) // stride + 1 for size, t in zip((H, W), taps, strict=True)]
     if min(outs) < 1:
         raise ValueError(f"x must be as large as the kernel, {taps}, with padding {padding}; got a map of {H} x {W}")
-    if 2 * H * W <= taps[0] * taps[1]:
+    if 2 * H * W <= taps[0] * taps[1] and padding < min(taps):
         matrix = _dense(kernel, (H, W), outs, stride, padding)
         return jnp.matmul(x.reshape(len(x), -1), matrix.T, precision=precision).reshape(len(x), *outs, features)
     if (*taps, padding) == (1, 1, 0):

@@ -98,7 +98,11 @@ def operations(model: nnx.Module, *args: Any, **kwargs: Any) -> dict[str, Operat
     """Operations of every Linear and Conv, of nnx and of snnfuse.nn, in one call of `model(*args, **kwargs)`, by path.
 
     A call whose input holds nothing but 0 and 1 is counted by its spikes, any other as dense. The fan-out is exact, at
-    the borders of a convolution too: that of an input is how many products the layer makes of it. Not under `jax.jit`.
+    the borders of a convolution too: that of an input is how many products the layer makes of it. Products of two activations, as in a `SelfAttention`, are
+    not counted. Not under `jax.jit`.
+
+    Raises:
+      ValueError: it is called under a transform of JAX, where there are no values to count.
     """
     copy = _copy(model)
     counts = {}
@@ -161,6 +165,10 @@ def _counting(layer: nnx.Module, keep: Callable) -> Callable:
     def counted(call, x, *args, **kwargs):
         sample = jnp.zeros((1, *values(x).shape[-axes:]))
         fan_out = np.asarray(jax.grad(lambda x: ones(x).sum())(sample), np.float64).round().ravel()
+        if isinstance(values(x), jax.core.Tracer):
+            raise ValueError(
+                "operations must be called outside of jax.jit and its like: it counts values; got a tracer"
+            )
         rows = values(x).reshape(-1, fan_out.size).astype(jnp.float32)
         if bool(jnp.all((rows == 0) | (rows == 1))):
             keep((int(np.asarray(rows.sum(0), np.float64) @ fan_out), 0))

@@ -8,30 +8,45 @@ from jax import Array, lax
 
 from snnfuse.core.compose import Affine, AffineParams, Connect, Twice
 from snnfuse.core.neuron import PyTree
+from snnfuse.core.neurons import LI
 from snnfuse.nn.spikes import Spikes, values
 from snnfuse.nn.spiking import Spiking
-from snnfuse.nn.temporal import Temporal
+from snnfuse.nn.temporal import Stepwise, Temporal
 from snnfuse.ops.packing import Packed
 
 
-class BatchNorm(nnx.BatchNorm):
+class BatchNorm(Stepwise, nnx.BatchNorm):
     """Batch normalisation of [T, B, ..., N] over all axes but the last, statistics in float32.
 
         y = gain scale (x - mean) / sqrt(var + epsilon) + bias
 
-    `nnx.BatchNorm` (its variables, `train()`, `eval()`, `use_running_average`, `axis_name`), with a momentum of 0.9 and:
+    `nnx.BatchNorm` (its variables, `train()`, `eval()`) over time, with a momentum of 0.9 as its default, and
 
       gain: a factor. With the threshold of the neuron behind it, times 1 / sqrt(2) where a residual is added: tdBN, Zheng et
         al. 2021, https://arxiv.org/abs/2011.05280.
       per_step: every time step with its own statistics over [B, ...], the running ones being their average. Not fused: the
         neuron is given the normalised current in the dtype of xs.
 
-    Before any training the running statistics are mean 0 and variance 1. The running variance averages the
-    unbiased one, as in PyTorch.
+    The variance is E[x^2] - E[x]^2. Before any training the running statistics are mean 0 and variance 1. The running
+    variance averages the unbiased one, as in PyTorch.
     """
 
-    def __init__(self, num_features: int, *, gain: float = 1.0, per_step: bool = False, momentum=0.9, **options):
-        super().__init__(num_features, momentum=momentum, **options)
+    def __init__(
+        self,
+        num_features: int,
+        *,
+        gain: float = 1.0,
+        per_step: bool = False,
+        momentum: float = 0.9,
+        epsilon: float = 1e-5,
+        use_running_average: bool = False,
+        axis_name: str | tuple[str, ...] | None = None,
+        rngs: nnx.Rngs,
+    ):
+        if not 0 <= momentum <= 1:
+            raise ValueError(f"momentum must be in [0, 1]; got {momentum}")
+        options = dict(momentum=momentum, epsilon=epsilon, use_running_average=use_running_average, axis_name=axis_name)
+        super().__init__(num_features, **options, rngs=rngs)
         self.gain, self.per_step = gain, per_step
 
     def affine(self, xs: Array) -> tuple[Array, Array]:
@@ -46,11 +61,9 @@ class BatchNorm(nnx.BatchNorm):
             mean, var = self.mean[...], self.var[...]
         else:
             mean, var = self._statistics(xs)
-        scale = lax.rsqrt(var + self.epsilon) * self.gain
         like = lambda variable: variable[...].reshape(*(1,) * (mean.ndim - 1), -1)
-        scale = scale if self.scale is None else scale * like(self.scale)
-        shift = -mean * scale
-        return scale, shift if self.bias is None else shift + like(self.bias)
+        scale = lax.rsqrt(var + self.epsilon) * self.gain * like(self.scale)
+        return scale, like(self.bias) - mean * scale
 
     def _statistics(self, xs):
         axes = tuple(range(1 if self.per_step else 0, xs.ndim - 1))
@@ -65,7 +78,8 @@ class BatchNorm(nnx.BatchNorm):
             average[...] = self.momentum * average[...] + (1 - self.momentum) * now
         return mean, var
 
-    def __call__(self, xs: Array) -> Array:
+    def __call__(self, xs: Array | Spikes) -> Array:
+        xs = values(xs)
         scale, shift = (jnp.broadcast_to(a, xs.shape) for a in self.affine(xs))
         return (xs.astype(jnp.float32) * scale + shift).astype(xs.dtype)
 
@@ -80,7 +94,7 @@ class NormSpiking(Temporal):
       neuron: any `Spiking` module.
       norm: a `BatchNorm` for xs; `shortcut_norm` one for the shortcut, None if it is added as it is.
       connect: "sum", the shortcut goes into the neuron; "add", "and" or "iand", it meets the spike (see `snnfuse.Connect`).
-      pack: give back `Spikes`, whose bits the same kernel stores.
+      pack: give back `Spikes`, whose bits the same kernel stores; for neurons that spike, and not where spikes are added.
 
     Bytes per element and step in training, 16 bits, no shortcut: statistics 2 (x read), forward 4 (x read, s written),
     backward 6 (x and ds read, du written) and 6 for what the statistics add to it (x and du read, dx written): 18. Normalised
@@ -102,6 +116,11 @@ class NormSpiking(Temporal):
                 raise TypeError(f"{name} must be a snnfuse.nn.BatchNorm; got {type(given).__name__}")
         if not isinstance(neuron, Spiking):
             raise TypeError(f"neuron must be a snnfuse.nn.Spiking module; got {type(neuron).__name__}")
+        if pack and (connect == "add" or isinstance(neuron.neuron, LI) or isinstance(neuron.out_dtype, Packed)):
+            raise ValueError(
+                f"pack must be False where outputs are not the numbers 0 and 1; got connect={connect!r}, "
+                f"neuron {type(neuron).__name__}, out_dtype {neuron.out_dtype}"
+            )
         if connect != "sum":
             Connect(neuron.neuron, connect)  # checks it
             if shortcut_norm is not None:
@@ -110,10 +129,10 @@ class NormSpiking(Temporal):
         self.connect, self.pack = connect, pack
 
     def init_state(self, xs: PyTree) -> PyTree:
-        return self.neuron.init_state(xs)
+        return self.neuron.init_state(values(xs))
 
-    def __call__(self, xs: Array, state: PyTree | None = None, shortcut: Array | Spikes | None = None):
-        neuron, params, inputs, out_dtype = self._assembled(xs, shortcut)
+    def __call__(self, xs: Array | Spikes, state: PyTree | None = None, shortcut: Array | Spikes | None = None):
+        neuron, params, inputs, out_dtype = self._assembled(values(xs), shortcut)
         if self.pack:
             neuron, out_dtype = Twice(neuron), (out_dtype, Packed(8))
         options = dict(implementation=self.neuron.implementation, out_dtype=out_dtype, reuse_cotangents=True)

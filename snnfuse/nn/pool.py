@@ -6,9 +6,12 @@ import jax
 import jax.numpy as jnp
 from jax import Array
 
+from snnfuse.nn.spikes import Spikes, values
 
-def mean_pool(x: Array) -> Array:
+
+def mean_pool(x: Array | Spikes) -> Array:
     """[..., H, W, C] -> [..., C]: the mean over space, in float32."""
+    x = values(x)
     if x.ndim < 3:
         raise ValueError(f"mean_pool: x must be [..., H, W, C]; got {x.shape}")
     return x.mean((-3, -2), dtype=jnp.float32)
@@ -19,12 +22,11 @@ def max_pool(x: Array, window: int = 3, stride: int = 2, padding: int = 1) -> Ar
 
     The gradient goes to the first of equal values, row by row (as in PyTorch; among spikes most are equal). For the
     backward pass one byte an output is kept, the place of that value, instead of x and the output. `lax.reduce_window`
-    has the same values, and its gradient takes a scatter: 2.4 and 2.5 times as long on an H100, rows in
-    benchmarks/results/pool.jsonl.
+    has the same values; its gradient takes a scatter.
     """
-    if x.ndim != 4 or not 0 <= padding < window <= min(x.shape[1:3]) + 2 * padding or stride < 1:
+    if x.ndim != 4 or not 0 <= padding < window <= min(15, *(s + 2 * padding for s in x.shape[1:3])) or stride < 1:
         raise ValueError(
-            f"max_pool: x must be [n, H, W, C] with padding < window <= H + 2 padding, and stride >= 1; "
+            f"max_pool: x must be [n, H, W, C] with padding < window <= H + 2 padding, window <= 15, and stride >= 1; "
             f"got {x.shape}, window {window}, stride {stride}, padding {padding}"
         )
     return _max_pool((window, stride, padding), x)
@@ -49,7 +51,7 @@ def _forward(how, x):
         if best is None:
             best, place = seen, jnp.zeros(seen.shape, jnp.uint8)
         else:
-            larger = seen > best
+            larger = (seen > best) | (seen != seen)  # a NaN is seen
             best, place = jnp.where(larger, seen, best), jnp.where(larger, jnp.uint8(k), place)
     return best, (place, jnp.zeros((0, H, W), x.dtype))
 

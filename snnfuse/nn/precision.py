@@ -26,8 +26,10 @@ class Precision(StrEnum):
 
     @property
     def dtype(self):
+        """Of activations, and of the operands of products."""
         return jnp.dtype(jnp.bfloat16 if self is Precision.BFLOAT16 else jnp.float32)
 
     @property
     def lax(self):
+        """The `precision` that products are given."""
         return {"bfloat16": None, "tf32": lax.Precision.DEFAULT, "float32": lax.Precision.HIGHEST}[self]

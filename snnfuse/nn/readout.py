@@ -3,10 +3,12 @@
 import jax.numpy as jnp
 from jax import Array
 
+from snnfuse.nn.spikes import Spikes, values
 
-def spike_rate(spikes: Array) -> Array:
+
+def spike_rate(spikes: Array | Spikes) -> Array:
     """Spikes a step, in float32 whatever the dtype of the spikes (bool and int8 too)."""
-    return jnp.mean(spikes, axis=0, dtype=jnp.float32)
+    return jnp.mean(values(spikes), axis=0, dtype=jnp.float32)
 
 
 def membrane_mean(v: Array) -> Array:

@@ -21,6 +21,7 @@ class Spikes:
 
     @staticmethod
     def of(values: Array) -> "Spikes":
+        """`values`, each 0 or 1, with their bits."""
         return Spikes(values, pack(values, 8))
 
     def from_bits(self) -> "Spikes":
@@ -29,6 +30,7 @@ class Spikes:
 
 
 def values(x: Array | Spikes | None) -> Array | None:
+    """The values of `Spikes`; anything else is itself."""
     return x.values if isinstance(x, Spikes) else x
 
 

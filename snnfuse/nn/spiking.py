@@ -18,6 +18,7 @@ from jax import Array
 
 from snnfuse.core import neurons
 from snnfuse.core.neuron import Neuron, PyTree, WithState
+from snnfuse.nn.spikes import values
 from snnfuse.nn.temporal import Temporal
 from snnfuse.ops.api import unroll
 
@@ -68,12 +69,11 @@ class Spiking(Temporal):
         return self.params_type(*(v[...] if isinstance(v, nnx.Variable) else v for v in values))
 
     def init_state(self, xs: PyTree) -> PyTree:
-        return self.neuron.init_state(jax.tree.leaves(xs)[0].shape[1:])
+        return self.neuron.init_state(jax.tree.leaves(values(xs))[0].shape[1:])
 
     def __call__(self, xs: PyTree, state: PyTree | None = None) -> tuple[PyTree, PyTree]:
-        return self.unroll(
-            self.neuron, self.params, state, xs, implementation=self.implementation, out_dtype=self.out_dtype
-        )
+        options = dict(implementation=self.implementation, out_dtype=self.out_dtype)
+        return self.unroll(self.neuron, self.params, state, values(xs), **options)
 
     def trace(self, xs: Array, state: PyTree | None = None) -> tuple[tuple[Array, PyTree], PyTree]:
         """The same run with the state after every step: ((outs, states), state); `states` are float32 [T, *B, N]."""

@@ -47,7 +47,7 @@ def unroll_over_time(
 
     xs is [T/G, B, ..., N], this device's steps; so are the outputs. `state`, the one before the first step of all, and
     the final state, after the last one, are the same on every device. `microbatches` divides the first axis after time;
-    None takes one a device where that divides, else as many as do.
+    None takes one a device where that divides, else as many as do. The other options are those of `unroll`.
     """
     _check_packed(out_dtype, xs)
     G = lax.axis_size(axis)

@@ -3,6 +3,7 @@
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
+from numbers import Integral
 from typing import Any
 
 import jax
@@ -16,6 +17,7 @@ from snnfuse.core.reset import HardReset, SoftReset
 from snnfuse.interop.nir.dialect import NIR, Dialect, require
 from snnfuse.interop.nir.layers import Flatten, Graph, LateSoftReset, Pool, Scale, Threshold
 from snnfuse.models.resnet import Residual
+from snnfuse.ops.packing import Packed
 
 
 def to_nir(model: nn.Temporal, input_shape: Sequence[int], dialect: Dialect = NIR) -> Any:
@@ -31,8 +33,10 @@ def to_nir(model: nn.Temporal, input_shape: Sequence[int], dialect: Dialect = NI
 
     Raises:
       NotImplementedError: a layer that NIR, or the dialect, has no word for, by its place in the order of the layers.
+      ValueError: `input_shape` is no shape, or not one that the layers take.
     """
     nir = require()
+    _check_shape(input_shape)
     layers, sources = _flat(model)
     users = [sum(s.count(i) for s in sources) for i in range(len(layers))]
     at = {-1: _Signal("input", tuple(input_shape))}
@@ -50,11 +54,14 @@ def to_nir(model: nn.Temporal, input_shape: Sequence[int], dialect: Dialect = NI
             nodes[signal.name] = _normalised(nir, nodes[signal.name], layer, f"layer {i} (BatchNorm)")
             at[i] = signal
             continue
-        node, order = _node(nir, layer, signal, dialect, f"layer {i} ({_name(layer)})")
-        xs = jax.ShapeDtypeStruct((1, 1, *shape), jnp.float32)
-        run = layer if isinstance(layer, nn.Temporal) else nn.Folded(layer)
-        outs = nnx.eval_shape(lambda layer, xs: layer(xs), run, xs)
-        shape = (outs[0] if isinstance(layer, nn.Temporal) else outs).shape[2:]
+        _check_fits(layer, shape, input_shape, f"layer {i} ({_name(layer)})")
+        try:
+            node, order = _node(nir, layer, signal, dialect, f"layer {i} ({_name(layer)})")
+            shape = _shape_after(layer, shape)
+        except (TypeError, ValueError) as error:
+            raise ValueError(
+                f"input_shape must fit layer {i} ({_name(layer)}); got {input_shape}, of which it is given {shape}: {error}"
+            ) from error
         if node is None:  # a flatten of what is flat
             at[i] = _Signal(signal.name, shape, order)
             continue
@@ -121,6 +128,13 @@ def _mean(x):
     return x.mean((-3, -2), keepdims=True)
 
 
+def _shape_after(layer, shape):
+    xs = jax.ShapeDtypeStruct((1, 1, *shape), jnp.float32)
+    run = layer if isinstance(layer, nn.Temporal) else nn.Folded(layer)
+    outs = nnx.eval_shape(lambda layer, xs: layer(xs), run, xs)
+    return (outs[0] if isinstance(layer, nn.Temporal) else outs).shape[2:]
+
+
 def _node(nir, layer, signal, dialect, where):
     """(the node, the order of what it puts out)."""
     shape, order = signal.shape, signal.order
@@ -159,6 +173,8 @@ def _neuron_node(nir, layer, signal, dialect, where):
     kind = type(neuron).__name__
     if type(neuron) not in (neurons.IF, neurons.LIF, neurons.CubaLIF, neurons.LI):
         raise NotImplementedError(f"{where}: NIR has no node for the neuron {kind}")
+    if isinstance(layer.out_dtype, Packed):
+        raise NotImplementedError(f"{where}: its out_dtype is {layer.out_dtype}, and NIR's spikes are not packed")
     fill = lambda value: _nir_layout(value, signal)
     jumps, fields = kind in dialect.jumps, {}
     if kind == "IF":
@@ -292,7 +308,34 @@ def _shape(shape):
     return np.array([shape[-1], *shape[:-1]])
 
 
+def _check_shape(input_shape):
+    sizes = input_shape if isinstance(input_shape, Sequence) else ()
+    if not sizes or not all(isinstance(n, Integral) and n > 0 for n in sizes):
+        raise ValueError(
+            f"input_shape must be the sizes (H, W, C), (L, C) or (N,) of one sample in one step; got {input_shape!r}"
+        )
+
+
+def _check_fits(layer, shape, input_shape, where):
+    if isinstance(layer, nnx.Linear | nn.Linear):
+        axes, features = "", layer.kernel.shape[0]
+    elif isinstance(layer, nn.Conv):
+        axes, features = "H, W, ", layer.kernel.shape[-1]
+    elif isinstance(layer, nnx.Conv) and len(layer.kernel_size) < 3:
+        axes, features = "L, " if len(layer.kernel_size) == 1 else "H, W, ", layer.in_features
+    else:
+        return
+    if shape[-1] != features or (axes and len(shape) != axes.count(",") + 1):
+        raise ValueError(
+            f"input_shape must be such that {where} is given ({axes}{features}); got {input_shape}, of which it is given {shape}"
+        )
+
+
 def _check_same(came, where):
+    if len({signal.name for signal in came}) < len(came):
+        raise NotImplementedError(
+            f"{where}: one of its sources is there twice, for which NIR has no edge; scale it by 2"
+        )
     for other in came[1:]:
         if not np.array_equal(other.order, came[0].order) or other.shape != came[0].shape:
             raise NotImplementedError(f"{where}: its sources are of different shapes, or flattened in different orders")
