@@ -1,6 +1,6 @@
 """Flax NNX modules: thin ones that hold the parameters of the neurons and fold time for everything else."""
 
-from snnfuse.nn import monitor
+from snnfuse.nn import monitor as monitor
 from snnfuse.nn.conv import Conv, Linear
 from snnfuse.nn.norm import BatchNorm, NormSpiking
 from snnfuse.nn.pool import max_pool, mean_pool
@@ -39,6 +39,5 @@ __all__ = [
     "membrane_last",
     "membrane_max",
     "membrane_mean",
-    "monitor",
     "spike_rate",
 ]
