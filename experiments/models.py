@@ -8,6 +8,9 @@ from dataclasses import dataclass
 from flax import nnx
 
 from snnfuse import models, nn
+from snnfuse.core.compose import CONNECTIONS
+from snnfuse.models.build import MEMORY
+from snnfuse.models.resnet import DEPTHS, STEMS
 from snnfuse.ops.api import IMPLEMENTATIONS
 
 READOUTS = {
@@ -77,11 +80,11 @@ class Resnet:
     def __post_init__(self):
         _check(
             self,
-            depth=(18, 34, 50),
-            connect=("sum", "add", "and", "iand"),
-            stem=("imagenet", "cifar"),
+            depth=DEPTHS,
+            connect=("sum", *CONNECTIONS),
+            stem=STEMS,
             precision=nn.Precision,
-            memory=("fast", "packed", "lean"),
+            memory=MEMORY,
             readout=READOUTS,
         )
 

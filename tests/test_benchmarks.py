@@ -67,6 +67,14 @@ def test_a_slower_row_and_a_lost_one_are_regressions():
     assert compare["compare"](before, before, 0.05) == ([], False)
 
 
+@pytest.mark.parametrize("name", ["core", "resnet", "norm", "peers"])
+def test_no_two_rows_of_a_commit_are_known_by_the_same(name):
+    lines = (BENCHMARKS / "results" / f"{name}.jsonl").read_text().splitlines()
+    for commit in {json.loads(line)["commit"] for line in lines}:
+        of_it = [line for line in lines if json.loads(line)["commit"] == commit]
+        assert len(compare["rows"]("\n".join(of_it))) == len(of_it)
+
+
 @pytest.mark.parametrize("peer, says", [(3.0, "3x (Norse)"), (0.5, "**0.5x (Norse) is faster than ours**")])
 def test_the_table_says_where_a_peer_wins(peer, says):
     assert report["verdict"]({"ours": 1.0, "Norse": peer, "Spyx": 4.0, "sparx": None}) == says

@@ -180,6 +180,8 @@ def test_fused_normalisation_bits_and_rematerialisation():
 
 def test_bad_arguments():
     model, xs = Net(), inputs(6)
+    with pytest.raises(ValueError, match="operations must be called outside of jax.jit .*; got a tracer"):
+        nnx.jit(monitor.operations)(model, xs)
     with pytest.raises(ValueError, match="what must be 'spikes' or 'state'; got 'v'"):
         monitor.record(model, xs, what="v")
     with pytest.raises(ValueError, match=r"layers must be a list of paths of spiking layers, of \['block.*got 'head'"):

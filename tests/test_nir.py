@@ -308,38 +308,31 @@ def test_ours_in_spikingjelly(kind):
     np.testing.assert_array_equal(got, want)
 
 
+def snntorch_of(model):
+    return pytest.importorskip("snntorch.import_nir").import_from_nir(interop.to_nir(model, (6,)))
+
+
+def norse_of(model):
+    graph = interop.to_nir(model, (6,), interop.Dialect(dt=1e-3, jumps=("IF",)))
+    return pytest.importorskip("norse.torch.utils.import_nir").from_nir(graph, dt=1e-3)
+
+
 @elsewhere
 @pytest.mark.parametrize(
-    "neuron", [partial(nn.LIF, tau=4.0), partial(nn.CubaLIF, decay_syn=0.3, tau=2.0, threshold=2.0)]
+    "net_of, count, neuron",
+    [
+        (snntorch_of, 2, partial(nn.LIF, tau=4.0)),
+        (snntorch_of, 2, partial(nn.CubaLIF, decay_syn=0.3, tau=2.0, threshold=2.0)),
+        (norse_of, 4, partial(nn.LIF, tau=2.0, decay_input=True, threshold=0.4)),
+        (norse_of, 4, nn.IF),
+        (norse_of, 4, partial(nn.CubaLIF, decay_syn=0.3, tau=2.0, decay_input=True, threshold=0.6)),
+    ],
 )
-def test_ours_in_snntorch(neuron):
+def test_ours_in_what_steps(net_of, count, neuron):
+    """snnTorch and Norse: a step at a time, with the state given along."""
     torch = pytest.importorskip("torch")
-    importer = pytest.importorskip("snntorch.import_nir")
-    model, xs = nn.Sequential(*dense(neuron).layers[:2]), np.asarray(inputs(6))
-    net = importer.import_from_nir(interop.to_nir(model, (6,)))
-    want = model(xs)[0]
-    assert_fires(want)
-    state, got = None, []
-    with torch.no_grad():
-        for x in torch.from_numpy(xs):
-            out, state = net(x, state)
-            got.append(out.numpy())
-    np.testing.assert_array_equal(np.stack(got), want)
-
-
-@elsewhere
-@pytest.mark.parametrize("kind", ["lif", "if", "cuba"])
-def test_ours_in_norse(kind):
-    torch = pytest.importorskip("torch")
-    norse = pytest.importorskip("norse.torch.utils.import_nir")
-    model = {
-        "lif": dense(partial(nn.LIF, tau=2.0, decay_input=True, threshold=0.4)),
-        "if": dense(nn.IF),
-        "cuba": dense(partial(nn.CubaLIF, decay_syn=0.3, tau=2.0, decay_input=True, threshold=0.6)),
-    }[kind]
-    xs = np.asarray(inputs(6))
-    net = norse.from_nir(interop.to_nir(model, (6,), interop.Dialect(dt=1e-3, jumps=("IF",))), dt=1e-3)
-    want = model(xs)[0]
+    model, xs = nn.Sequential(*dense(neuron).layers[:count]), np.asarray(inputs(6))
+    net, want = net_of(model), model(xs)[0]
     assert_fires(want)
     state, got = None, []
     with torch.no_grad():
@@ -442,6 +435,7 @@ def test_a_late_reset_needs_one_decay():
         ([jnp.tanh], (3,), r"layer 0 \(tanh\): NIR has no node for it on \(3,\)"),
         ([nn.LIF(tau=2.0), nn.AdaptiveLIF(tau=2.0, tau_adapt=2.0)], (3,), r"layer 1 \(AdaptiveLIF\): .*AdaptiveLIF"),
         ([nn.LIF(tau=2.0, reset=sf.SoftReset())], (3,), r"layer 0 \(LIF\): its reset is SoftReset.* 'hard'.*replace"),
+        ([nn.IF(out_dtype=sf.Packed(8))], (3,), r"layer 0 \(IF\): its out_dtype is Packed"),
         ([nn.max_pool], (4, 4, 2), r"layer 0 \(max_pool\): NIR has no node for it on \(4, 4, 2\)"),
         ([nn.LI(decay=1.0)], (3,), r"layer 0 \(LI\): decay must be in \(0, 1\)"),
         ([nnx.Linear(3, 3, rngs=nnx.Rngs(0))], (4, 3), r"layer 0 \(Linear\): NIR's Affine takes vectors"),
@@ -467,6 +461,39 @@ def test_a_late_reset_needs_one_decay():
 def test_models_that_cannot_be_written(layers, shape, message):
     with pytest.raises(NotImplementedError, match=message):
         interop.to_nir(nn.Sequential(*layers), shape)
+
+
+@pytest.mark.parametrize(
+    "layers, sources, where",
+    [
+        ([nn.IF()], [(-1, -1), (0,)], r"layer 0 \(IF\)"),
+        ([nn.IF()], [(-1,), (0, 0)], "the output"),
+        ([nn.flatten, nn.IF()], [(-1,), (-1, 0), (1,)], r"layer 1 \(IF\)"),  # a flatten of what is flat
+    ],
+)
+def test_a_signal_summed_with_itself(layers, sources, where):
+    with pytest.raises(NotImplementedError, match=f"{where}: one of its sources is there twice"):
+        interop.to_nir(interop.Graph(layers, sources), (3,))
+
+
+@pytest.mark.parametrize(
+    "layer, shape, message",
+    [
+        (nn.IF(), 3, r"be the sizes \(H, W, C\), \(L, C\) or \(N,\) of one sample in one step; got 3"),
+        (nn.IF(), (), r"be the sizes .*; got \(\)"),
+        (nnx.Linear(3, 2, rngs=nnx.Rngs(0)), (4,), r"be such that layer 0 \(Linear\) is given \(3\); got \(4,\)"),
+        (nnx.Conv(3, 2, 4, rngs=nnx.Rngs(0)), (3,), r"be such that layer 0 \(Conv\) is given \(L, 3\); got \(3,\)"),
+        (
+            nn.Conv(3, 2, rngs=nnx.Rngs(0)),
+            (8, 8, 2),
+            r"be such that layer 0 \(Conv\) is given \(H, W, 3\); got \(8, 8, 2\)",
+        ),
+        (nn.LIF(decay=jnp.full(3, 0.5)), (4,), r"fit layer 0 \(LIF\); got \(4,\)"),
+    ],
+)
+def test_input_shapes_that_do_not_fit(layer, shape, message):
+    with pytest.raises(ValueError, match=f"input_shape must {message}"):
+        interop.to_nir(nn.Sequential(layer), shape)
 
 
 def test_other_bad_arguments(monkeypatch):

@@ -1,5 +1,7 @@
 """The runs of the temporal fusion paper: they build, say what they lack, train, resume, and are compared."""
 
+import contextlib
+import io
 import json
 import re
 import sys
@@ -27,6 +29,7 @@ import train
 from inputs import DATASETS, NMnist, Random
 
 from snnfuse.data import events
+from snnfuse.models import resnet
 
 pytestmark = pytest.mark.filterwarnings("default::DeprecationWarning", "default::UserWarning")  # Orbax has its own
 RANDOM = ["--data=random", "--data.like=mnist", "--data.examples=8", "--batch=4", "--steps=3", "--eval_every=3"]
@@ -141,18 +144,26 @@ def test_random_input_has_the_shape_of_the_real(like):
 
 @pytest.fixture(scope="module")
 def compared(tmp_path_factory):
-    """The run twice by the same implementation, so that what differs would be chance."""
-    out = tmp_path_factory.mktemp("runs")
+    """(path, what it said): a narrow run twice by the same implementation, the second time stopped and resumed."""
+    out, said = tmp_path_factory.mktemp("runs"), io.StringIO()
+
+    def run(arguments):
+        if "--name=1-scan" in arguments:
+            return paper.main(arguments)
+        with contextlib.redirect_stdout(said), contextlib.redirect_stderr(said):
+            assert paper.main([*arguments, "--stop_at=2"]) == 1
+            return paper.main([*arguments, "--resume=true"])
+
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(accuracy.measure, "RESULTS", out)
-        patch.setattr(accuracy, "run", paper.main)  # in this process, for it to be compiled once
-        patch.setattr(train.report, "draw", lambda path, *_: path)  # which is drawn once, below
+        patch.setattr(accuracy, "run", run)  # in this process, for it to be compiled once
+        patch.setattr(resnet, "WIDTHS", (8, 16, 32, 64))
         accuracy.compare("mnist", "r18", ["scan", "scan"], TINY, out)
-    return out
+    return out, said.getvalue()
 
 
 def test_a_run_repeats_itself_and_is_a_row(compared):
-    out = compared
+    out, _ = compared
     rows = [json.loads(line) for line in (out / "accuracy.jsonl").read_text().splitlines()]
     assert [row["case"] for row in rows] == ["mnist r18"] * 2
     assert {"device", "jax", "flax", "date", "commit", "seconds", "T", "B", "seed"} <= rows[0].keys()
@@ -169,19 +180,16 @@ def test_a_run_that_fails_is_a_row(tmp_path, monkeypatch, capsys):
     assert json.loads((tmp_path / "accuracy.jsonl").read_text())["status"] == "exit 1"
 
 
-def test_it_resumes_exactly(compared, capsys):
-    out = compared
-    arguments = ["mnist", "r18", *TINY, f"--out={out}", "--name=part"]
-    assert paper.main([*arguments, "--stop_at=2"]) == 1
-    assert "stopped after step 2" in capsys.readouterr().err
-    assert paper.main([*arguments, "--resume=true"]) == 0
-    assert capsys.readouterr().out.count("random input") == 2  # where the run starts, and in its summary
-    assert json.loads((out / "part" / "summary.json").read_text())["note"] == "random input"
-    picture = matplotlib.image.imread(out / "part" / "report.png")[..., :3]
+def test_it_resumes_exactly(compared):
+    out, said = compared
+    before, after = said.split("stopped after step 2")
+    assert before.count("random input") == 1 and after.count("random input") == 2  # at its start, and in its summary
+    assert json.loads((out / "2-scan" / "summary.json").read_text())["note"] == "random input"
+    picture = matplotlib.image.imread(out / "2-scan" / "report.png")[..., :3]
     assert picture.shape[0] > 600 and (picture.min(-1) < 0.9).mean() > 0.01
     rows = lambda name: [json.loads(line) for line in (out / name / "metrics.jsonl").read_text().splitlines()]
     losses = lambda name: [(r["step"], r.get("loss"), r.get("eval_loss")) for r in rows(name)]
-    assert losses("part") == losses("1-scan") and len(losses("part")) == 4
+    assert losses("2-scan") == losses("1-scan") and len(losses("2-scan")) == 4
 
 
 def test_the_report_shows_blocks_in_their_order():
@@ -195,6 +203,7 @@ def test_the_list_has_every_run(capsys, monkeypatch, tmp_path):
     monkeypatch.setattr(paper, "RESULTS", tmp_path)
     row = dict(status="ok", device="NVIDIA H100 80GB HBM3")
     step = dict(case="spiking-resnet-18", implementation="pallas", precision="bfloat16", T=32, B=100, size=28, ms=3.4)
+    step |= dict(memory="packed")
     accuracy = dict(case="mnist r18", held_out_accuracy=0.991, input="real data", steps=3000)
     (tmp_path / "resnet.jsonl").write_text(json.dumps(row | step) + "\n" + json.dumps(row | step | {"B": 1, "ms": 1}))
     (tmp_path / "accuracy.jsonl").write_text(json.dumps(row | accuracy | {"T": 32}) + "\n" + json.dumps(row | accuracy))

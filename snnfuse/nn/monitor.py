@@ -164,11 +164,11 @@ def _counting(layer: nnx.Module, keep: Callable) -> Callable:
 
     def counted(call, x, *args, **kwargs):
         sample = jnp.zeros((1, *values(x).shape[-axes:]))
-        fan_out = np.asarray(jax.grad(lambda x: ones(x).sum())(sample), np.float64).round().ravel()
-        if isinstance(values(x), jax.core.Tracer):
+        if isinstance(values(x), jax.core.Tracer) or isinstance(sample, jax.core.Tracer):
             raise ValueError(
                 "operations must be called outside of jax.jit and its like: it counts values; got a tracer"
             )
+        fan_out = np.asarray(jax.grad(lambda x: ones(x).sum())(sample), np.float64).round().ravel()
         rows = values(x).reshape(-1, fan_out.size).astype(jnp.float32)
         if bool(jnp.all((rows == 0) | (rows == 1))):
             keep((int(np.asarray(rows.sum(0), np.float64) @ fan_out), 0))
