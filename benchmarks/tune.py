@@ -39,13 +39,14 @@ SHAPES = [
 ]
 
 
-def candidates(T, M):
+def candidates(T, M, dtype):
     chunks = [k for k in (4, 8, 16, 32) if k <= T] if T % 32 == 0 or T < 32 else [10, 20, 25]
     wide = [
         (lanes, warps) for lanes in (128, 256, 512, 1024) for warps in (1, 2, 4, 8) if 2 <= lanes // 32 // warps <= 8
     ]
     narrow = [(32, 1), (64, 1), (64, 2), (128, 2), (128, 4)]
-    return [Blocks(*lw, k) for lw, k in itertools.product(wide if M > 2**16 else narrow, chunks)]
+    ahead = (False, True) if jnp.dtype(dtype).itemsize == 2 else (False,)
+    return [Blocks(*lw, k, a) for lw, k, a in itertools.product(wide if M > 2**16 else narrow, chunks, ahead)]
 
 
 def main(seconds):
@@ -71,7 +72,7 @@ def main(seconds):
 
         rows = []
         with ThreadPoolExecutor(12) as pool:
-            for blocks, f in pool.map(build, candidates(T, M)):
+            for blocks, f in pool.map(build, candidates(T, M, dtype)):
                 if isinstance(f, Exception):
                     record(
                         "tune", case=name, T=T, M=M, dtype=jnp.dtype(dtype).name, blocks=blocks, status=repr(f)[:200]
