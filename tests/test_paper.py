@@ -144,12 +144,14 @@ def test_random_input_has_the_shape_of_the_real(like):
 
 @pytest.fixture(scope="module")
 def compared(tmp_path_factory):
-    """(path, what it said): a narrow run twice by the same implementation, the second time stopped and resumed."""
+    """(path, what it said): a small run twice by the same implementation, the second time stopped and resumed."""
     out, said = tmp_path_factory.mktemp("runs"), io.StringIO()
 
     def run(arguments):
         if "--name=1-scan" in arguments:
-            return paper.main(arguments)
+            with pytest.MonkeyPatch.context() as patch:
+                patch.setattr(train.report, "draw", lambda path, *_: path)  # the other is drawn
+                return paper.main(arguments)
         with contextlib.redirect_stdout(said), contextlib.redirect_stderr(said):
             assert paper.main([*arguments, "--stop_at=2"]) == 1
             return paper.main([*arguments, "--resume=true"])
@@ -158,6 +160,7 @@ def compared(tmp_path_factory):
         patch.setattr(accuracy.measure, "RESULTS", out)
         patch.setattr(accuracy, "run", run)  # in this process, for it to be compiled once
         patch.setattr(resnet, "WIDTHS", (8, 16, 32, 64))
+        patch.setitem(resnet.DEPTHS, 18, (1, 1, 1, 1))
         accuracy.compare("mnist", "r18", ["scan", "scan"], TINY, out)
     return out, said.getvalue()
 

@@ -98,8 +98,8 @@ def operations(model: nnx.Module, *args: Any, **kwargs: Any) -> dict[str, Operat
     """Operations of every Linear and Conv, of nnx and of snnfuse.nn, in one call of `model(*args, **kwargs)`, by path.
 
     A call whose input holds nothing but 0 and 1 is counted by its spikes, any other as dense. The fan-out is exact, at
-    the borders of a convolution too: that of an input is how many products the layer makes of it. Products of two activations, as in a `SelfAttention`, are
-    not counted. Not under `jax.jit`.
+    the borders of a convolution too: that of an input is how many products the layer makes of it. Products of
+    two activations, as in a `SelfAttention`, are not counted. Not under `jax.jit`.
 
     Raises:
       ValueError: it is called under a transform of JAX, where there are no values to count.
