@@ -19,8 +19,8 @@ IMPLEMENTATIONS = {
     "scan": scan,
     "interpret": pallas_triton.interpreted,
 }
-# What `implementation=None` tries, in this order. On an H100 the Triton lowering is 7 to 9 % faster than Mosaic GPU (LIF,
-# T = 32, M = 2^20: 0.93 and 0.86 of the copy rate in float32, 0.84 and 0.77 in bfloat16), while JAX has it.
+# What `implementation=None` tries, in this order. On an H100 the Triton lowering is faster than Mosaic GPU (LIF, T = 32,
+# M = 2^20: 0.93 and 0.87 of the copy rate in float32, 0.83 and 0.82 in bfloat16), while JAX has it.
 PREFERENCE = ("pallas", "mosaic", "triton", "scan")
 
 
@@ -51,8 +51,8 @@ def unroll(
         `snnfuse.explain` says which, and why.
       out_dtype: the dtype of the outputs, one for all or a tree like the outputs; None is that of xs (float32 if its
         leaves differ). Outputs in an integer dtype or bool carry no gradient.
-      reuse_cotangents: "pallas" writes the gradient of an input over the cotangent of an output of the same dtype: one
-        sequence less in memory, inside a network; where something else needs that cotangent XLA copies it first.
+      reuse_cotangents: "pallas" writes the gradient of an input over the cotangent of an output of the same dtype, so that
+        the two share a buffer; where something else needs that cotangent XLA copies it first.
 
     Returns:
       (outs, final_state): outs is a tree of [T, *B, N]; final_state is float32.

@@ -78,8 +78,6 @@ def _run_backward(kernels, residuals, cotangents):
     d_outs = tuple(d if live else None for d, live in zip(d_outs, kernels.problem.differentiable, strict=True))
     groups = (params, state, checkpoints, xs, d_outs, d_state)
     grads = on_lanes(lambda kernels, *groups: kernels.backward(*groups, wanted), kernels, *groups)
-    if kernels.problem.reuse_cotangents:  # XLA then adds to d_xs in place: not if it takes the reshape into that sum
-        grads = (*grads[:2], jax.lax.optimization_barrier(grads[2]))
     return jax.tree.map(lambda p, d: None if d is None else like(d, p), (params, state, xs), grads)
 
 
