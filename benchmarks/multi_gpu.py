@@ -1,42 +1,58 @@
-"""Several devices of one host: the links, sharded `jit`, data parallel steps and the time pipeline, each checked, then timed.
+"""Several devices of one host: the links, sharded `jit`, data parallel training, the time pipeline, and both at once.
 
-    python benchmarks/multi_gpu.py [--devices 1,2,4,8] [--small]        rows go to results/multi_gpu.jsonl
+    python benchmarks/multi_gpu.py                          all of it on 1, 2, 4 and 8 devices, or as many as there are
+    python benchmarks/multi_gpu.py --devices 2 --only links,data
+    XLA_FLAGS=--xla_force_host_platform_device_count=4 python benchmarks/multi_gpu.py --small           on a CPU
 
-    XLA_FLAGS=--xla_force_host_platform_device_count=8 python benchmarks/multi_gpu.py --small      on a CPU
-
-On simulated CPU devices it is a check that everything runs and is right, and the rows say so and hold no times: they
-share the same cores. `links` gives what `snnfuse.parallel.plan.Machine` wants: seconds and bytes per second of one
-all-reduce and of one hand-over. Weak scaling: the work of a device stays; strong: the work of all stays.
+Rows go to results/multi_gpu.jsonl. On simulated devices it is a check that everything runs and is right, and the rows
+say so and hold no times: they share the same cores. `links` gives what `snnfuse.parallel.plan.Machine` wants: one
+all-reduce and one hand-over. A training step is forward, backward and Adam on random input; `loss` and `grad_norm` are
+those of the first one, and where they must equal those of one device that is checked. `peak_mb` is what the step's
+program holds on one device. benchmarks/multi_gpu_torch.py is SpikingJelly beside it.
 """
 
 import argparse
+import time
 from functools import partial
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 from flax import nnx
 from jax import lax
+from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 from measure import fwd_bwd, normal_like, record, time_ms
+from resnet import timed
 
 import snnfuse as sf
-from snnfuse import nn, parallel
+from snnfuse import models, nn, parallel
 
 CPU = jax.default_backend() == "cpu"
+NEURONS = 2**13  # of a layer of the stack, a sample
+OVERLAP = {
+    "xla_gpu_enable_latency_hiding_scheduler": True
+}  # all-reduces beside the backward pass that makes their sums
 
 
-def row(case, devices, f, *args, **more):
-    """Run f(*args), and time it where a time means something."""
+def attempt(case, devices, f, **what):
+    """A row of f() -> {...}; a failure is a row too. What f returned, or None."""
     try:
-        jax.block_until_ready(f(*args))
-        ms, low, high = (None,) * 3 if CPU else time_ms(f, *args)
-    except Exception as e:  # a failure is a row
-        record("multi_gpu", case=case, devices=devices, status=f"{type(e).__name__}: {str(e)[:200]}", **more)
+        found = f()
+    except Exception as e:
+        record("multi_gpu", case=case, devices=devices, **what, status=f"{type(e).__name__}: {str(e)[:200]}")
         return None
-    kind = {"functional_check_only": True} if CPU else {"ms": ms, "quartiles": [low, high]}
-    record("multi_gpu", case=case, devices=devices, status="ok", **kind, **more)
-    return ms
+    record("multi_gpu", case=case, devices=devices, **what, **found, status="ok")
+    return found
+
+
+def time_of(f, *args):
+    jax.block_until_ready(f(*args))
+    if CPU:
+        return {"functional_check_only": True}
+    ms, low, high = time_ms(f, *args)
+    return {"ms": ms, "quartiles": [low, high]}
 
 
 def same(got, want, rtol):
@@ -55,111 +71,204 @@ def links(n, small):
     for size in (2**10, 2**16) if small else (2**10, 2**16, 2**20, 2**24, 2**28):
         x = parallel.shard(jnp.ones((n, size // 4), jnp.float32), mesh, P("d"))
         same(reduce(x)[0], jnp.full(size // 4, n), 0)
-        row("all-reduce", n, reduce, x, bytes=size)
-        row("hand-over", n, hand, x, bytes=size)
+        attempt("all-reduce", n, partial(time_of, reduce, x), bytes=size)
+        attempt("hand-over", n, partial(time_of, hand, x), bytes=size)
 
 
 def lanes(n, small, implementation):
     """`unroll`, forward and backward, by jit alone: weak scaling over lanes."""
     T, M = (8, 2**10) if small else (32, 2**21)
     mesh = parallel.make_mesh({"data": n})
-    run = fwd_bwd(lambda d, xs: sf.unroll(sf.LIF(), sf.LIFParams(d, 1.0), None, xs, implementation=implementation))
+    f = lambda how, d, xs: sf.unroll(sf.LIF(), sf.LIFParams(d, 1.0), None, xs, implementation=how)
+    run, scan = fwd_bwd(partial(f, implementation)), fwd_bwd(partial(f, "scan"))
     decay, xs = jnp.float32(0.6), jax.random.normal(jax.random.key(0), (T, n, M))
-    cotangents = normal_like(jax.eval_shape(lambda: run_shape(decay, xs)))
-    specs = P(None, "data"), P("data")
-    args = (parallel.shard(decay, mesh), parallel.shard(xs, mesh, specs[0]))
-    d = parallel.shard(cotangents[0], mesh, specs[0]), parallel.shard(cotangents[1], mesh, specs[1])
-    if small or n == 1:
-        same(run(args, d), fwd_bwd(run_shape)((decay, xs), cotangents), 1e-4)
-    compiled = run.lower(args, d).compile().as_text()
-    assert "all-gather" not in compiled, "a sequence was gathered"
-    row("unroll, weak", n, run, args, d, T=T, lanes_a_device=M, implementation=implementation or "the default")
+    cotangents = normal_like(jax.eval_shape(partial(f, "scan"), decay, xs))
+    args = (parallel.shard(decay, mesh), parallel.shard(xs, mesh, P(None, "data")))
+    d = tuple(parallel.shard(c, mesh, s) for c, s in zip(cotangents, (P(None, "data"), P("data")), strict=True))
+
+    def found():
+        if small or n == 1:
+            same(run(args, d), scan((decay, xs), cotangents), 1e-4)
+        assert "all-gather" not in run.lower(args, d).compile().as_text(), "a sequence was gathered"
+        return time_of(run, args, d)
+
+    attempt("unroll", n, found, T=T, lanes_a_device=M, implementation=implementation or "the default")
 
 
-def run_shape(decay, xs):
-    return sf.unroll(sf.LIF(), sf.LIFParams(decay, 1.0), None, xs, implementation="scan")
+def resnet18(implementation):
+    """Bits kept for the backward pass, bfloat16: what benchmarks/resnet.py calls packed."""
+    options = dict(precision="bfloat16", implementation=implementation, rngs=nnx.Rngs(0))
+    return models.spiking_resnet(18, 3, 10, **options), nn.membrane_mean
 
 
-def network(width, axes, microbatches, implementation):
-    rngs = nnx.Rngs(0)
-    how = {"implementation": implementation}
-    model = nn.Sequential(
-        nnx.Conv(2, width, (3, 3), strides=(2, 2), use_bias=False, rngs=rngs),
-        nnx.BatchNorm(width, rngs=rngs),
-        nn.LIF(tau=2.0, **how),
-        nnx.Conv(width, 2 * width, (3, 3), strides=(2, 2), use_bias=False, rngs=rngs),
-        nnx.BatchNorm(2 * width, rngs=rngs),
-        nn.LIF(tau=2.0, **how),
-        nn.flatten,
-        nnx.Linear(2 * width * 64, 10, rngs=rngs),
-        nn.LI(tau=4.0, **how),
-    )
-    if axes:
-        parallel.synchronise_batch_norm(model, axes)
-    if "time" in axes:
-        parallel.over_time(model, microbatches=microbatches)
-    return nnx.split(model)
+def stack(implementation):
+    """Eight layers of neurons and nothing between them."""
+    neuron = partial(nn.LIF, tau=2.0, learn="decay", implementation=implementation)
+    return nn.Sequential(*(neuron() for _ in range(8))), nn.spike_rate
 
 
-def train_step(graphdef, over_time, state, batch):
-    xs, labels = batch
-
-    def loss_of(model):
-        outs = model(xs)[0]
-        logits = parallel.readout(nn.membrane_mean, outs) if over_time else nn.membrane_mean(outs)
-        return -jnp.take_along_axis(jax.nn.log_softmax(logits), labels[:, None], 1).mean()
-
-    model = nnx.merge(graphdef, state)
-    loss, grads = nnx.value_and_grad(loss_of)(model)
-    grads = parallel.mean(grads)
-    nnx.update(model, jax.tree.map(lambda p, g: p - 0.1 * g, nnx.state(model, nnx.Param), grads))
-    return nnx.state(model), {"loss": loss}
+def small_net(implementation):
+    """Float32, where all meshes must agree to rounding."""
+    layers, features = [], 2
+    for width in (32, 64):
+        layers += [nn.Conv(features, width, 3, stride=2, rngs=nnx.Rngs(width))]
+        layers += [
+            nn.NormSpiking(nn.LIF(tau=2.0, implementation=implementation), nn.BatchNorm(width, rngs=nnx.Rngs(0)))
+        ]
+        features = width
+    return nn.Sequential(*layers, nn.mean_pool, nn.Linear(features, 10, rngs=nnx.Rngs(1))), nn.membrane_mean
 
 
-def training(axes, microbatches, T, B, small, implementation, case, want=None):
-    """A training step on a mesh; its loss must be that of one device, `want`."""
+MODELS = {  # the network, and the shape of a sample
+    "resnet18": (resnet18, (28, 28, 3)),
+    "lif-stack": (stack, (NEURONS,)),
+    "small-net": (small_net, (16, 16, 2)),
+}
+
+
+def training(name, axes, T, B, implementation, *, microbatches=None, synchronised=False, overlap=False, want=None):
+    """One row of a training step of a network on a mesh. `want`: the loss and gradient that it must give."""
     mesh = parallel.make_mesh(axes)
-    time, data = ("time" if "time" in axes else None), ("data" if "data" in axes else None)
-    graphdef, state = network(4 if small else 64, tuple(axes), microbatches, implementation)
-    step = jax.jit(
-        parallel.data_parallel(partial(train_step, graphdef, bool(time)), mesh, batch=(P(time, data), P(data)))
+    what = dict(T=T, batch=B, mesh=axes, microbatches=microbatches, synchronised=synchronised, overlap=overlap)
+    what |= dict(implementation=implementation or "the default")
+    run = partial(_training, name, mesh, T, B, implementation, microbatches, synchronised, overlap, want)
+    return attempt(name, mesh.size, run, **what)
+
+
+def _training(name, mesh, T, B, implementation, microbatches, synchronised, overlap, want):
+    time_axis, data_axis = (
+        ("time" if "time" in mesh.axis_names else None),
+        ("data" if "data" in mesh.axis_names else None),
     )
-    keys = jax.random.split(jax.random.key(1))
-    xs = parallel.shard(jax.random.normal(keys[0], (T, B, 32, 32, 2)), mesh, P(time, data))
-    labels = parallel.shard(jax.random.randint(keys[1], (B,), 0, 10), mesh, P(data))
-    state = parallel.shard(state, mesh)
-    loss = float(step(state, (xs, labels))[1]["loss"])
-    assert want is None or abs(loss - want) < 1e-3 * abs(want), f"loss {loss}, on one device {want}"
-    what = dict(T=T, batch=B, mesh=axes, microbatches=microbatches, implementation=implementation or "the default")
-    row(case, mesh.size, step, state, (xs, labels), loss=loss, **what)
-    return loss
+    build, shape = MODELS[name]
+    model, readout = build(implementation)
+    model.train()
+    if synchronised or time_axis:
+        parallel.synchronise_batch_norm(model, mesh.axis_names if synchronised else (time_axis,))
+    if time_axis:
+        parallel.over_time(model, microbatches=microbatches)
+    read = partial(parallel.readout, readout) if time_axis else readout
+    graphdef, state = nnx.split((model, nnx.Optimizer(model, optax.adam(1e-3), wrt=nnx.Param)))
+    leaves, tree = jax.tree.flatten(parallel.shard(state, mesh))
+
+    def update(state, batch):
+        model, optimizer = nnx.merge(graphdef, state)
+        xs, labels = batch
+
+        def loss_of(model):
+            dtype = jnp.bfloat16 if xs.dtype == jnp.bool_ else xs.dtype
+            logits = read(model(xs.astype(dtype))[0])
+            return optax.softmax_cross_entropy_with_integer_labels(logits, labels).mean()
+
+        loss, grads = nnx.value_and_grad(loss_of)(model)
+        grads = parallel.mean(grads)
+        optimizer.update(model, grads)
+        return nnx.state((model, optimizer)), {"loss": loss, "grad_norm": optax.tree.norm(grads)}
+
+    update = parallel.data_parallel(update, mesh, batch=(P(time_axis, data_axis), P(data_axis)))
+
+    @partial(jax.jit, donate_argnums=0, compiler_options=OVERLAP if overlap else None)
+    def step(leaves, xs, labels):
+        state, metrics = update(tree.unflatten(leaves), (xs, labels))
+        return jax.tree.leaves(state), (metrics["loss"], metrics["grad_norm"])
+
+    data = [batch(i, shape, T, B, mesh, P(time_axis, data_axis), P(data_axis)) for i in range(2)]
+    start = time.perf_counter()
+    compiled = step.lower(leaves, *data[0]).compile()
+    compile_s = time.perf_counter() - start
+    memory = compiled.memory_analysis()
+    held = memory.argument_size_in_bytes + memory.output_size_in_bytes - memory.alias_size_in_bytes
+    row = dict(peak_mb=(held + memory.temp_size_in_bytes) / 1e6, compile_s=compile_s)
+    leaves, (loss, norm) = compiled(leaves, *data[0])
+    row |= dict(loss=float(loss), grad_norm=float(norm))
+    if want is not None:
+        same((row["loss"], row["grad_norm"]), (want["loss"], want["grad_norm"]), 1e-4)
+    if CPU:
+        return row | {"functional_check_only": True}
+
+    def only_loss(leaves, *data):
+        leaves, (loss, _) = compiled(leaves, *data)
+        return leaves, loss
+
+    (ms, low, high), losses, _ = timed(only_loss, leaves, data)
+    return row | dict(ms=ms, quartiles=[low, high], samples_per_s=B / ms * 1e3, losses=[round(x, 4) for x in losses])
+
+
+def batch(seed, shape, T, B, mesh, along, of_labels):
+    """Random (xs, labels), made where they are wanted: spikes for an image, current for the stack."""
+    sharded = lambda spec: NamedSharding(mesh, spec)
+
+    @partial(jax.jit, out_shardings=(sharded(along), sharded(of_labels)))
+    def draw():
+        keys = jax.random.split(jax.random.key(seed))
+        labels = jax.random.randint(keys[1], (B,), 0, 10)
+        if len(shape) == 1:
+            return jax.random.normal(keys[0], (T, B, *shape)), labels
+        return jax.random.bernoulli(keys[0], 0.5, (T, B, *shape)), labels
+
+    return draw()
+
+
+def data(n, small, how):
+    """Weak scaling (a part of the batch for each device) and strong (all of it for all)."""
+    T, part, whole = (8, 2, 4 * n) if small else (32, 100, 200)
+    training("resnet18", {"data": n}, T, part * n, how)
+    if n > 1:
+        training("resnet18", {"data": n}, T, part * n, how, overlap=not CPU)
+        training("resnet18", {"data": n}, T, part * n, how, overlap=not CPU, synchronised=True)
+    if part * n != whole and whole % n == 0:
+        training("resnet18", {"data": n}, T, whole, how)
+
+
+def time_pipeline(n, small, how, name, steps):
+    B = 4 if small else 16
+    for T in (8, 16) if small else steps:
+        for m in (None,) if n == 1 else (n, 4 * n) if name == "lif-stack" else (n,):
+            if m is None or B % m == 0:
+                training(name, {"time": n}, T, B, how, microbatches=m)
+
+
+def largest(n, how):
+    """The stack with T doubled until it does not fit."""
+    for T in (2**i for i in range(13, 20)):
+        if training("lif-stack", {"time": n}, T, 16, how, microbatches=None if n == 1 else n) is None:
+            return
+
+
+def equal(n, small, how):
+    """Every mesh of n devices gives what one gives."""
+    T, B = (16, 8) if small else (32, 64)
+    one = training("small-net", {"data": 1}, T, B, how, synchronised=True)
+    meshes = [{"data": n}, {"time": n}, {"data": 2, "time": n // 2}] if n >= 4 else [{"data": n}, {"time": n}]
+    for axes in meshes:
+        training("small-net", axes, T, B, how, microbatches=axes.get("time"), synchronised=True, want=one)
 
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--devices", default=None, help="counts to measure, 1,2,4,8 or those there are")
+    parser.add_argument("--devices", default="1,2,4,8", help="counts to measure, of those that there are")
+    parser.add_argument("--only", default="links,lanes,equal,data,stack,time,largest")
+    parser.add_argument("--T", default="32,512,4096", help="of the time pipeline")
     parser.add_argument("--small", action="store_true", help="small cases, which a CPU can run")
     parser.add_argument("--implementation", default=None)
     args = parser.parse_args()
-    counts = [int(n) for n in args.devices.split(",")] if args.devices else [1, 2, 4, 8]
-    counts = [n for n in counts if n <= jax.device_count()]
-    how = args.implementation
-    T, B = (8, 8) if args.small else (32, 64)
-    one = training({"data": 1}, None, T, B, args.small, how, "data, strong")
-    long = training({"data": 1}, None, 4 * T, B, args.small, how, "time, strong")
-    for n in counts:
-        if n > 1:
-            links(n, args.small)
-            training({"data": n}, None, T, B, args.small, how, "data, strong", want=one)
-            for m in (1, n, 2 * n):
-                if B % m == 0:
-                    training({"time": n}, m, 4 * T, B, args.small, how, "time, strong", want=long)
-        lanes(n, args.small, how)
-        training({"data": n}, None, T, n * B, args.small, how, "data, weak")
-        training({"time": n}, n if n > 1 else None, n * T, B, args.small, how, "time, weak")
-        if n >= 4:
-            mixed = {"data": 2, "time": n // 2}
-            training(mixed, n // 2, 4 * T, B, args.small, how, "data x time, strong", want=long)
+    small, how, only = args.small, args.implementation, args.only.split(",")
+    steps = [int(T) for T in args.T.split(",")]
+    cases = {
+        "links": lambda n: n > 1 and links(n, small),
+        "lanes": lambda n: lanes(n, small, how),
+        "equal": lambda n: n > 1 and equal(n, small, how),
+        "data": lambda n: data(n, small, how),
+        "stack": lambda n: time_pipeline(n, small, how, "lif-stack", steps),
+        "time": lambda n: time_pipeline(n, small, how, "resnet18", steps),
+        "largest": lambda n: small or largest(n, how),
+    }
+    if unknown := [name for name in only if name not in cases]:
+        parser.error(f"--only must name some of {', '.join(cases)}; got {unknown[0]}")
+    for n in map(int, args.devices.split(",")):
+        if n <= jax.device_count():
+            for name in only:
+                cases[name](n)
 
 
 if __name__ == "__main__":

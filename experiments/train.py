@@ -125,15 +125,16 @@ class Structure:
 
 @partial(jax.jit, static_argnums=(0, 1), donate_argnums=2)
 def train_step(config: Config, structure: Structure, arrays, images, labels, step):
-    update = partial(_update, config, structure)
-    if config.mesh:
+    update = partial(_update, config, structure.graphdef)
+    if config.mesh:  # it knows the statistics to average by their nnx.Variable
         update = parallel.data_parallel(update, parallel.make_mesh(config.mesh))
-    return update(arrays, (images, labels), step)
+    state, metrics = update(structure.tree.unflatten(arrays), (images, labels), step)
+    return jax.tree.leaves(state), metrics
 
 
-def _update(config, structure, arrays, batch, step):
+def _update(config, graphdef, state, batch, step):
     images, labels = batch
-    model, optimizer = nnx.merge(structure.graphdef, structure.tree.unflatten(arrays))
+    model, optimizer = nnx.merge(graphdef, state)
     model.train()
     xs = config.data.encode(parallel.fold(_key(config, 0, step)), images, config.model.T, train=True)
 
@@ -146,7 +147,7 @@ def _update(config, structure, arrays, batch, step):
     grads = parallel.mean(grads)
     optimizer.update(model, grads)
     metrics = {"loss": loss, "accuracy": accuracy, "grad_norm": optax.tree.norm(grads)}
-    return jax.tree.leaves(nnx.state((model, optimizer))), metrics
+    return nnx.state((model, optimizer)), metrics
 
 
 @partial(jax.jit, static_argnums=(0, 1))

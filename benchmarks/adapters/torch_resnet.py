@@ -41,12 +41,12 @@ def resnet18(neuron, classes=10):
     return nn.Sequential(*stem, *blocks, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(512, classes))
 
 
-def training(adapter, way, dtype, T, B, size, device):
+def training(adapter, way, dtype, T, B, size, device, wrap=lambda net: net):
     """(step, xs, labels). "bfloat16" is autocast, "tf32" float32 outside the products; `way` "relu" has no neurons."""
     kind = "bfloat16" if dtype == "bfloat16" else "float32"
     neuron = nn.ReLU if way == "relu" else lambda: OverTime(T, Function(adapter.lif(way, kind)))
     torch.manual_seed(0)
-    net = resnet18(neuron).to(device).to(memory_format=torch.channels_last)
+    net = wrap(resnet18(neuron).to(device).to(memory_format=torch.channels_last))
     xs = (torch.rand(T * B, 3, size, size, device=device) < 0.5).float().contiguous(memory_format=torch.channels_last)
     labels = torch.randint(0, 10, (B,), device=device)
     adam = torch.optim.Adam(net.parameters(), 1e-3, fused=True, capturable=device.type == "cuda")
