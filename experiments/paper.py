@@ -3,7 +3,8 @@
     python experiments/paper.py --list                     every run: its command, time and result, as far as measured
     python experiments/paper.py mnist r18                  mnist, cifar10, nmnist or dvsgesture; r18, r34 or r50
     python experiments/paper.py cifar10 r50 --data random --data.like cifar10 --steps 200      its speed, without the data
-    python experiments/paper.py mnist5k r18                real digits that need no download; 97 % held out is the aim
+    python experiments/paper.py mnist5k r18                real digits that need no download: a minute on an H100, 98.0 %
+                                                           of those held out (the aim is 97 %)
 
 As in the paper: T = 32, batches of 100 (10 for DVS-Gesture), Adam of rate 1e-3, 5 epochs, LIF of decay 0.2 and threshold
 0.3, pixels against fresh noise at every step and in each of three channels, events in 32 frames of equally many with an
@@ -58,7 +59,7 @@ def table() -> str:
             wanted = dict(case=f"spiking-resnet-{depth}", implementation="pallas", memory="packed")
             wanted |= dict(precision="bfloat16", T=32, B=B, size=size)
             ms = _last("resnet", "ms", "{:.2f} on {}", **wanted)
-            wanted = dict(case=f"{data} {model}", input="real data", T=32, steps=int(steps))
+            wanted = dict(case=f"{data} {model}", implementation="pallas", input="real data", T=32, steps=int(steps))
             accuracy = _last("accuracy", "held_out_accuracy", "{:.2%} on {}", **wanted)
             lines.append(f"python experiments/paper.py {data} {model:{16 - len(data)}} {steps:>5}  {ms:24} {accuracy}")
     return "\n".join(lines)

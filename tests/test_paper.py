@@ -207,9 +207,11 @@ def test_the_list_has_every_run(capsys, monkeypatch, tmp_path):
     row = dict(status="ok", device="NVIDIA H100 80GB HBM3")
     step = dict(case="spiking-resnet-18", implementation="pallas", precision="bfloat16", T=32, B=100, size=28, ms=3.4)
     step |= dict(memory="packed")
-    accuracy = dict(case="mnist r18", held_out_accuracy=0.991, input="real data", steps=3000)
+    accuracy = dict(case="mnist r18", implementation="pallas", held_out_accuracy=0.991, input="real data", steps=3000)
+    others = [row | accuracy, row | accuracy | {"T": 32, "implementation": "scan", "held_out_accuracy": 0.5}]
     (tmp_path / "resnet.jsonl").write_text(json.dumps(row | step) + "\n" + json.dumps(row | step | {"B": 1, "ms": 1}))
-    (tmp_path / "accuracy.jsonl").write_text(json.dumps(row | accuracy | {"T": 32}) + "\n" + json.dumps(row | accuracy))
+    rows = [row | accuracy | {"T": 32}, *others]
+    (tmp_path / "accuracy.jsonl").write_text("\n".join(map(json.dumps, rows)))
     assert paper.main(["--list"]) == 0
     lines = capsys.readouterr().out.splitlines()
     assert len(lines) == 1 + len(paper.DATA) * len(paper.DEPTHS)
