@@ -4,6 +4,7 @@ python benchmarks/flips.py [--implementations pallas,mosaic,triton]        secon
 
 A spike can differ only where a membrane comes within a rounding of the threshold. On a grid it often should be the
 threshold exactly, and then the last bit decides: a compiler may round decay * v + x once (a fused multiply-add) or twice.
+On an H100, JAX 0.11.2: none differs, of either input, by any of the three.
 """
 
 import argparse
