@@ -5,9 +5,9 @@
     python benchmarks/loader.py --model my_module:build          any model: build(rngs, channels, classes), [T, B, H, W, C] -> [T, B, classes]
 
 Prints one JSON row and appends it to results/loader.jsonl: `fed_over_resident` is what the loader costs (at most 1.03
-wanted). Samples are random, stored as in a prepared data set (array_record, read by tfds) with --source disk, or made
-beforehand and kept in memory, without tfds, with --source memory. Both measurements alternate, and the loader's head
-start is spent before the clock starts.
+wanted; 1.003 on an H100 with --source memory, from disk not measured). Samples are random, stored as in a prepared data set
+(array_record, read by tfds) with --source disk, or made beforehand and kept in memory, without tfds, with --source memory.
+Both measurements alternate, and the loader's head start is spent before the clock starts.
 
 It needs grain, and with --source disk tensorflow-datasets. On a machine that reaches no package index carry a folder made
 with the same Python by `pip install --no-deps --target DIR ...`, and put it on PYTHONPATH: grain array-record portpicker
