@@ -75,6 +75,13 @@ def test_no_two_rows_of_a_commit_are_known_by_the_same(name):
         assert len(compare["rows"]("\n".join(of_it))) == len(of_it)
 
 
+def test_a_cell_says_how_a_time_came_about():
+    ok = row("a", 0.3, status="ok") | dict(call_ms=1.0)
+    assert report["cell"]([row("a", None, status="failed: why"), ok]) == "0.300 / 1.00"
+    assert report["cell"]([ok | dict(graph="why", call_ms=289.0)]) == "no graph / 289"
+    assert report["cell"]([row("a", None, status="failed: why"), row("a", None, status="not run: why")]) == "failed"
+
+
 @pytest.mark.parametrize("peer, says", [(3.0, "3x (Norse)"), (0.5, "**0.5x (Norse) is faster than ours**")])
 def test_the_table_says_where_a_peer_wins(peer, says):
     assert report["verdict"]({"ours": 1.0, "Norse": peer, "Spyx": 4.0, "sparx": None}) == says
