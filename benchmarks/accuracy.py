@@ -53,6 +53,7 @@ def compare(data: str, model: str, implementations: list[str], overrides: list[s
                 T=config["model.T"],
                 B=config["batch"],
                 precision=config["model.precision"],
+                mesh=config["mesh"],
                 seed=config["seed"],
                 steps=config["steps"],
                 held_out_accuracy=summary["held_out_accuracy"],

@@ -126,16 +126,16 @@ MODELS = {  # the network, and the shape of a sample
 }
 
 
-def training(name, axes, T, B, implementation, *, microbatches=None, synchronised=False, overlap=False, want=None):
+def training(name, axes, T, B, implementation, *, microbatches=None, synchronised=False, want=None):
     """One row of a training step of a network on a mesh. `want`: the loss and gradient that it must give."""
     mesh = parallel.make_mesh(axes)
-    what = dict(T=T, batch=B, mesh=axes, microbatches=microbatches, synchronised=synchronised, overlap=overlap)
+    what = dict(T=T, batch=B, mesh=axes, microbatches=microbatches, synchronised=synchronised)
     what |= dict(implementation=implementation or "the default")
-    run = partial(_training, name, mesh, T, B, implementation, microbatches, synchronised, overlap, want)
+    run = partial(_training, name, mesh, T, B, implementation, microbatches, synchronised, want)
     return attempt(name, mesh.size, run, **what)
 
 
-def _training(name, mesh, T, B, implementation, microbatches, synchronised, overlap, want):
+def _training(name, mesh, T, B, implementation, microbatches, synchronised, want):
     time_axis, data_axis = (
         ("time" if "time" in mesh.axis_names else None),
         ("data" if "data" in mesh.axis_names else None),
@@ -167,7 +167,7 @@ def _training(name, mesh, T, B, implementation, microbatches, synchronised, over
 
     update = parallel.data_parallel(update, mesh, batch=(P(time_axis, data_axis), P(data_axis)))
 
-    @partial(jax.jit, donate_argnums=0, compiler_options=OVERLAP if overlap else None)
+    @partial(jax.jit, donate_argnums=0)
     def step(leaves, xs, labels):
         state, metrics = update(tree.unflatten(leaves), (xs, labels))
         return jax.tree.leaves(state), (metrics["loss"], metrics["grad_norm"])
@@ -214,8 +214,7 @@ def data(n, small, how):
     T, part, whole = (8, 2, 4 * n) if small else (32, 100, 200)
     training("resnet18", {"data": n}, T, part * n, how)
     if n > 1:
-        training("resnet18", {"data": n}, T, part * n, how, overlap=not CPU)
-        training("resnet18", {"data": n}, T, part * n, how, overlap=not CPU, synchronised=True)
+        training("resnet18", {"data": n}, T, part * n, how, synchronised=True)
     if part * n != whole and whole % n == 0:
         training("resnet18", {"data": n}, T, whole, how)
 

@@ -60,6 +60,7 @@ def table() -> str:
             wanted |= dict(precision="bfloat16", T=32, B=B, size=size)
             ms = _last("resnet", "ms", "{:.2f} on {}", **wanted)
             wanted = dict(case=f"{data} {model}", implementation="pallas", input="real data", T=32, steps=int(steps))
+            wanted |= dict(mesh=None)
             accuracy = _last("accuracy", "held_out_accuracy", "{:.2%} on {}", **wanted)
             lines.append(f"python experiments/paper.py {data} {model:{16 - len(data)}} {steps:>5}  {ms:24} {accuracy}")
     return "\n".join(lines)
