@@ -237,9 +237,7 @@ def test_the_pipeline_moves_the_membrane_and_nothing_of_size_T():
     assert sorted(handed) == sorted(2 * per_microbatch), "v of each layer, forward and backward"
     reduced = [shape for operation, shape in moved if operation == "all-reduce"]
     assert len(handed) + len(reduced) == len(moved)
-    stats = sum(p.size for p in jax.tree.leaves(nnx.filter_state(state, nnx.BatchStat)))
-    assert max(map(math.prod, reduced)) <= params + stats + 2, "what is small goes in one"
-    assert size_of(reduced) < 3 * params + B * CLASSES * 4
+    assert max(map(math.prod, reduced)) <= params and size_of(reduced) < 3 * params + B * CLASSES * 4
 
 
 def test_time_over_devices_divides_the_memory():

@@ -14,12 +14,10 @@ gradients move once and nothing else does but scalars and batch statistics.
 
 from collections.abc import Callable
 from functools import wraps
-from itertools import compress
 from typing import Any
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from flax import nnx
 from jax import lax
 from jax.sharding import Mesh, PartitionSpec
@@ -28,7 +26,6 @@ from snnfuse.core.neuron import PyTree
 from snnfuse.parallel.mesh import EVERYWHERE, check_axes, check_divisible
 
 TIME = "time"
-SMALL = 2**18  # elements; larger arrays are worth an all-reduce of their own
 ALONG_DATA = PartitionSpec("data")
 
 
@@ -38,40 +35,9 @@ def axes_here() -> tuple[str, ...]:
 
 
 def mean(tree: PyTree, axes: tuple[str, ...] | None = None) -> PyTree:
-    """The mean over devices: over `axes`, or all there are. On one device, outside of `data_parallel`, the tree itself.
-
-    A large array is an all-reduce of its own, small ones go together. They run in the reverse order of the tree, in
-    which a backward pass makes them, beside the rest of it.
-    """
+    """The mean over devices: over `axes`, or all there are. On one device, outside of `data_parallel`, the tree itself."""
     axes = axes_here() if axes is None else axes
-    if not axes or lax.axis_size(axes) == 1:
-        return tree
-    leaves, treedef = jax.tree.flatten(tree)
-    leaves = [jnp.asarray(x) for x in leaves]
-    before = None
-    for group in _together(leaves):
-        joined = leaves[group[0]] if len(group) == 1 else jnp.concatenate([leaves[i].ravel() for i in group])
-        if before is not None:
-            # XLA would run first what is made last, and all of it after the backward pass; a barrier it forgets before
-            # it makes the schedule. So each sum waits for the one before it by a zero of it.
-            joined = joined + jnp.clip(before.ravel()[0], 0, 0).astype(joined.dtype)
-        before = joined = lax.pmean(joined, axes)
-        ends = np.cumsum([leaves[i].size for i in group])[:-1]
-        parts = [joined] if len(group) == 1 else jnp.split(joined, ends)
-        for i, part in zip(group, parts, strict=True):
-            leaves[i] = part.reshape(leaves[i].shape)
-    return treedef.unflatten(leaves)
-
-
-def _together(leaves):
-    """Which leaves are summed in one: each large one alone, from the last to the first, then the small of each dtype."""
-    alone, small = [], {}
-    for i, x in enumerate(leaves):
-        if x.size and x.size < SMALL and jnp.issubdtype(x.dtype, jnp.floating):
-            small.setdefault(x.dtype, []).append(i)
-        elif x.size:
-            alone.append([i])
-    return [*reversed(alone), *small.values()]
+    return lax.pmean(tree, axes) if axes else tree
 
 
 def fold(key: jax.Array, axes: tuple[str, ...] | None = None) -> jax.Array:
@@ -139,22 +105,22 @@ def _on_each_device(step, axes):
     def run(state, data, *rest):
         mine = lambda tree: jax.tree.map(lambda x: fold(x, apart) if apart and _is_key(x) else x, tree)
         new, metrics = step(mine(state), data, *mine(rest))
-        variables, tree = jax.tree.flatten(_with_keys(new, state), is_leaf=lambda v: isinstance(v, nnx.Variable))
-        stats = [isinstance(v, nnx.BatchStat) for v in variables]
-        numbers, metrics = jax.tree.flatten(metrics)
-        floats = [jnp.issubdtype(jnp.result_type(x), jnp.floating) for x in numbers]
-        means = iter(mean([*compress(variables, stats), *compress(numbers, floats)], axes))
-        variables = [next(means) if stat else v for v, stat in zip(variables, stats, strict=True)]
-        add = lambda x: lax.psum(x, apart) if apart else x
-        numbers = [next(means) if is_float else add(x) for x, is_float in zip(numbers, floats, strict=True)]
-        return tree.unflatten(variables), metrics.unflatten(numbers)
+        return _same_everywhere(new, state, axes), jax.tree.map(lambda x: _reduce(x, axes, apart), metrics)
 
     return run
 
 
-def _with_keys(new, old):
+def _same_everywhere(new, old, axes):
     keys = {p: x for p, x in jax.tree_util.tree_leaves_with_path(old) if _is_key(x)}
-    return jax.tree_util.tree_map_with_path(lambda p, x: keys.get(p, x) if _is_key(x) else x, new)
+    new = jax.tree_util.tree_map_with_path(lambda p, x: keys.get(p, x) if _is_key(x) else x, new)
+    is_variable = lambda v: isinstance(v, nnx.Variable)
+    return jax.tree.map(lambda v: mean(v, axes) if isinstance(v, nnx.BatchStat) else v, new, is_leaf=is_variable)
+
+
+def _reduce(x, axes, apart):
+    if jnp.issubdtype(jnp.result_type(x), jnp.floating):
+        return lax.pmean(x, axes)
+    return lax.psum(x, apart) if apart else x
 
 
 def _is_key(x):
