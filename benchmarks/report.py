@@ -5,6 +5,8 @@ import json
 import pathlib
 import sys
 
+from snnfuse.parallel.plan import Layer, predict
+
 HERE = pathlib.Path(__file__).parent
 README = HERE.parent / "README.md"
 PEERS = {  # a column of the table of the libraries: who is in it
@@ -101,6 +103,77 @@ def peers_table():
     )
 
 
+def resnet18(size: int, channels: int = 2) -> list[Layer]:
+    """Its 17 convolutions with the neurons behind each; the stem halves twice."""
+    size = -(-size // 2)
+    layers = [Layer(64 * size**2, 2 * 49 * channels * 64 * size**2, 49 * channels * 64)]
+    size, before = -(-size // 2), 64
+    for width in (64, 128, 256, 512):
+        size = size if width == 64 else -(-size // 2)
+        for _ in range(4):
+            layers.append(Layer(width * size**2, 2 * 9 * before * width * size**2, 9 * before * width))
+            before = width
+    return layers
+
+
+STACK = [Layer(neurons=8192, flops=0, weights=1, normalised=False)] * 8
+MODELLED = {"resnet18": (resnet18(28, 3), 2), "lif-stack": (STACK, 4)}  # what the cost model sees, bytes a number
+
+
+def multi_gpu_table():
+    """The first row of each case; the prediction is the cost model's, with the rates of an H100."""
+    rows = [json.loads(line) for line in (HERE / "results/multi_gpu.jsonl").read_text().splitlines()]
+    key = lambda r, batch: (r["case"], r.get("library"), r["T"], batch)
+    which = lambda r: (*key(r, r["batch"]), str(r["mesh"]), *map(r.get, ("microbatches", "synchronised", "variant")))
+    steps = {}
+    for r in rows:
+        if "mesh" in r:
+            steps.setdefault(which(r), r)
+    ones = {key(r, r["batch"]): r for r in steps.values() if r["devices"] == 1}
+    lines = [
+        "| case | devices | mesh | T | batch | microbatches | ms a step | samples/s | peak MB a device | over one device | predicted ms |",
+        "|---|---|---|---|---|---|---|---|---|---|---|",
+    ]
+    for r in steps.values():
+        dtype = r.get("dtype") or ("bfloat16" if r["case"] == "resnet18" else "float32")
+        case = f"{r['case']}, {dtype}" + (", SpikingJelly" if "library" in r else "")
+        case += ", BatchNorm synchronised" if r.get("synchronised") and r["case"] == "resnet18" else ""
+        case += f" ({r['variant']})" if "variant" in r else ""
+        mesh = ",".join(f"{axis}={n}" for axis, n in r["mesh"].items())
+        label = f"| {case} | {r['devices']} | {mesh} | {r['T']} | {r['batch']} | {r.get('microbatches') or ''}"
+        if r["status"] != "ok":
+            why = "out of memory" if "Out of memory" in r["status"] else r["status"][:60]
+            lines.append(f"{label} | {why} | | | | |")
+            continue
+        same, part = (ones.get(key(r, batch)) for batch in (r["batch"], r["batch"] // r["devices"]))
+        over = [f"{same['ms'] / r['ms']:.2f}x"] if same else []
+        over += [f"weak {r['samples_per_s'] / part['samples_per_s']:.2f}x"] if part else []
+        peak = "" if "library" in r else f"{r['peak_mb']:,.0f}"
+        lines.append(
+            f"{label} | {digits(r['ms'])} | {r['samples_per_s']:,.0f} | {peak} "
+            f"| {', '.join(over) if r['devices'] > 1 else ''} | {predicted(r)} |"
+        )
+    calls = [r for r in rows if "bytes" in r]
+    ms = lambda case, pick: digits(pick((r["bytes"], r["ms"]) for r in calls if r["case"] == case)[1])
+    ways = [f"{case} of 1 KB {ms(case, min)} ms, of 256 MB {ms(case, max)} ms" for case in ("all-reduce", "hand-over")]
+    once = lambda key: ", ".join(dict.fromkeys(str(r[key]) for r in rows if key in r))
+    where = f"{once('device')}, JAX {once('jax')}, PyTorch {once('torch')}, {once('date')}, commit {once('commit')}"
+    what = "Over one device: at the same batch; weak: samples/s, over one device with its part of the batch. SpikingJelly's peak is left out: "
+    what += "in its rows it is that of the first steps too. "
+    what += f"Between two devices, as called: {'; '.join(ways)}. Measured on: {where}"
+    return "\n".join(lines) + f"\n\n{what}. Rows: `benchmarks/results/multi_gpu.jsonl`.\n"
+
+
+def predicted(r):
+    """What the cost model says of a row, and how far off it is."""
+    if r["case"] not in MODELLED or "library" in r or "variant" in r:
+        return ""
+    layers, itemsize = MODELLED[r["case"]]
+    mesh = r["mesh"].get("data", 1), r["mesh"].get("time", 1), r["microbatches"] or 1
+    found = predict(layers, r["T"], r["batch"], *mesh, itemsize=itemsize, synchronised=r["synchronised"])
+    return f"{digits(found.seconds * 1e3)} ({found.seconds * 1e3 / r['ms'] - 1:+.0%})"
+
+
 def timed(rows):
     return [r for r in rows if r["status"] == "ok"]
 
@@ -131,7 +204,7 @@ def verdict(best):
     return ratio if others[name] >= ours else f"**{ratio} is faster than ours**"
 
 
-TABLES = {"core": core_table, "resnet": resnet_table, "peers": peers_table}
+TABLES = {"core": core_table, "resnet": resnet_table, "peers": peers_table, "multi_gpu": multi_gpu_table}
 
 
 def main(check):
