@@ -97,6 +97,8 @@ def peers_table():
     what += f", but at {differ:.3%} of all places at most" if differ else ""
     what += "; of the ResNet nothing is compared" if any(r["case"].startswith("resnet") for r in measured) else ""
     what += "; where no graph could be captured, calls are compared" if any("graph" in r for r in measured) else ""
+    beside = dict.fromkeys(r["beside"] for r in measured if "beside" in r)
+    what += f"; *: measured beside {', '.join(beside)}" if beside else ""
     return (
         "\n".join(lines)
         + f"\n\n{what}. Measured on: {where}; {', '.join(used)}. Rows: `benchmarks/results/peers.jsonl`.\n"
@@ -150,7 +152,7 @@ def multi_gpu_table():
         over += [f"weak {r['samples_per_s'] / part['samples_per_s']:.2f}x"] if part else []
         peak = "" if "library" in r else f"{r['peak_mb']:,.0f}"
         lines.append(
-            f"{label} | {digits(r['ms'])} | {r['samples_per_s']:,.0f} | {peak} "
+            f"{label} | {digits(r['ms'])}{'*' * ('beside' in r)} | {r['samples_per_s']:,.0f} | {peak} "
             f"| {', '.join(over) if r['devices'] > 1 else ''} | {predicted(r)} |"
         )
     calls = [r for r in rows if "bytes" in r]
@@ -160,6 +162,7 @@ def multi_gpu_table():
     where = f"{once('device')}, JAX {once('jax')}, PyTorch {once('torch')}, {once('date')}, commit {once('commit')}"
     what = "Over one device: at the same batch; weak: samples/s, over one device with its part of the batch. SpikingJelly's peak is left out: "
     what += "in its rows it is that of the first steps too. "
+    what += f"*: measured beside {', or '.join(dict.fromkeys(r['beside'] for r in rows if 'beside' in r))}. "
     what += f"Between two devices, as called: {'; '.join(ways)}. Measured on: {where}"
     return "\n".join(lines) + f"\n\n{what}. Rows: `benchmarks/results/multi_gpu.jsonl`.\n"
 
@@ -185,7 +188,8 @@ def compared(row):
 
 def cell(rows):
     if best := min(timed(rows), key=compared, default=None):
-        return f"{'no graph' if 'graph' in best else digits(best['ms'])} / {digits(best['call_ms'])}"
+        star = "*" if "beside" in best else ""
+        return f"{'no graph' if 'graph' in best else digits(best['ms'])} / {digits(best['call_ms'])}{star}"
     tried = [r for r in rows if not r["status"].startswith("not run")]
     return (tried or rows)[0]["status"].split(":")[0] if rows else ""
 
