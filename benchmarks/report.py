@@ -123,13 +123,13 @@ MODELLED = {"resnet18": (resnet18(28, 3), 2), "lif-stack": (STACK, 4)}  # what t
 
 
 def multi_gpu_table():
-    """The first row of each case; the prediction is the cost model's, with the rates of an H100."""
+    """The first row of each case, of what is in the library; the prediction is the cost model's, with the rates of an H100."""
     rows = [json.loads(line) for line in (HERE / "results/multi_gpu.jsonl").read_text().splitlines()]
     key = lambda r, batch: (r["case"], r.get("library"), r["T"], batch)
-    which = lambda r: (*key(r, r["batch"]), str(r["mesh"]), *map(r.get, ("microbatches", "synchronised", "variant")))
+    which = lambda r: (*key(r, r["batch"]), str(r["mesh"]), *map(r.get, ("microbatches", "synchronised")))
     steps = {}
     for r in rows:
-        if "mesh" in r:
+        if "mesh" in r and "variant" not in r:
             steps.setdefault(which(r), r)
     ones = {key(r, r["batch"]): r for r in steps.values() if r["devices"] == 1}
     lines = [
@@ -140,7 +140,6 @@ def multi_gpu_table():
         dtype = r.get("dtype") or ("bfloat16" if r["case"] == "resnet18" else "float32")
         case = f"{r['case']}, {dtype}" + (", SpikingJelly" if "library" in r else "")
         case += ", BatchNorm synchronised" if r.get("synchronised") and r["case"] == "resnet18" else ""
-        case += f" ({r['variant']})" if "variant" in r else ""
         mesh = ",".join(f"{axis}={n}" for axis, n in r["mesh"].items())
         label = f"| {case} | {r['devices']} | {mesh} | {r['T']} | {r['batch']} | {r.get('microbatches') or ''}"
         if r["status"] != "ok":
@@ -169,7 +168,7 @@ def multi_gpu_table():
 
 def predicted(r):
     """What the cost model says of a row, and how far off it is."""
-    if r["case"] not in MODELLED or "library" in r or "variant" in r:
+    if r["case"] not in MODELLED or "library" in r:
         return ""
     layers, itemsize = MODELLED[r["case"]]
     mesh = r["mesh"].get("data", 1), r["mesh"].get("time", 1), r["microbatches"] or 1
