@@ -420,3 +420,19 @@ def test_the_experiment_trains_on_a_mesh_as_on_one_device(tmp_path, monkeypatch)
     ):
         with pytest.raises(train.Stopped, match=message):
             train.train(dataclasses.replace(config, name="wrong", mesh=mesh))
+
+
+def test_after_a_step_of_the_experiment_all_devices_have_the_same_state():
+    """Also where each normalises by its own part of the batch."""
+    config = dataclasses.replace(TINY, mesh="data=4", sync_batch_norm=False)
+    data, mesh = config.data.load(), parallel.make_mesh("data=4")
+    graphdef, state = train.create(config, data.train_images.shape[1:], data.classes)
+    assert jax.tree.leaves(nnx.filter_state(state, nnx.BatchStat))
+    arrays, tree = jax.tree.flatten(parallel.shard(state, mesh))
+    batch = (parallel.shard(x[:32], mesh, P("data")) for x in (data.train_images, data.train_labels))
+    arrays, _ = train.train_step(config, train.Structure(graphdef, tree), arrays, *batch, 0)
+    for array in arrays:
+        first, *others = (np.asarray(shard.data) for shard in array.addressable_shards)
+        assert len(others) == 3
+        for other in others:
+            np.testing.assert_array_equal(other, first)
