@@ -14,7 +14,7 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
-from measure import ON_GPU, RESULTS, copy_rate, device_ms, fwd_bwd, record, time_ms
+from measure import ON_GPU, RESULTS, copy_rate, device_ms, fwd_bwd, peak_mb, record, time_ms
 
 import snnfuse as sf
 
@@ -119,8 +119,6 @@ def run(spikes, learned, sets, rate):
     compile_s = time.perf_counter() - start
     result = compiled((learned, xs), cotangent)
     ms, low, high = device_ms(fwd_bwd(spikes), [((learned, xs), cotangent) for xs, cotangent in sets])
-    memory = compiled.memory_analysis()
-    held = memory.argument_size_in_bytes + memory.output_size_in_bytes + memory.temp_size_in_bytes
     return result, dict(
         status="ok",
         ms=ms,
@@ -129,7 +127,7 @@ def run(spikes, learned, sets, rate):
         forward_ms=device_ms(spikes, [(learned, xs) for xs, _ in sets])[0],
         of_copy_rate=5 * xs.nbytes / rate / (ms * 1e-3),
         firing_rate=float(jnp.mean(result[0].astype(f32))),
-        peak_units=held / xs.nbytes,
+        peak_units=peak_mb(compiled) * 1e6 / xs.nbytes,
         compile_s=compile_s,
     )
 

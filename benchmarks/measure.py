@@ -50,6 +50,13 @@ def device_ms(f, sets):
     return tuple(t / len(sets) for t in time_ms(run, sets))
 
 
+def peak_mb(compiled):
+    """What a compiled program holds on one device at most: arguments, results and temporaries."""
+    sizes = compiled.memory_analysis()
+    held = sizes.argument_size_in_bytes + sizes.output_size_in_bytes - sizes.alias_size_in_bytes
+    return (held + sizes.temp_size_in_bytes) / 1e6
+
+
 def copy_rate(nbytes=2**30):
     """Bytes a second of x + 1, read and written."""
     x = jax.random.normal(jax.random.key(0), (nbytes // 4,), jnp.float32)

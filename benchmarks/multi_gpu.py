@@ -23,7 +23,7 @@ from flax import nnx
 from jax import lax
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
-from measure import fwd_bwd, normal_like, record, time_ms
+from measure import fwd_bwd, normal_like, peak_mb, record, time_ms
 from resnet import timed
 
 import snnfuse as sf
@@ -176,9 +176,7 @@ def _training(name, mesh, T, B, implementation, microbatches, synchronised, want
     start = time.perf_counter()
     compiled = step.lower(leaves, *data[0]).compile()
     compile_s = time.perf_counter() - start
-    memory = compiled.memory_analysis()
-    held = memory.argument_size_in_bytes + memory.output_size_in_bytes - memory.alias_size_in_bytes
-    row = dict(peak_mb=(held + memory.temp_size_in_bytes) / 1e6, compile_s=compile_s)
+    row = dict(peak_mb=peak_mb(compiled), compile_s=compile_s)
     leaves, (loss, norm) = compiled(leaves, *data[0])
     row |= dict(loss=float(loss), grad_norm=float(norm))
     if want is not None:

@@ -22,7 +22,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 from flax import nnx
-from measure import RESULTS, record
+from measure import RESULTS, peak_mb, record
 
 from snnfuse import models, nn
 from snnfuse.models.resnet import DEPTHS
@@ -222,8 +222,6 @@ def measure(row, case, depth, precision, data, with_profile):
     start = time.perf_counter()
     compiled = step.lower(state, *data[0]).compile()
     compile_s = time.perf_counter() - start
-    memory = compiled.memory_analysis()
-    held = memory.argument_size_in_bytes + memory.output_size_in_bytes - memory.alias_size_in_bytes
     (ms, low, high), losses, state = timed(step, state, data)
     record(
         "resnet",
@@ -231,7 +229,7 @@ def measure(row, case, depth, precision, data, with_profile):
         input="random input",
         ms=ms,
         quartiles=(low, high),
-        peak_mb=(held + memory.temp_size_in_bytes) / 1e6,
+        peak_mb=peak_mb(compiled),
         compile_s=compile_s,
         losses=[round(loss, 4) for loss in losses],
         status="ok",

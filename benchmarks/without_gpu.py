@@ -7,12 +7,12 @@ It needs JAX's CUDA plugin, but no driver (4.5 GB; JAX=0.11.2, or what is instal
 nvidia-cuda-runtime-cu12 nvidia-cudnn-cu12 nvidia-cublas-cu12 nvidia-cuda-cupti-cu12 nvidia-nvjitlink-cu12
 nvidia-cusparse-cu12 nvidia-cusolver-cu12 nvidia-cufft-cu12 nvidia-nccl-cu12`.
 
-What it prints is no measurement. Nothing is tuned on a device, so that no workspace of a convolution is in it: packed, T = 32,
-B = 100 is 670.815 MB here and 670.818 on an H100, but lean 412 here and 463 there.
+Rows go to results/without_gpu.jsonl, and are no measurements: nothing is tuned on a device, so that no workspace of a
+convolution is in them. Of T = 32, B = 100 the packed network's is that of an H100 (results/resnet.jsonl) to some kB, the
+lean one's is less.
 """
 
 import argparse
-import json
 import os
 import time
 from pathlib import Path
@@ -24,6 +24,7 @@ import jax.numpy as jnp
 from jax._src import xla_bridge
 from jax.experimental import topologies
 from jax.sharding import SingleDeviceSharding
+from measure import peak_mb, record
 from resnet import build, training
 
 H100 = """
@@ -67,12 +68,9 @@ def main():
             for memory in args.memory.split(","):
                 start = time.perf_counter()
                 program = compiled(f"pallas_{memory}", depth, args.precision, T, args.batch, args.size)
-                sizes = program.memory_analysis()
-                held = sizes.argument_size_in_bytes + sizes.output_size_in_bytes - sizes.alias_size_in_bytes
                 row = dict(case=f"spiking-resnet-{depth}", memory=memory, precision=args.precision, T=T, B=args.batch)
-                row |= dict(size=args.size, peak_mb=(held + sizes.temp_size_in_bytes) / 1e6)
-                row |= dict(compile_s=round(time.perf_counter() - start, 1))
-                print(json.dumps(row), flush=True)
+                row |= dict(size=args.size, peak_mb=peak_mb(program), compile_s=time.perf_counter() - start)
+                record("without_gpu", **row, target="NVIDIA H100 80GB HBM3", status="ok")
                 if args.hlo:
                     args.hlo.mkdir(parents=True, exist_ok=True)
                     (args.hlo / f"resnet{depth}_{memory}_T{T}.hlo").write_text(program.as_text())

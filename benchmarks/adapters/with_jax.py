@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
-from measure import fwd_bwd, time_ms
+from measure import fwd_bwd, peak_mb, time_ms
 
 from adapters import cases
 
@@ -112,9 +112,7 @@ def compiled(f, *args, keep=True):
     run = f.lower(*args).compile()
     out = jax.block_until_ready(run(*args)) if keep else None
     first = time.perf_counter() - start
-    memory = run.memory_analysis()
-    held = memory.argument_size_in_bytes + memory.output_size_in_bytes + memory.temp_size_in_bytes
-    return run, dict(first_call_s=first, peak_mb=(held - memory.alias_size_in_bytes) / 1e6), out
+    return run, dict(first_call_s=first, peak_mb=peak_mb(run)), out
 
 
 def times(run, f, sets):
