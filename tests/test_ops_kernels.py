@@ -96,6 +96,27 @@ def test_keeps_its_inputs_and_checkpoints_and_nothing_else():
     assert kept == sorted(math.prod(shape) for shape in [(24, 100), (100,), (100,), *checkpoints, (1,), (50,), (100,)])
 
 
+def final_state(neuron, implementation, params, state, xs):
+    problem, *leaves = api._check(neuron, params, state, xs, None)
+    outs, final = fused.run(api.passes(problem.state_only, implementation), *leaves)
+    assert outs == ()
+    return problem.step.state_tree.unflatten(final)
+
+
+@pytest.mark.parametrize("name", ["lif", "affine", "cuba"])
+def test_a_run_for_the_state_alone(name):
+    """It has one result a state leaf, none of size T, and the same values."""
+    neuron, *args, rtol = cases.make(name, T=21, lanes=(3, 50))
+    for implementation in LOWERED if jax.__version_info__ >= (0, 11, 2) else ["pallas"]:
+        text = lower(partial(final_state, neuron, implementation), *args)
+        (call,) = [line for line in text.splitlines() if f"custom_call @{LOWERED[implementation]}" in line]
+        results = call.rsplit(" -> ", 1)[1]
+        assert results.count("tensor") == len(jax.tree.leaves(args[1])) and "<21x" not in results
+    want = sf.unroll(neuron, *args, implementation="scan")[1]
+    for implementation in ("scan", "interpret"):
+        assert_close(final_state(neuron, implementation, *args), want, rtol)
+
+
 def test_what_nobody_asks_for_is_not_computed():
     """First layer of a network: no gradient of xs, a constant state, no use of the final state."""
     neuron, params, _, xs, _ = cases.make("lif", T=16, lanes=(512,))

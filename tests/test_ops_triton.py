@@ -104,6 +104,17 @@ def test_whole_kernels_run_by_numpy_give_what_scan_gives(name, case, numpy_kerne
     check(name, *CASES[case])
 
 
+@pytest.mark.parametrize("case", ["mask_and_tail", "whole_chunks"])
+def test_a_kernel_for_the_state_alone(case, numpy_kernels):
+    make, blocks, _ = CASES[case]
+    neuron, *args, rtol = cases.make("cuba", **make)
+    problem, *leaves = api._check(neuron, *args, None)
+    outs, final = fused.unroll(triton.TritonKernels(problem.state_only, blocks), *leaves)
+    want = sf.unroll(neuron, *args, implementation="scan")[1]
+    assert outs == ()
+    assert_close(problem.step.state_tree.unflatten(final), want, rtol)
+
+
 @pytest.mark.parametrize("new", [False, True])
 def test_both_versions_of_jax_triton(new, monkeypatch):
     triton_on_numpy.install(monkeypatch, new)

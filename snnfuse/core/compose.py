@@ -80,3 +80,16 @@ class Twice:
     def step(self, params, state, x):
         state, out = self.inner.step(params, state, x)
         return state, (out, out)
+
+
+@dataclass(frozen=True)
+class StateOnly:
+    """The same neuron without its output, which a kernel then does not store."""
+
+    inner: Neuron
+
+    def init_state(self, shape):
+        return self.inner.init_state(shape)
+
+    def step(self, params, state, x):
+        return self.inner.step(params, state, x)[0], ()

@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from snnfuse.core.neuron import Neuron, PyTree
-from snnfuse.ops import pallas_mosaic, pallas_triton, scan, triton
+from snnfuse.ops import fused, pallas_mosaic, pallas_triton, scan, triton
 from snnfuse.ops.packing import Packed
 from snnfuse.ops.problem import Problem, Step
 
@@ -80,6 +80,14 @@ def _choose(problem: Problem, implementation: str | None):
             return IMPLEMENTATIONS[name]
         reasons.append(f"implementation {name!r}: {why}")
     raise NotImplementedError("; ".join(reasons))
+
+
+def passes(problem: Problem, implementation: str | None) -> fused.Passes:
+    """Forward and backward of the implementation that `unroll` would run."""
+    chosen = _choose(problem, implementation)
+    if chosen is scan:
+        return scan.ScanPasses(problem)
+    return fused.KernelPasses(chosen.kernels(problem, chosen.blocks(problem)))
 
 
 def _check(neuron, params, state, xs, out_dtype, reuse_cotangents=False):

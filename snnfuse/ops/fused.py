@@ -13,7 +13,7 @@ Bytes per element and step, forward + backward, one input and one output: x and 
 
 from dataclasses import dataclass
 from functools import partial
-from typing import Protocol
+from typing import Any, Protocol
 
 import jax
 import jax.numpy as jnp
@@ -50,35 +50,65 @@ class Kernels(Protocol):
         """(d_params, a float32 [M] each; d_state [M]; d_xs [T, M])."""
 
 
+class Passes(Protocol):
+    """What `Kernels` are to lanes, of arrays [T, *B, N]. Hashable; `kept` goes from forward to backward as it is."""
+
+    problem: Problem
+
+    def forward(self, params: Leaves, state: Leaves, xs: Leaves, *, save: bool) -> tuple[Leaves, Leaves, Any]:
+        """(outs, final state, kept), the last one nothing unless `save`."""
+
+    def backward(self, params, state, kept, xs, d_outs, d_state, wanted: Wanted):
+        """(d_params, d_state, d_xs), None for what is not wanted."""
+
+
+@dataclass(frozen=True)
+class KernelPasses:
+    """The passes that are kernels, on each device those of its own lanes."""
+
+    kernels: Kernels
+
+    @property
+    def problem(self) -> Problem:
+        return self.kernels.problem
+
+    def forward(self, params, state, xs, *, save):
+        run = lambda kernels, *groups: kernels.forward(*groups, save=save)
+        return on_lanes(run, self.kernels, params, state, xs)
+
+    def backward(self, params, state, checkpoints, xs, d_outs, d_state, wanted):
+        run = lambda kernels, *groups: kernels.backward(*groups, wanted)
+        grads = on_lanes(run, self.kernels, params, state, checkpoints, xs, d_outs, d_state)
+        return jax.tree.map(lambda p, d: None if d is None else like(d, p), (params, state, xs), grads)
+
+
 def unroll(kernels: Kernels, params: Leaves, state: Leaves, xs: Leaves) -> tuple[Leaves, Leaves]:
-    return _run(kernels, *varying((params, state, xs)))
+    return run(KernelPasses(kernels), params, state, xs)
+
+
+def run(passes: Passes, params: Leaves, state: Leaves, xs: Leaves) -> tuple[Leaves, Leaves]:
+    return _run(passes, *varying((params, state, xs)))
 
 
 @partial(jax.jit, static_argnums=0)
 @partial(jax.custom_vjp, nondiff_argnums=(0,))
-def _run(kernels, params, state, xs):
-    outs, state, _ = _forward(kernels, params, state, xs, save=False)
+def _run(passes, params, state, xs):
+    outs, state, _ = passes.forward(params, state, xs, save=False)
     return outs, state
 
 
-def _forward(kernels, params, state, xs, *, save):
-    return on_lanes(lambda kernels, *groups: kernels.forward(*groups, save=save), kernels, params, state, xs)
-
-
-def _run_forward(kernels, *args):
-    values = params, state, xs = jax.tree.map(lambda a: a.value, args)
+def _run_forward(passes, *args):
+    values = jax.tree.map(lambda a: a.value, args)
     wanted = Wanted(*jax.tree.map(lambda a: a.perturbed, args))
-    outs, final, checkpoints = _forward(kernels, params, state, xs, save=True)
-    return (outs, final), (values, checkpoints, wanted)
+    outs, final, kept = passes.forward(*values, save=True)
+    return (outs, final), (values, kept, wanted)
 
 
-def _run_backward(kernels, residuals, cotangents):
-    (params, state, xs), checkpoints, wanted = residuals
+def _run_backward(passes, residuals, cotangents):
+    (params, state, xs), kept, wanted = residuals
     d_outs, d_state = (tuple(None if isinstance(d, SymbolicZero) else d for d in group) for group in cotangents)
-    d_outs = tuple(d if live else None for d, live in zip(d_outs, kernels.problem.differentiable, strict=True))
-    groups = (params, state, checkpoints, xs, d_outs, d_state)
-    grads = on_lanes(lambda kernels, *groups: kernels.backward(*groups, wanted), kernels, *groups)
-    return jax.tree.map(lambda p, d: None if d is None else like(d, p), (params, state, xs), grads)
+    d_outs = tuple(d if live else None for d, live in zip(d_outs, passes.problem.differentiable, strict=True))
+    return passes.backward(params, state, kept, xs, d_outs, d_state, wanted)
 
 
 _run.__wrapped__.defvjp(_run_forward, _run_backward, symbolic_zeros=True)

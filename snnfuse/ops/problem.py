@@ -1,7 +1,7 @@
 """One checked call of `unroll`, and its step as flat, lanewise jaxprs: what every implementation is given."""
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import lru_cache, partial
 from typing import Any
 
@@ -11,6 +11,7 @@ import numpy as np
 from jax.extend import core as jex
 from jax.extend import source_info_util
 
+from snnfuse.core.compose import StateOnly
 from snnfuse.core.neuron import Neuron
 from snnfuse.ops.packing import Packed
 
@@ -65,6 +66,12 @@ class Problem:
     def chunk_unit(self) -> int:
         """What a chunk of steps must be a multiple of, unless it holds all T: the steps in a word of packed spikes."""
         return max((d.steps for d in self.out_dtypes if isinstance(d, Packed)), default=1)
+
+    @property
+    def state_only(self) -> "Problem":
+        """The same without its outputs: what is left is the final state."""
+        step = replace(self.step, neuron=StateOnly(self.step.neuron))
+        return replace(self, step=step, out_dtypes=(), out_tree=jax.tree.structure(()))
 
     def out_struct(self, d, *lanes) -> jax.ShapeDtypeStruct:
         """The whole of an output of dtype `d`."""

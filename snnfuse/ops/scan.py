@@ -1,5 +1,7 @@
 """The baseline and oracle: the step under `jax.lax.scan`, its gradient by JAX."""
 
+from dataclasses import dataclass
+
 import jax
 import jax.numpy as jnp
 
@@ -29,3 +31,36 @@ def unroll(problem: Problem, params: Leaves, state: Leaves, xs: Leaves) -> tuple
     state, outs = jax.lax.scan(body, state, xs)
     pairs = zip(outs, problem.out_dtypes, strict=True)
     return tuple(pack(o, d.steps) if isinstance(d, Packed) else o for o, d in pairs), state
+
+
+@dataclass(frozen=True)
+class ScanPasses:
+    """`fused.Passes` of this file's `unroll`: what JAX makes of it."""
+
+    problem: Problem
+
+    def forward(self, params, state, xs, *, save):
+        def run(*args):
+            outs, final = unroll(self.problem, *args)
+            return (self._differentiable(outs), final), outs
+
+        if not save:
+            return *unroll(self.problem, params, state, xs), ()
+        (_, final), pullback, outs = jax.vjp(run, params, state, xs, has_aux=True)
+        return outs, final, pullback
+
+    def backward(self, params, state, pullback, xs, d_outs, d_state, wanted):
+        shape = self.problem.lane_shape
+        d_outs = tuple(
+            jnp.zeros((self.problem.T, *shape), dtype) if d is None else d
+            for d, dtype in zip(*map(self._differentiable, (d_outs, self.problem.out_dtypes)), strict=True)
+        )
+        d_state = tuple(jnp.zeros(shape, self.problem.dtype) if d is None else d for d in d_state)
+        cotangents, _ = varying(((d_outs, d_state), xs))
+        return tuple(
+            tuple(d if want else None for d, want in zip(group, which, strict=True))
+            for group, which in zip(pullback(cotangents), vars(wanted).values(), strict=True)
+        )
+
+    def _differentiable(self, outs):
+        return tuple(o for o, live in zip(outs, self.problem.differentiable, strict=True) if live)
