@@ -1,4 +1,4 @@
-"""Several devices of one host: the links, sharded `jit`, data parallel training, the time pipeline, and both at once.
+"""Several devices of one host: the links, sharded `jit`, data parallel training, time over devices, and both at once.
 
     python benchmarks/multi_gpu.py                          all of it on 1, 2, 4 and 8 devices, or as many as there are
     python benchmarks/multi_gpu.py --devices 2 --only links,data
@@ -126,16 +126,16 @@ MODELS = {  # the network, and the shape of a sample
 }
 
 
-def training(name, axes, T, B, implementation, *, microbatches=None, synchronised=False, want=None):
+def training(name, axes, T, B, implementation, *, synchronised=False, want=None):
     """One row of a training step of a network on a mesh. `want`: the loss and gradient that it must give."""
     mesh = parallel.make_mesh(axes)
-    what = dict(T=T, batch=B, mesh=axes, microbatches=microbatches, synchronised=synchronised)
+    what = dict(T=T, batch=B, mesh=axes, synchronised=synchronised)
     what |= dict(implementation=implementation or "the default")
-    run = partial(_training, name, mesh, T, B, implementation, microbatches, synchronised, want)
+    run = partial(_training, name, mesh, T, B, implementation, synchronised, want)
     return attempt(name, mesh.size, run, **what)
 
 
-def _training(name, mesh, T, B, implementation, microbatches, synchronised, want):
+def _training(name, mesh, T, B, implementation, synchronised, want):
     time_axis, data_axis = (
         ("time" if "time" in mesh.axis_names else None),
         ("data" if "data" in mesh.axis_names else None),
@@ -146,7 +146,7 @@ def _training(name, mesh, T, B, implementation, microbatches, synchronised, want
     if synchronised or time_axis:
         parallel.synchronise_batch_norm(model, mesh.axis_names if synchronised else (time_axis,))
     if time_axis:
-        parallel.over_time(model, microbatches=microbatches)
+        parallel.over_time(model)
     read = partial(parallel.readout, readout) if time_axis else readout
     graphdef, state = nnx.split((model, nnx.Optimizer(model, optax.adam(1e-3), wrt=nnx.Param)))
     leaves, tree = jax.tree.flatten(parallel.shard(state, mesh))
@@ -217,18 +217,15 @@ def data(n, small, how):
         training("resnet18", {"data": n}, T, whole, how)
 
 
-def time_pipeline(n, small, how, name, steps):
-    B = 4 if small else 16
-    for T in (8, 16) if small else steps:
-        for m in (None,) if n == 1 else (n, 4 * n) if name == "lif-stack" else (n,):
-            if m is None or B % m == 0:
-                training(name, {"time": n}, T, B, how, microbatches=m)
+def over_time(n, small, how, name, steps):
+    for T in (8 * n, 16 * n) if small else steps:  # a word of packed spikes is on one device
+        training(name, {"time": n}, T, 4 if small else 16, how)
 
 
 def largest(n, how):
     """The stack with T doubled until it does not fit."""
     for T in (2**i for i in range(13, 20)):
-        if training("lif-stack", {"time": n}, T, 16, how, microbatches=None if n == 1 else n) is None:
+        if training("lif-stack", {"time": n}, T, 16, how) is None:
             return
 
 
@@ -238,14 +235,14 @@ def equal(n, small, how):
     one = training("small-net", {"data": 1}, T, B, how, synchronised=True)
     meshes = [{"data": n}, {"time": n}, {"data": 2, "time": n // 2}] if n >= 4 else [{"data": n}, {"time": n}]
     for axes in meshes:
-        training("small-net", axes, T, B, how, microbatches=axes.get("time"), synchronised=True, want=one)
+        training("small-net", axes, T, B, how, synchronised=True, want=one)
 
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--devices", default="1,2,4,8", help="counts to measure, of those that there are")
     parser.add_argument("--only", default="links,lanes,equal,data,stack,time,largest")
-    parser.add_argument("--T", default="32,512,4096", help="of the time pipeline")
+    parser.add_argument("--T", default="32,512,4096", help="of time over devices")
     parser.add_argument("--small", action="store_true", help="small cases, which a CPU can run")
     parser.add_argument("--implementation", default=None)
     args = parser.parse_args()
@@ -256,8 +253,8 @@ def main():
         "lanes": lambda n: lanes(n, small, how),
         "equal": lambda n: n > 1 and equal(n, small, how),
         "data": lambda n: data(n, small, how),
-        "stack": lambda n: time_pipeline(n, small, how, "lif-stack", steps),
-        "time": lambda n: time_pipeline(n, small, how, "resnet18", steps),
+        "stack": lambda n: over_time(n, small, how, "lif-stack", steps),
+        "time": lambda n: over_time(n, small, how, "resnet18", steps),
         "largest": lambda n: small or largest(n, how),
     }
     if unknown := [name for name in only if name not in cases]:

@@ -125,23 +125,24 @@ MODELLED = {"resnet18": (resnet18(28, 3), 2), "lif-stack": (STACK, 4)}  # what t
 def multi_gpu_table():
     """The first row of each case, of what is in the library; the prediction is the cost model's, with the rates of an H100."""
     rows = [json.loads(line) for line in (HERE / "results/multi_gpu.jsonl").read_text().splitlines()]
+    rows = [r for r in rows if not r.get("microbatches")]  # of how time was cut before there were rounds
     key = lambda r, batch: (r["case"], r.get("library"), r["T"], batch)
-    which = lambda r: (*key(r, r["batch"]), str(r["mesh"]), *map(r.get, ("microbatches", "synchronised")))
+    which = lambda r: (*key(r, r["batch"]), str(r["mesh"]), r.get("synchronised"))
     steps = {}
     for r in rows:
         if "mesh" in r and "variant" not in r:
             steps.setdefault(which(r), r)
     ones = {key(r, r["batch"]): r for r in steps.values() if r["devices"] == 1}
     lines = [
-        "| case | devices | mesh | T | batch | microbatches | ms a step | samples/s | peak MB a device | over one device | predicted ms |",
-        "|---|---|---|---|---|---|---|---|---|---|---|",
+        "| case | devices | mesh | T | batch | ms a step | samples/s | peak MB a device | over one device | predicted ms |",
+        "|---|---|---|---|---|---|---|---|---|---|",
     ]
     for r in steps.values():
         dtype = r.get("dtype") or ("bfloat16" if r["case"] == "resnet18" else "float32")
         case = f"{r['case']}, {dtype}" + (", SpikingJelly" if "library" in r else "")
         case += ", BatchNorm synchronised" if r.get("synchronised") and r["case"] == "resnet18" else ""
         mesh = ",".join(f"{axis}={n}" for axis, n in r["mesh"].items())
-        label = f"| {case} | {r['devices']} | {mesh} | {r['T']} | {r['batch']} | {r.get('microbatches') or ''}"
+        label = f"| {case} | {r['devices']} | {mesh} | {r['T']} | {r['batch']}"
         if r["status"] != "ok":
             why = "out of memory" if "Out of memory" in r["status"] else r["status"][:60]
             lines.append(f"{label} | {why} | | | | |")
@@ -171,7 +172,7 @@ def predicted(r):
     if r["case"] not in MODELLED or "library" in r:
         return ""
     layers, itemsize = MODELLED[r["case"]]
-    mesh = r["mesh"].get("data", 1), r["mesh"].get("time", 1), r["microbatches"] or 1
+    mesh = r["mesh"].get("data", 1), r["mesh"].get("time", 1)
     found = predict(layers, r["T"], r["batch"], *mesh, itemsize=itemsize, synchronised=r["synchronised"])
     return f"{digits(found.seconds * 1e3)} ({found.seconds * 1e3 / r['ms'] - 1:+.0%})"
 

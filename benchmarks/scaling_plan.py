@@ -3,8 +3,7 @@
     python benchmarks/scaling_plan.py [PNG]
 
 No device is needed and none is timed. All of it is a prediction from the rates in `snnfuse.parallel.plan.H100`, those
-between hosts assumed. Held against two H100s (the README's table), it takes time over devices for five to six times as
-fast as it is.
+between hosts assumed.
 """
 
 import sys
@@ -16,7 +15,7 @@ matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 from report import resnet18
 
-from snnfuse.parallel.plan import H100, best_devices, hand_over, plan, predict, simulate, wavefront
+from snnfuse.parallel.plan import H100, hand_over, plan, predict, rounds
 
 BLUE, ORANGE, GREEN, RED, GREY = "#1f5fa8", "#d9772b", "#3a8f5c", "#b33a3a", "#777777"
 T, BATCH, SIZE = 2048, 16, 128
@@ -35,27 +34,22 @@ def plans(layers, devices):
         return []
 
 
-def draw_wavefront(ax):
-    """One layer, one direction: model (lines), simulation (dots), and sqrt(Ts / Tc)."""
-    layer = resnet18(SIZE)[1]
-    Ts = 2 * 2 * layer.neurons * T * BATCH / H100.memory
-    for m, colour in ((4, GREY), (16, ORANGE), (64, BLUE)):
-        h = hand_over(4 * layer.neurons * BATCH / m, H100, H100.per_host)
-        Gs = [g for g in DEVICES if g <= T]
-        ax.plot(Gs, [1e3 * wavefront(g, m, Ts / g / m, h) for g in Gs], color=colour, label=f"m = {m}")
-        simulated = [simulate(g, m, lambda *_, g=g, m=m: Ts / g / m, lambda *_, h=h: h) for g in Gs]
-        ax.plot(Gs, [1e3 * s for s in simulated], "o", color=colour, ms=4)
-        optimum = best_devices(Ts, h, m)
-        ax.axvline(optimum, color=colour, lw=0.8, ls=":")
-    ax.set(xscale="log", yscale="log", xlabel="devices along time, G", ylabel="one wavefront, ms (predicted)")
-    ax.set_title(
-        "A layer's wavefront: lines the model, dots the\nsimulation, dotted $\\sqrt{(1-1/m)\\,T_s/T_c}$", fontsize=10
-    )
+def draw_rounds(ax):
+    """The neurons of three layers, forward and backward, with time over G devices of a host or of several."""
+    Gs = [G for G in DEVICES if G <= T]
+    for index, colour in ((1, BLUE), (9, ORANGE), (16, GREY)):
+        layer = resnet18(SIZE)[index]
+        unit = 2 * layer.neurons * T * BATCH / H100.memory
+        hand = [hand_over(4 * layer.neurons * BATCH, H100, G) for G in Gs]
+        seconds = [rounds(G, unit, H100.launch, h) for G, h in zip(Gs, hand, strict=True)]
+        ax.plot(Gs, [1e3 * s for s in seconds], "o-", color=colour, ms=4, label=f"{layer.neurons:,} neurons")
+    ax.set(xscale="log", yscale="log", xlabel="devices along time, G", ylabel="forward and backward, ms (predicted)")
+    ax.set_title("A layer's neurons: (2 G + 4) / G passes over the\nsequence, and 2 (G - 1) hand-overs", fontsize=10)
     ax.legend(frameon=False, fontsize=9)
 
 
 def draw_scaling(ax, layers):
-    one = predict(layers, T, BATCH, 1, 1, 1, synchronised=True).seconds
+    one = predict(layers, T, BATCH, 1, 1, synchronised=True).seconds
     curves = (
         ("both, the best", lambda p: True, BLUE),
         ("time alone", lambda p: p.data == 1, ORANGE),
@@ -93,7 +87,7 @@ def main(path=Path(__file__).parent / "results" / "scaling_plan.png"):
         found = plans(layers, n)
         print(f"{n:5d} devices: {found[0] if found else 'no mesh divides the batch and T and fits'}")
     figure, axes = plt.subplots(1, 3, figsize=(14, 4.2), layout="constrained")
-    draw_wavefront(axes[0])
+    draw_rounds(axes[0])
     draw_scaling(axes[1], layers)
     draw_parts(axes[2], layers)
     for ax in axes[:2]:

@@ -21,6 +21,7 @@ from test_train import TINY, rows, train
 
 import snnfuse as sf
 from snnfuse import nn, parallel
+from snnfuse.core.compose import Twice
 
 IMPLEMENTATIONS = ("scan", "interpret")
 MOVES = re.compile(r" = (.*?) (all-gather|all-reduce|all-to-all|collective-permute|reduce-scatter)(?:-start)?\(")
@@ -114,7 +115,7 @@ def test_shard_map_with_its_checks():
 T, B, CLASSES = 8, 16, 5
 
 
-def network(axes=(), microbatches=None, implementation="scan"):
+def network(axes=(), implementation="scan"):
     rngs = nnx.Rngs(0)
     how = {"implementation": implementation}
     model = nn.Sequential(
@@ -128,7 +129,7 @@ def network(axes=(), microbatches=None, implementation="scan"):
     if axes:
         parallel.synchronise_batch_norm(model, axes)
     if "time" in axes:
-        parallel.over_time(model, microbatches=microbatches)
+        parallel.over_time(model)
     return nnx.split(model)
 
 
@@ -172,12 +173,10 @@ def one_device(readout=nn.membrane_mean):
     return run(jax.jit(partial(train_step, graphdef, readout)), state, images())
 
 
-def on_mesh(
-    text, microbatches=None, readout=nn.membrane_mean, synchronised=True, implementation="scan", step=train_step
-):
+def on_mesh(text, readout=nn.membrane_mean, synchronised=True, implementation="scan", step=train_step):
     mesh = parallel.make_mesh(text)
     axes = tuple(mesh.axis_names) if synchronised else ()
-    graphdef, state = network(axes, microbatches, implementation)
+    graphdef, state = network(axes, implementation)
     data = "data" if "data" in mesh.axis_names else None
     time = "time" if "time" in mesh.axis_names else None
     read = (lambda outs: parallel.readout(readout, outs)) if time else readout
@@ -186,17 +185,17 @@ def on_mesh(
 
 
 @pytest.mark.parametrize(
-    "text, microbatches, readout, implementation",
+    "text, readout, implementation",
     [
-        ("data=8", None, nn.membrane_mean, "interpret"),
-        ("time=4", 4, nn.membrane_max, "scan"),
-        ("data=2,time=4", 8, nn.membrane_mean, "interpret"),
-        ("data=4,time=2", 1, nn.membrane_last, "scan"),
+        ("data=8", nn.membrane_mean, "interpret"),
+        ("time=4", nn.membrane_max, "scan"),
+        ("data=2,time=4", nn.membrane_mean, "interpret"),
+        ("data=4,time=2", nn.membrane_last, "scan"),
     ],
 )
-def test_a_mesh_trains_as_one_device(text, microbatches, readout, implementation):
+def test_a_mesh_trains_as_one_device(text, readout, implementation):
     want, want_state = one_device(readout)
-    step, state = on_mesh(text, microbatches, readout, implementation=implementation)
+    step, state = on_mesh(text, readout, implementation=implementation)
     got, got_state = run(step, state, images())
     assert want[-1]["loss"] < want[0]["loss"]
     for a, b in zip(got, want, strict=True):
@@ -227,14 +226,14 @@ def test_data_parallel_moves_the_gradients_once():
     assert size_of(shape for _, shape in moved) == sum(params) + sum(stats) + 2, "and two metrics"
 
 
-def test_the_pipeline_moves_the_membrane_and_nothing_of_size_T():
+def test_time_over_devices_moves_the_states_and_nothing_of_size_T():
     """T is 32 times the rest here, so that whatever has a time axis would stand out."""
-    step, state = on_mesh("time=4", microbatches=4)
+    step, state = on_mesh("time=4")
     moved = collectives(step.lower(state, images(T=512)).compile())
     params = sum(p.size for p in jax.tree.leaves(nnx.filter_state(state, nnx.Param)))
     handed = [shape for operation, shape in moved if operation == "collective-permute"]
-    per_microbatch = [(B // 4, 4, 4, 4), (B // 4, CLASSES)]
-    assert sorted(handed) == sorted(2 * per_microbatch), "v of each layer, forward and backward"
+    states = [(B, 4, 4, 4), (B, CLASSES)]
+    assert sorted(handed) == sorted(3 * states), "v of each layer: forward in a loop; backward once, then in a loop"
     reduced = [shape for operation, shape in moved if operation == "all-reduce"]
     assert len(handed) + len(reduced) == len(moved)
     assert max(map(math.prod, reduced)) <= params and size_of(reduced) < 3 * params + B * CLASSES * 4
@@ -246,53 +245,96 @@ def test_time_over_devices_divides_the_memory():
     xs, labels = images(T=T)
     graphdef, state = network()
     alone = jax.jit(partial(without_grads, graphdef, nn.membrane_mean)).lower(state, (xs, labels)).compile()
-    step, state = on_mesh("time=4", microbatches=8, step=without_grads)
+    step, state = on_mesh("time=4", step=without_grads)
     spread = step.lower(state, (parallel.shard(xs, parallel.make_mesh("time=4"), P("time")), labels)).compile()
     alone, spread = (c.memory_analysis().temp_size_in_bytes / mib for c in (alone, spread))
     assert spread < alone / 2, f"{alone:.1f} MiB alone, {spread:.1f} on each of four"
 
 
-# ---- the wavefront itself
+# ---- the rounds themselves
 
 
-@pytest.mark.parametrize("name, lanes", [("adaptive", (8, 3)), ("outputs", (4, 2, 5)), ("izhikevich", (6,))])
-def test_time_over_devices_is_unroll(name, lanes):
-    """Every output and gradient, with an initial state, parameters of every shape, and cotangents of the final state."""
-    case = cases.make(name, T=12, lanes=lanes)
-    args = case.params, case.state, case.xs
-    like = jax.eval_shape(partial(sf.unroll, case.neuron), *args)
-    cotangents = cases.cotangents(like)
-    want = jax.jit(pulled_back(case.neuron, "scan"))(*args, cotangents)
-    mesh = parallel.make_mesh("time=4")
-    spread = parallel.unroll_over_time
-    whole = jax.shard_map(
-        partial(spread, case.neuron, implementation="scan", microbatches=2),
-        mesh=mesh,
+def over_time(G, neuron, check_vma=False, **options):
+    """`unroll` of whole arrays, with time over G devices."""
+    return jax.shard_map(
+        partial(parallel.unroll_over_time, neuron, **options),
+        mesh=parallel.make_mesh({"time": G}),
         in_specs=(P(), P(), P("time")),
         out_specs=(P("time"), P()),
-        check_vma=False,
+        check_vma=check_vma,
     )
 
-    def f(args, cotangents):
-        out, vjp = jax.vjp(whole, *args)
-        return out, vjp(cotangents)
 
-    got = jax.jit(f)(args, cotangents)
-    if name == "outputs":
-        assert_same_spikes(got[0][0]["spike"], want[0][0]["spike"])
+@partial(jax.jit, static_argnums=0)
+def with_gradients(f, args, cotangents):
+    out, vjp = jax.vjp(f, *args)
+    return out, vjp(cotangents)
+
+
+@pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
+@pytest.mark.parametrize("G", [1, 2, 4, 8])
+@pytest.mark.parametrize("name, lanes", [("adaptive", (8, 3)), ("outputs", (4, 2, 5)), ("affine", (6,))])
+def test_time_over_devices_is_unroll(name, lanes, G, implementation):
+    """Every output and gradient, with an initial state, parameters of every shape, and cotangents of the final state."""
+    case = cases.make(name, T=16, lanes=lanes)
+    args = case.params, case.state, case.xs
+    scan = partial(sf.unroll, case.neuron, implementation="scan")
+    cotangents = cases.cotangents(jax.eval_shape(scan, *args))
+    got = with_gradients(over_time(G, case.neuron, implementation=implementation), args, cotangents)
+    want = with_gradients(scan, args, cotangents)
+    spikes = jax.tree.leaves(want[0][0])[0]
+    assert_fires(spikes)
+    assert_same_spikes(jax.tree.leaves(got[0][0])[0], spikes)
     assert_close(got, want, rtol=case.rtol)
 
 
-def test_the_wavefront_is_bit_equal_where_nothing_is_reduced():
+def test_time_over_devices_in_a_shard_map_with_its_checks():
+    """Which the interpreter of Pallas does not pass."""
+    case = cases.make("adaptive", T=16, lanes=(8, 3))
+    args = case.params, case.state, case.xs
+    scan = partial(sf.unroll, case.neuron, implementation="scan")
+    cotangents = cases.cotangents(jax.eval_shape(scan, *args))
+    got = with_gradients(over_time(4, case.neuron, check_vma=True, implementation="scan"), args, cotangents)
+    assert_close(got, with_gradients(scan, args, cotangents), rtol=case.rtol)
+
+
+@pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
+@pytest.mark.parametrize("used", ["outputs", "final state"])
+def test_time_over_devices_of_what_is_used(used, implementation):
+    """From the neuron's own state, with numbers for parameters, and only the outputs or the final state in the loss."""
+    case = cases.make("lif", T=16, lanes=(8, 5))
+    read = lambda out: out[used == "final state"]
+    run = lambda unroll, xs: read(unroll(sf.LIFParams(0.7, 1.0), None, xs))
+    scan = partial(run, partial(sf.unroll, case.neuron, implementation="scan"))
+    cotangents = cases.cotangents(jax.eval_shape(scan, case.xs))
+    spread = partial(run, over_time(4, case.neuron, implementation=implementation))
+    got, want = (with_gradients(f, (case.xs,), cotangents) for f in (spread, scan))
+    assert_close(got, want, rtol=1e-5)
+
+
+@pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
+def test_packed_spikes_over_time(implementation):
+    """Beside the spikes as numbers, which carry the gradient."""
+    case = cases.make("lif", T=32, lanes=(8, 5))
+    neuron, out_dtype = Twice(case.neuron), (jnp.float32, sf.Packed(8))
+    run = lambda unroll, *args: (lambda outs, final: ((outs[0], final), outs[1]))(*unroll(*args))
+    args = case.params, case.state, case.xs
+
+    def gradients(unroll):
+        out, vjp, words = jax.vjp(partial(run, unroll), *args, has_aux=True)
+        return out, words, vjp(cases.cotangents(out))
+
+    got = gradients(over_time(4, neuron, implementation=implementation, out_dtype=out_dtype))
+    want = gradients(partial(sf.unroll, neuron, implementation="scan", out_dtype=out_dtype))
+    assert_fires(want[0][0])
+    np.testing.assert_array_equal(got[1], want[1])
+    assert_close((got[0], got[2]), (want[0], want[2]), rtol=1e-5)
+
+
+def test_time_over_devices_is_bit_equal_where_nothing_is_reduced():
     case = cases.make("lif", T=16, lanes=(8, 16))
-    whole = jax.shard_map(
-        partial(parallel.unroll_over_time, case.neuron, implementation="scan"),
-        mesh=parallel.make_mesh("time=8"),
-        in_specs=(P(), P(), P("time")),
-        out_specs=(P("time"), P()),
-        check_vma=False,
-    )
-    got, want = jax.jit(whole)(case.params, case.state, case.xs), sf.unroll(case.neuron, *case[1:4])
+    got = jax.jit(over_time(8, case.neuron, implementation="scan"))(case.params, case.state, case.xs)
+    want = sf.unroll(case.neuron, *case[1:4])
     for a, b in zip(jax.tree.leaves(got), jax.tree.leaves(want), strict=True):
         np.testing.assert_array_equal(a, b)
 
@@ -359,9 +401,6 @@ def test_errors_say_what_is_wrong():
     step, state = on_mesh("time=4")
     with pytest.raises(ValueError, match=r"batch\[0\]: axis 0 of shape .* must be a multiple of 4, .*'time'; got 6"):
         step(state, (xs[:6], labels))
-    with pytest.raises(ValueError, match="microbatches must divide the batch; got 3"):
-        step, state = on_mesh("time=4", microbatches=3)
-        step(state, (xs, labels))
     with pytest.raises(ValueError, match="packed outputs need a multiple of 8 steps a device; got 2"):
         parallel.unroll_over_time(sf.LIF(), sf.LIFParams(), None, jnp.ones((2, 4)), out_dtype=sf.Packed(8))
     with pytest.raises(ValueError, match=r"batch .* names the axis 'time'; the mesh has \{'data': 8\}"):
@@ -374,14 +413,14 @@ def test_a_kernel_in_a_shard_map_over_some_axes_is_refused():
     mesh = parallel.make_mesh("data=4,time=2")
     xs = parallel.shard(case.xs, mesh, P("time", "data"))
 
-    def over_time(implementation):
+    def some(implementation):
         run = partial(parallel.unroll_over_time, case.neuron, case.params, case.state, implementation=implementation)
         over = dict(mesh=mesh, in_specs=P("time"), out_specs=P("time"), axis_names={"time"}, check_vma=False)
         return jax.jit(jax.shard_map(lambda xs: run(xs)[0], **over))
 
     with pytest.raises(NotImplementedError, match=r"needs \['data'\] there too, all axes of the mesh"):
-        over_time("interpret")(xs)
-    assert_same_spikes(over_time("scan")(xs), sf.unroll(case.neuron, *case[1:4], implementation="scan")[0])
+        some("interpret")(xs)
+    assert_same_spikes(some("scan")(xs), sf.unroll(case.neuron, *case[1:4], implementation="scan")[0])
 
 
 def test_vmap_of_a_kernel_keeps_its_lanes_apart():

@@ -2,7 +2,6 @@
 
 import json
 import os
-import random
 import socket
 import subprocess
 import sys
@@ -19,7 +18,7 @@ from jax.sharding import PartitionSpec as P
 
 import snnfuse as sf
 from snnfuse import parallel
-from snnfuse.parallel.plan import H100, Layer, all_reduce, best_devices, hand_over, plan, predict, simulate, wavefront
+from snnfuse.parallel.plan import H100, Layer, all_reduce, hand_over, plan, predict, rounds
 
 HERE = Path(__file__).parent
 
@@ -130,46 +129,31 @@ def test_the_parts_of_hosts_make_the_batch():
 # ---- the cost model
 
 
-@pytest.mark.parametrize("overlapped", [False, True])
-@pytest.mark.parametrize("G", [1, 2, 3, 8, 64])
-@pytest.mark.parametrize("m", [1, 2, 7, 32])
-def test_the_wavefront_costs_what_its_simulation_takes(G, m, overlapped):
-    simulated = simulate(G, m, lambda g, k: 2.0, lambda g, k: 0.3, overlapped=overlapped)
-    assert simulated == pytest.approx(wavefront(G, m, 2.0, 0.3, overlapped=overlapped))
-
-
-def test_uneven_ticks_cost_between_their_least_and_their_most():
-    rng = random.Random(0)
-    for _ in range(20):
-        G, m = rng.randint(1, 12), rng.randint(1, 12)
-        ticks = {(g, k): rng.uniform(1, 2) for g in range(G) for k in range(m + G)}
-        seconds = simulate(G, m, lambda g, k, t=ticks: t[g, k], lambda g, k: 0.5)
-        assert wavefront(G, m, 1.0, 0.5) <= seconds <= wavefront(G, m, 2.0, 0.5)
-
-
-@pytest.mark.parametrize("overlapped", [False, True])
-def test_the_optimum_is_the_paper_s(overlapped):
-    """The G > 1 that minimises the wavefront is within one of sqrt(Ts / Tc), for many microbatches; simulated, for four."""
-    m = 100_000
-    for ratio in (4, 30, 100, 900):
-        Ts, Tc = 1.0, 1.0 / ratio
-        total = {G: wavefront(G, m, Ts / (G * m), Tc, overlapped=overlapped) for G in range(2, 100)}
-        best = min(total, key=total.get)
-        assert abs(best - best_devices(Ts, Tc)) <= 1
-        assert best_devices(Ts, Tc) == pytest.approx(np.sqrt(ratio))
-    few = {G: simulate(G, 4, lambda g, k, G=G: 1 / (4 * G), lambda g, k: 0.01) for G in range(1, 40)}
-    assert abs(min(few, key=few.get) - best_devices(1.0, 0.01, microbatches=4)) <= 1
+def test_the_rounds_cost_what_their_sum_is():
+    """Run by run and hand-over by hand-over; the least of it is at the square root, and near 2 units with many devices."""
+    unit, hand = 1.0, 0.01
+    for G in (2, 3, 8):
+        forward = [1] * (G - 1) + [2]
+        backward = [2] + [1] * (G - 2) + [3]
+        seconds = sum(forward + backward) * unit / G + 2 * (G - 1) * hand
+        assert rounds(G, unit, 0.0, hand) == pytest.approx(seconds)
+        assert seconds == pytest.approx((2 * G + 4) * unit / G + 2 * (G - 1) * hand)
+        assert rounds(G, 1e-9, 1.0, 0.0) == pytest.approx(2 * G), "the launches alone"
+    assert rounds(1, unit, 0.0, hand) == 5 * unit
+    assert rounds(10**6, unit, 0.0, 0.0) == pytest.approx(2 * unit, rel=1e-5)
+    best = min(range(1, 100), key=lambda G: rounds(G, unit, 0.0, hand))
+    assert abs(best - np.sqrt(2 * unit / hand)) <= 1
 
 
 LAYERS = [Layer(50_000, 2e8, 40_000)] * 8
 
 
 def test_predictions_behave():
-    one = predict(LAYERS, 32, 64, 1, 1, 1)
+    one = predict(LAYERS, 32, 64, 1, 1)
     assert one.gradients == one.statistics == 0 and one.devices == 1
-    data, time = predict(LAYERS, 32, 64, 8, 1, 1), predict(LAYERS, 32, 64, 1, 8, 8)
+    data, time = predict(LAYERS, 32, 64, 8, 1), predict(LAYERS, 32, 64, 1, 8)
     assert data.dense == pytest.approx(one.dense / 8) and time.dense == pytest.approx(one.dense / 8)
-    assert data.neurons < time.neurons, "a wavefront has bubbles"
+    assert data.neurons < time.neurons, "time takes rounds"
     assert data.gradients == time.gradients == all_reduce(4 * 8 * 40_000, 8, H100)
     assert time.bytes == pytest.approx(data.bytes), "time over devices divides the memory as data does"
     assert all_reduce(1e9, 1, H100) == 0 and all_reduce(1e9, 4096, H100) > all_reduce(1e9, 8, H100)
@@ -182,14 +166,14 @@ def test_the_model_gives_back_the_step_that_its_flop_rate_is_from():
     widths += [(128, 2, 256)] + [(256, 2, 256)] * 3 + [(256, 1, 512)] + [(512, 1, 512)] * 3
     layers = [Layer(64 * 14**2, 2 * 49 * 3 * 64 * 14**2, 49 * 3 * 64)]
     layers += [Layer(out * size**2, 2 * 9 * into * out * size**2, 9 * into * out) for into, size, out in widths]
-    assert predict(layers, 32, 100, 1, 1, 1).seconds == pytest.approx(4.83e-3, rel=0.1)
+    assert predict(layers, 32, 100, 1, 1).seconds == pytest.approx(4.83e-3, rel=0.1)
 
 
 def test_plans_are_sorted_divide_and_fit():
     plans = plan(LAYERS, T=48, batch=20, devices=16)
     assert [p.seconds for p in plans] == sorted(p.seconds for p in plans)
     for p in plans:
-        assert 20 % p.data == 48 % p.time == (20 // p.data) % p.microbatches == 0 and p.devices <= 16
+        assert 20 % p.data == 48 % p.time == 0 and p.devices <= 16
     assert {p.devices for p in plan(LAYERS, T=48, batch=20, devices=16, exactly=True)} == {16}
     alone = plan(LAYERS, T=4096, batch=1, devices=64)
     assert alone[0].time > 1, "one sample can be split in time alone"

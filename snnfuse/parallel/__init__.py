@@ -1,11 +1,11 @@
-"""Many devices: meshes and hosts, data parallel steps, time as a pipeline, and what each of them will cost.
+"""Many devices: meshes and hosts, data parallel steps, time over devices, and what each of them will cost.
 
 Lanes split by themselves: `jit` of `snnfuse.unroll` on arrays with a NamedSharding runs on every device's own lanes.
 For a whole train step there are two axes, each optional:
 
     mesh = make_mesh("data=2,time=4")
     synchronise_batch_norm(model, ("data", "time"))       # statistics of the whole batch, as on one device
-    over_time(model, microbatches=8)                      # neurons as a wavefront over the devices along time
+    over_time(model)                                      # a device's neurons start where those before it end
     step = jax.jit(data_parallel(step, mesh, batch=(P("time", "data"), P("data"))))      # xs [T, B, ...], labels [B]
 
 The step is that of one device, but for `grads = mean(grads)` and, along time, `readout(nn.spike_rate, outs)` for the
@@ -13,7 +13,7 @@ outputs. `initialise`, `my_part` and `global_batch` are for several hosts. `plan
 """
 
 from snnfuse.parallel.mesh import global_batch, initialise, make_mesh, my_part, shard
-from snnfuse.parallel.plan import Layer, Machine, Plan, best_devices, plan, simulate
+from snnfuse.parallel.plan import Layer, Machine, Plan, plan
 from snnfuse.parallel.step import data_parallel, fold, mean, pmapped, synchronise_batch_norm
 from snnfuse.parallel.time import OverTime, over_time, readout, unroll_over_time
 
@@ -22,7 +22,6 @@ __all__ = [
     "Machine",
     "OverTime",
     "Plan",
-    "best_devices",
     "data_parallel",
     "fold",
     "global_batch",
@@ -35,7 +34,6 @@ __all__ = [
     "pmapped",
     "readout",
     "shard",
-    "simulate",
     "synchronise_batch_norm",
     "unroll_over_time",
 ]

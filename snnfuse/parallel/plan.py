@@ -1,9 +1,9 @@
-"""What a training step will cost on a mesh, before one is bought: data parallel, time as a pipeline, and both.
+"""What a training step will cost on a mesh, before one is bought: data parallel, time over devices, and both.
 
-A step on D x G devices (D along data, G along time, m microbatches a wavefront) takes the sum of
+A step on D x G devices (D along data, G along time) takes the sum of
 
     dense       3 flops / rate                            forward and twice that backward, 1 / (D G) of the work each
-    neurons     2 wavefronts a layer: (m + G - 1) ticks of c and (m + G - 2) hand-overs of h (below)
+    neurons     the rounds of each layer (below), forward and backward
     gradients   one all-reduce of the weights over all D G devices
     statistics  two small all-reduces a normalised layer, forward and backward, where batch statistics are synchronised
     launches    what a kernel costs at least, however small
@@ -13,22 +13,19 @@ in seconds. Nothing is overlapped, so it bounds from above what a scheduler may 
 Held against two H100s (benchmarks/results/multi_gpu.jsonl; the README's table has every error), data parallel steps of
 Spiking-ResNet-18 took 17 to 19 % less than predicted, but those on one device 28 to 39 % less, so the speed-up is
 predicted too high: 1.94x for 1.46x at a fixed batch of 200. A batch of 16 on one device took 3 times what is predicted:
-the launches of a small step are more than the model counts. Time over two devices took 5.5 to 6.2 times what is predicted
-for a stack of LIF layers, and 3 to 45 times what one device takes: a tick has a kernel and a hand-over in the model, but
-not what cuts, skews, slices and stacks the microbatches around them. Trust no rank of a mesh with a time axis.
+the launches of a small step are more than the model counts. Time over devices has not been held against any.
 
-The wavefront. With Ts the time of a layer's neurons on one device (one direction), a tick takes c = Ts / (G m), and with
-a hand-over of h = Tc,
+The rounds (`snnfuse.parallel.time`). Let a device take u to move a layer's sequence of T steps once, and a hand-over h.
+Forward, G - 1 rounds read x, and one run reads x and writes s; backward, a round reads x and ds, G - 2 read x, and one
+run reads both and writes dx. All of them are 1 / G of the sequence, and 2 (G - 1) states are handed over:
 
-    W(G, m) = (m + G - 1) Ts / (G m) + (m + G - 2) Tc
+    R(G) = (2 G + 4) u / G + 2 (G - 1) h        for G > 1; on one device 5 u
 
-Setting dW/dG = 0 gives G = sqrt((1 - 1/m) Ts / Tc), for many microbatches the optimum sqrt(Ts / Tc) of Li et al., ICANN
-2024 (https://arxiv.org/abs/2408.00280); dW/dm = 0 gives the same for m with G in its place. `simulate` runs the
-wavefront event by event, and must agree.
+is least at G = sqrt(2 u / h), and with many devices comes to 2 u: the gain is memory first, 1 / G of it, then speed.
 """
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -82,7 +79,6 @@ class Plan:
 
     data: int
     time: int
-    microbatches: int
     dense: float
     neurons: float
     gradients: float
@@ -99,7 +95,7 @@ class Plan:
 
     def __str__(self):
         return (
-            f"data={self.data},time={self.time}, {self.microbatches} microbatches: {self.seconds * 1e3:.3f} ms "
+            f"data={self.data},time={self.time}: {self.seconds * 1e3:.3f} ms "
             f"(dense {self.dense * 1e3:.3f}, neurons {self.neurons * 1e3:.3f}, gradients {self.gradients * 1e3:.3f}, "
             f"statistics {self.statistics * 1e3:.3f}), {self.bytes / 1e9:.2f} GB a device"
         )
@@ -118,28 +114,23 @@ def plan(
 ) -> list[Plan]:
     """All meshes of at most (or `exactly`) `devices` that divide batch and T and fit in memory, the fastest first.
 
-    Each comes with its best number of microbatches. `itemsize` is that of activations. Along a time axis batch
-    statistics are always synchronised, along data if `synchronised`.
+    `itemsize` is that of activations. Along a time axis batch statistics are always synchronised, along data if
+    `synchronised`.
     """
     if min(T, batch, devices) < 1 or not layers:
         raise ValueError(f"T, batch and devices must be at least 1, of some layers; got {T}, {batch}, {devices}")
     plans = [
-        predict(layers, T, batch, D, G, m, machine, itemsize=itemsize, synchronised=synchronised)
+        predict(layers, T, batch, D, G, machine, itemsize=itemsize, synchronised=synchronised)
         for D in _divisors(batch, devices)
         for G in _divisors(T, devices // D)
         if not exactly or D * G == devices
-        for m in (_divisors(batch // D, batch // D) if G > 1 else [1])
     ]
-    best = {}
-    for p in plans:
-        key = p.data, p.time
-        if p.bytes <= machine.capacity and (key not in best or p.seconds < best[key].seconds):
-            best[key] = p
-    if not best:
+    fit = [p for p in plans if p.bytes <= machine.capacity]
+    if not fit:
         least = min(plans, key=lambda p: p.bytes, default=None)
         why = f"the smallest needs {least}" if least else f"none of {devices} divides batch and T"
         raise ValueError(f"no mesh of {devices} devices runs T={T}, batch={batch}: {why}")
-    return sorted(best.values(), key=lambda p: (p.seconds, p.devices))
+    return sorted(fit, key=lambda p: (p.seconds, p.devices))
 
 
 def predict(
@@ -148,23 +139,19 @@ def predict(
     batch: int,
     data: int,
     time: int,
-    microbatches: int,
     machine: Machine = H100,
     *,
     itemsize: int = 2,
     synchronised: bool = False,
 ) -> Plan:
-    """The cost of one mesh: with time > 1, far below what was measured (above)."""
-    D, G, m, n = data, time, microbatches, data * time
+    """The cost of one mesh."""
+    D, G, n = data, time, data * time
     steps = T * batch / n  # sample-steps a device
     dense = sum(max(3 * layer.flops * steps / machine.flops, 3 * machine.launch) for layer in layers)
     neurons = 0.0
     for layer in layers:
-        for units in (2, 3):  # forward x and s; backward x, ds and dx
-            Ts = units * itemsize * layer.neurons * T * batch / D / machine.memory
-            c = max(Ts / (G * m), machine.launch)
-            h = hand_over(4 * layer.state * layer.neurons * batch / D / m, machine, n) if G > 1 else 0.0
-            neurons += wavefront(G, m, c, h)
+        unit = itemsize * layer.neurons * T * batch / D / machine.memory
+        neurons += rounds(G, unit, machine.launch, hand_over(4 * layer.state * layer.neurons * batch / D, machine, n))
     weights = sum(layer.weights for layer in layers)
     normalised = [layer for layer in layers if layer.normalised]
     shared = (n if synchronised else G) if G > 1 or synchronised else 1
@@ -172,21 +159,13 @@ def predict(
     activations = (
         sum(2 * itemsize * layer.neurons for layer in layers) * steps
     )  # a layer's input current and its spikes
-    return Plan(D, G, m, dense, neurons, all_reduce(4 * weights, n, machine), statistics, activations + 16 * weights)
+    return Plan(D, G, dense, neurons, all_reduce(4 * weights, n, machine), statistics, activations + 16 * weights)
 
 
-def wavefront(G: int, m: int, c: float, h: float, *, overlapped: bool = False) -> float:
-    """Seconds from the first microbatch on the first device to the last on the last: ticks of c, hand-overs of h.
-
-    `overlapped`, as in `simulate`: only the G - 1 hand-overs on the way of the first microbatch are waited for.
-    """
-    waits = G - 1 if overlapped or G == 1 else m + G - 2
-    return (m + G - 1) * c + waits * h
-
-
-def best_devices(Ts: float, Tc: float, microbatches: float = math.inf) -> float:
-    """The G that minimises the wavefront: sqrt((1 - 1/m) Ts / Tc)."""
-    return math.sqrt((1 - 1 / microbatches) * Ts / Tc)
+def rounds(G: int, unit: float, launch: float, hand: float) -> float:
+    """Seconds of a layer's neurons, forward and backward; a run takes at least `launch`, and a hand-over `hand`."""
+    runs = {1: 2 * G - 3, 2: 2, 3: 1} if G > 1 else {2: 1, 3: 1}  # so many that move so many sequences
+    return sum(n * max(moved * unit / G, launch) for moved, n in runs.items()) + 2 * (G - 1) * hand
 
 
 def hand_over(size: float, machine: Machine, devices: int) -> float:
@@ -207,31 +186,6 @@ def all_reduce(size: float, devices: int, machine: Machine) -> float:
         share = size / local * (hosts - 1) / hosts
         seconds += 2 * math.log2(hosts) * machine.network_latency + 2 * share / machine.network
     return seconds
-
-
-def simulate(
-    G: int, m: int, compute: Callable[[int, int], float], hand: Callable[[int, int], float], *, overlapped: bool = False
-) -> float:
-    """The wavefront event by event: seconds until the last device has ended.
-
-    compute(g, k) is what tick k takes on device g (bubbles too), hand(g, k) the way of its state to g + 1. `ppermute` in
-    a loop is a rendezvous: device g ends its exchange of tick k when both neighbours have ended tick k and the states
-    have passed. `overlapped`: sending costs the sender nothing, and a device waits for what it receives alone.
-    """
-    ready = [0.0] * G
-    for k in range(m + G - 1):
-        ended = [ready[g] + compute(g, k) for g in range(G)]
-        if k == m + G - 2:
-            return max(ended)
-        ready = [
-            max(
-                ended[g],
-                ended[g - 1] + hand(g - 1, k) if g else 0.0,
-                max(ended[g], ended[g + 1]) + hand(g, k) if g < G - 1 and not overlapped else 0.0,
-                ended[g] + hand(g - 1, k) if g and not overlapped else 0.0,
-            )
-            for g in range(G)
-        ]
 
 
 def _divisors(n: int, most: int) -> list[int]:

@@ -1,22 +1,26 @@
-"""Time over devices: each owns T/G consecutive steps of every layer, and a neuron runs as a wavefront over them.
+"""Time over devices: each owns T/G consecutive steps of every layer, and a neuron runs in rounds until its start is right.
 
 Layers without time need nothing: their [T/G * B, ...] are on the device. A neuron needs the state before its first
-step, from the device before. So the batch is cut into m microbatches; in tick k device g runs microbatch k - g and hands
-the state after it, [B/m, N] and nothing of size T, to device g + 1:
+step, which is the one after the last step of the device before. So every device runs its steps for the state alone, s,
+and hands the state, [B, N] and nothing of size T, to the next. After g such rounds device g starts from the right one,
+after G - 1 every device does, and runs once with outputs, o:
 
-    device 0   0 1 2 3 . .          m = 4 microbatches, G = 3 devices, m + G - 1 ticks
-    device 1   . 0 1 2 3 .
-    device 2   . . 0 1 2 3
+    device 0   s s o          G = 3 devices: s reads x, o reads x and writes the outputs
+    device 1   s s o
+    device 2   s s o
 
-The gradient is the same wavefront from the last device to the first, the transpose of this one. Everything here runs
-inside of `shard_map` over the axis, such as in a step of `data_parallel`.
+The gradient goes from the last device to the first: each hands the cotangent of its start to the one before. One part of
+it comes from the device's own outputs, and is made once, of x and their cotangents; the other is linear in what the
+device was handed, and takes G - 2 rounds that read x alone. One run then has the right cotangent at its end, and writes
+the gradients.
+
+In sequences moved, that is (G + 1) / G forward and (G + 3) / G backward, against 2 and 3 on one device, and the memory
+is 1 / G. Everything here runs inside of `shard_map` over the axis, such as in a step of `data_parallel`.
 
 Temporal fusion over several GPUs (forward only there): Li et al., ICANN 2024, https://arxiv.org/abs/2408.00280.
 """
 
-from dataclasses import dataclass
-from functools import partial
-from numbers import Real
+from dataclasses import dataclass, replace
 from typing import Any
 
 import jax
@@ -26,8 +30,8 @@ from jax import Array, lax
 
 from snnfuse import nn
 from snnfuse.core.neuron import Neuron, PyTree
-from snnfuse.ops.api import unroll
-from snnfuse.ops.packing import Packed
+from snnfuse.ops import api, fused
+from snnfuse.ops.problem import Leaves
 from snnfuse.parallel.step import TIME
 
 
@@ -38,102 +42,98 @@ def unroll_over_time(
     xs: PyTree,
     *,
     axis: str = TIME,
-    microbatches: int | None = None,
     implementation: str | None = None,
     out_dtype: Any = None,
     reuse_cotangents: bool = False,
 ) -> tuple[PyTree, PyTree]:
     """`snnfuse.unroll` of a sequence whose time is cut over the devices along `axis`.
 
-    xs is [T/G, B, ..., N], this device's steps; so are the outputs. `state`, the one before the first step of all, and
-    the final state, after the last one, are the same on every device. `microbatches` divides the first axis after time;
-    None takes one a device where that divides, else as many as do. The other options are those of `unroll`.
+    xs is [T/G, *B, N], this device's steps; so are the outputs. `state`, the one before the first step of all, and the
+    final state, after the last one, are the same on every device. The other options are those of `unroll`.
     """
-    _check_packed(out_dtype, xs)
-    G = lax.axis_size(axis)
-    options = dict(implementation=implementation, out_dtype=out_dtype, reuse_cotangents=reuse_cotangents)
-    run = partial(unroll, neuron, **options)
-    if G == 1 and microbatches in (None, 1):
-        return run(params, state, xs)
-    B = _batch(xs)
-    m = microbatches or max(m for m in range(1, min(G, B) + 1) if B % m == 0)
-    if B % m:
-        raise ValueError(f"microbatches must divide the batch; got {m} for xs of shape {jax.tree.leaves(xs)[0].shape}")
-    lanes = jax.tree.leaves(xs)[0].shape[1:]
-    initial = neuron.init_state(lanes) if state is None else state
-    g = lax.axis_index(axis)
-    ticks = m + G - 1
-
-    def cut(a):  # [T, B, ...] -> [m, T, B/m, ...]
-        return jnp.moveaxis(a.reshape(a.shape[0], m, B // m, *a.shape[2:]), 1, 0)
-
-    def join(a):
-        return jnp.moveaxis(a, 0, 1).reshape(a.shape[1], B, *a.shape[3:])
-
-    def skewed(a):  # [m, ...] -> [ticks, ...], microbatch j at tick j + g, zeros before and after
-        return lax.dynamic_update_slice_in_dim(jnp.zeros((ticks, *a.shape[1:]), a.dtype), a, g, 0)
-
-    def unskewed(a):
-        return lax.dynamic_slice_in_dim(a, g, m, 0)
-
-    rows = lambda a: a.reshape(m, B // m, *a.shape[1:])  # [B, ...] -> [m, B/m, ...]
-    initial = jax.tree.map(rows, initial)
-    shared, own = _split_params(params, lanes, rows)
-
-    def tick(received, now):
-        x, first, p, k = now
-        running = (k >= g) & (k < g + m)
-        start = jax.tree.map(lambda f, r: jnp.where((g == 0) | ~running, f, r), first, received)
-        outs, final = run(shared(p), start, x)
-        handed = jax.tree.map(lambda s: lax.ppermute(s, axis, [(i, i + 1) for i in range(G - 1)]), final)
-        return handed, (outs, final)
-
-    nothing = jax.tree.map(lambda s: jnp.zeros(s.shape[1:], s.dtype), initial)
-    sequence = (jax.tree.map(lambda a: skewed(cut(a)), xs), jax.tree.map(skewed, initial), jax.tree.map(skewed, own))
-    _, (outs, final) = lax.scan(tick, nothing, (*sequence, jnp.arange(ticks)))
-    final = jax.tree.map(lambda s: unskewed(s).reshape(B, *s.shape[2:]), final)
-    final = jax.tree.map(lambda s: lax.psum(jnp.where(g == G - 1, s, 0), axis), final)
-    return jax.tree.map(lambda a: join(unskewed(a)), outs), final
+    problem, *leaves = api._check(neuron, params, state, xs, out_dtype, reuse_cotangents)
+    if problem.T % problem.chunk_unit:
+        raise ValueError(f"packed outputs need a multiple of {problem.chunk_unit} steps a device; got {problem.T}")
+    if (G := lax.axis_size(axis)) == 1 or not problem.num_state:
+        options = dict(implementation=implementation, out_dtype=out_dtype, reuse_cotangents=reuse_cotangents)
+        return api.unroll(neuron, params, state, xs, **options)
+    params, state, xs = leaves
+    if problem.initial is not None:  # where this device starts is not constant
+        state = tuple(jnp.full(problem.lane_shape, value, problem.dtype) for value in problem.initial)
+        problem = replace(problem, initial=None)
+    whole, state_only = (api.passes(p, implementation) for p in (problem, problem.state_only))
+    outs, end = fused.run(Rounds(whole, state_only, axis), params, state, xs)
+    final = [lax.psum(jnp.where(lax.axis_index(axis) == G - 1, leaf, 0), axis) for leaf in end]
+    return problem.out_tree.unflatten(outs), problem.step.state_tree.unflatten(final)
 
 
-def _check_packed(out_dtype, xs):
-    T = jax.tree.leaves(xs)[0].shape[0]
-    for dtype in jax.tree.leaves(out_dtype):
-        if isinstance(dtype, Packed) and T % dtype.steps:
-            raise ValueError(f"packed outputs need a multiple of {dtype.steps} steps a device; got {T}")
+@dataclass(frozen=True)
+class Rounds:
+    """`fused.Passes` of this device's steps, from what the other devices hand it."""
+
+    whole: fused.Passes
+    state_only: fused.Passes
+    axis: str
+
+    @property
+    def problem(self):
+        return self.whole.problem
+
+    def forward(self, params, state, xs, *, save):
+        """`state` is the one before the first step of all, the final state the one after this device's last."""
+
+        def once(_, start):
+            _, end, _ = self.state_only.forward(params, start, xs, save=False)
+            return jax.tree.map(self._if_first, state, self._hand(end, 1))
+
+        start = lax.fori_loop(0, lax.axis_size(self.axis) - 1, once, state)
+        outs, end, kept = self.whole.forward(params, start, xs, save=save)
+        return outs, end, (start, kept)
+
+    def backward(self, params, state, kept, xs, d_outs, d_state, wanted):
+        start, kept = kept
+        state_alone = fused.Wanted((False,) * len(params), (True,) * len(start), (False,) * len(xs))
+
+        def back(d_outs, d_end, wanted):
+            return self.whole.backward(params, start, kept, xs, d_outs, d_end, wanted)
+
+        own = back(d_outs, d_state, state_alone)[1]
+
+        def once(_, handed):
+            through = back((None,) * len(d_outs), handed, state_alone)[1]
+            return self._hand(_sum(own, through), -1)
+
+        handed = lax.fori_loop(0, lax.axis_size(self.axis) - 2, once, self._hand(own, -1))
+        d_params, d_start, d_xs = back(d_outs, _sum(d_state, handed), wanted)
+        # the state before all steps is that of the first device; the others' start is not their argument
+        d_state = tuple(None if d is None else self._if_first(d, jnp.zeros_like(d)) for d in d_start)
+        return d_params, d_state, d_xs
+
+    def _hand(self, state: Leaves, by: int) -> Leaves:
+        """To the next device (1) or to the one before (-1); zeros come to the device that nobody hands anything."""
+        G = lax.axis_size(self.axis)
+        return lax.ppermute(state, self.axis, [(i, i + by) for i in range(G) if 0 <= i + by < G])
+
+    def _if_first(self, a, b):
+        return jnp.where(lax.axis_index(self.axis) == 0, a, b)
 
 
-def _batch(xs):
-    shape = jax.tree.leaves(xs)[0].shape
-    if len(shape) < 2:
-        raise ValueError(f"xs must be [T, *B, N], of rank 2 or more; got shape {shape}")
-    return shape[1]
-
-
-def _split_params(params, lanes, rows):
-    """(whole, own): `own` are the leaves with a value for each microbatch, and whole(part of them) the params of one."""
-    leaves, tree = jax.tree.flatten(params)
-    cut = [not isinstance(p, Real) and jnp.ndim(p) == len(lanes) and jnp.shape(p)[0] == lanes[0] > 1 for p in leaves]
-
-    def whole(part):
-        part = iter(part)
-        return tree.unflatten([next(part) if c else p for p, c in zip(leaves, cut, strict=True)])
-
-    return whole, [rows(jnp.asarray(p)) for p, c in zip(leaves, cut, strict=True) if c]
+def _sum(ours, handed):
+    """Where None stands for zero."""
+    return tuple(h if o is None else o + h for o, h in zip(ours, handed, strict=True))
 
 
 @dataclass(frozen=True)
 class OverTime:
-    """`unroll_over_time` with these choices, for the attribute `unroll` of a `snnfuse.nn.Spiking`."""
+    """`unroll_over_time` along `axis`, for the attribute `unroll` of a `snnfuse.nn.Spiking`."""
 
     axis: str = TIME
-    microbatches: int | None = None
 
     def __call__(self, neuron, params, state, xs, **options):
-        return unroll_over_time(neuron, params, state, xs, axis=self.axis, microbatches=self.microbatches, **options)
+        return unroll_over_time(neuron, params, state, xs, axis=self.axis, **options)
 
 
-def over_time(model: nnx.Module, *, axis: str = TIME, microbatches: int | None = None) -> nnx.Module:
+def over_time(model: nnx.Module, *, axis: str = TIME) -> nnx.Module:
     """Let every spiking layer of `model`, changed in place, run over the devices along `axis`.
 
     The model then takes and returns a device's T/G steps, inside of `data_parallel`; read its outputs by `readout`, and
@@ -141,7 +141,7 @@ def over_time(model: nnx.Module, *, axis: str = TIME, microbatches: int | None =
     """
     for _, module in nnx.iter_modules(model):
         if isinstance(module, nn.Spiking):
-            module.unroll = OverTime(axis, microbatches)
+            module.unroll = OverTime(axis)
     return model
 
 
