@@ -156,8 +156,7 @@ def _training(name, mesh, T, B, implementation, synchronised, want):
         xs, labels = batch
 
         def loss_of(model):
-            dtype = jnp.bfloat16 if xs.dtype == jnp.bool_ else xs.dtype
-            logits = read(model(xs.astype(dtype))[0])
+            logits = read(model(xs)[0])
             return optax.softmax_cross_entropy_with_integer_labels(logits, labels).mean()
 
         loss, grads = nnx.value_and_grad(loss_of)(model)

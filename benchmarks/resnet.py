@@ -122,7 +122,7 @@ def training(model):
         model, optimizer = nnx.merge(graphdef, tree.unflatten(leaves))
 
         def loss_of(model):
-            logits = nn.membrane_mean(model(xs.astype(jnp.bfloat16))[0])
+            logits = nn.membrane_mean(model(xs)[0])
             return optax.softmax_cross_entropy_with_integer_labels(logits, labels).mean()
 
         loss, grads = nnx.value_and_grad(loss_of)(model)

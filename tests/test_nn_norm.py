@@ -312,6 +312,22 @@ def test_each_form_of_conv_is_the_convolution(sizes, taps, stride, padding, inpu
 
 
 @strict
+def test_of_spikes_as_bool_no_more_is_kept():
+    """By the stem of a ResNet: neither the values in the dtype of the products, nor the pixels made channels."""
+    xs = random_spikes(2, 3, 8, 8, 3)
+    stem = nn.Conv(3, 4, 7, stride=2, precision="bfloat16", rngs=nnx.Rngs(0))
+    graphdef, params = nnx.split(stem)
+    run = lambda xs: jax.vjp(lambda params: nnx.merge(graphdef, params)(xs), params)
+    (got, vjp), (want, vjp_of_floats) = run(xs > 0), run(xs)
+    cotangent = jax.random.normal(jax.random.key(1), want.shape, want.dtype)
+    np.testing.assert_array_equal(got, want)
+    for a, b in zip(*map(jax.tree.leaves, (vjp(cotangent), vjp_of_floats(cotangent))), strict=True):
+        np.testing.assert_array_equal(a, b)
+    kept = [leaf for leaf in jax.tree.leaves(vjp) if leaf.size >= xs.size]
+    assert [(leaf.dtype, leaf.size) for leaf in kept] == [(jnp.bool_, xs.size)]
+
+
+@strict
 @pytest.mark.parametrize("window, stride, padding", [(3, 2, 1), (2, 2, 0), (3, 1, 1), (2, 3, 0), (5, 2, 2)])
 def test_max_pool_is_reduce_window(window, stride, padding):
     """Values, and the gradient to the first of equal values: of spikes, nearly all windows have a tie."""

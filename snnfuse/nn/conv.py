@@ -88,15 +88,19 @@ class Linear(Stepwise):
         shape, features = values(x).shape, self.kernel.shape[0]
         if shape[-1:] != (features,):
             raise ValueError(f"x must be [..., {features}]; got {shape}")
-        y = linear_in(partial(jnp.matmul, precision=self.precision.lax), x, self.kernel[...], self.precision)
+        f = lambda x, kernel: jnp.matmul(x.astype(kernel.dtype), kernel, precision=self.precision.lax)
+        y = linear_in(f, x, self.kernel[...], self.precision)
         return y if self.bias is None else y + jnp.broadcast_to(self.bias[...].astype(y.dtype), y.shape)
 
 
 def linear_in(f: Callable, x: Array | Spikes, kernel: Array, precision: Precision) -> Array:
-    """f(x, kernel), bilinear, in the dtype of `precision`; of `Spikes` the bits alone are kept for the gradient."""
+    """f(x, kernel), bilinear, in the dtype of `precision`; of `Spikes` the bits alone are kept for the gradient.
+
+    f casts what is smaller (bool, uint8) itself, where it needs it.
+    """
     kernel = kernel.astype(precision.dtype)
     if not isinstance(x, Spikes):
-        return f(x.astype(precision.dtype), kernel)
+        return f(x if x.dtype.itemsize < kernel.dtype.itemsize else x.astype(kernel.dtype), kernel)
     return _of_spikes(f, x.values.shape[0], x.values.astype(precision.dtype), x.bits, kernel)
 
 
@@ -133,18 +137,23 @@ def conv(x: Array, kernel: Array, *, stride: int = 1, padding: int = 0, precisio
     outs = [(size + 2 * padding - t) // stride + 1 for size, t in zip((H, W), taps, strict=True)]
     if min(outs) < 1:
         raise ValueError(f"x must be as large as the kernel, {taps}, with padding {padding}; got a map of {H} x {W}")
-    if 2 * H * W <= taps[0] * taps[1] and padding < min(taps):
+    slide = partial(lax.conv_general_dilated, dimension_numbers=("NHWC", "OHWI", "NHWC"), precision=precision)
+    small = 2 * H * W <= taps[0] * taps[1] and padding < min(taps)
+    if stride > 1 and inputs * stride**2 <= 16 and H % stride == W % stride == 0 and not small and max(taps) > 1:
+
+        @jax.checkpoint  # x is kept for the backward pass, and not what is made of it here, which is larger
+        def of_blocks(x, kernel):
+            x, kernel, pads = _space_to_depth(x.astype(kernel.dtype), kernel, stride, padding, outs)
+            return slide(x, kernel, (1, 1), pads)
+
+        return of_blocks(x, kernel)
+    x = x.astype(kernel.dtype)
+    if small:
         matrix = _dense(kernel, (H, W), outs, stride, padding)
         return jnp.matmul(x.reshape(len(x), -1), matrix.T, precision=precision).reshape(len(x), *outs, features)
     if (*taps, padding) == (1, 1, 0):
         return jnp.matmul(x[:, ::stride, ::stride], kernel.reshape(features, inputs).T, precision=precision)
-    pads = [(padding, padding)] * 2
-    if stride > 1 and inputs * stride**2 <= 16 and H % stride == 0 and W % stride == 0:
-        x, kernel, pads = _space_to_depth(x, kernel, stride, padding, outs)
-        stride = 1
-    return lax.conv_general_dilated(
-        x, kernel, (stride, stride), pads, dimension_numbers=("NHWC", "OHWI", "NHWC"), precision=precision
-    )
+    return slide(x, kernel, (stride, stride), [(padding, padding)] * 2)
 
 
 def _dense(kernel, sizes, outs, stride, padding):
