@@ -12,10 +12,20 @@ program holds on one device. benchmarks/multi_gpu_torch.py is SpikingJelly besid
 """
 
 import argparse
+import os
+import subprocess
+import sys
 import time
 from functools import partial
 
 import jax
+
+from snnfuse import parallel
+
+if process := os.environ.get("SNNFUSE_PROCESS"):  # "1 of 2", before anything asks JAX for its devices
+    index, count = map(int, process.split(" of "))
+    parallel.initialise("localhost:9911", count, index)
+
 import jax.numpy as jnp
 import numpy as np
 import optax
@@ -23,27 +33,28 @@ from flax import nnx
 from jax import lax
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
-from measure import fwd_bwd, normal_like, peak_mb, record, time_ms
+from measure import fwd_bwd, normal_like, peak_mb, time_ms
+from measure import record as write
 from resnet import timed
 
 import snnfuse as sf
-from snnfuse import models, nn, parallel
+from snnfuse import models, nn
 
 CPU = jax.default_backend() == "cpu"
 NEURONS = 2**13  # of a layer of the stack, a sample
-OVERLAP = {
-    "xla_gpu_enable_latency_hiding_scheduler": True
-}  # all-reduces beside the backward pass that makes their sums
 
 
 def attempt(case, devices, f, **what):
     """A row of f() -> {...}; a failure is a row too. What f returned, or None."""
+    if jax.process_count() > 1:
+        what |= dict(processes=jax.process_count())
+    record = partial(write, "multi_gpu") if jax.process_index() == 0 else lambda **row: None
     try:
         found = f()
     except Exception as e:
-        record("multi_gpu", case=case, devices=devices, **what, status=f"{type(e).__name__}: {str(e)[:200]}")
+        record(case=case, devices=devices, **what, status=f"{type(e).__name__}: {str(e)[:200]}")
         return None
-    record("multi_gpu", case=case, devices=devices, **what, **found, status="ok")
+    record(case=case, devices=devices, **what, **found, status="ok")
     return found
 
 
@@ -237,6 +248,15 @@ def equal(n, small, how):
         training("small-net", axes, T, B, how, synchronised=True, want=one)
 
 
+def each_in_a_process(args):
+    for n in map(int, args.devices.split(",")):
+        env = lambda i, n=n: os.environ | {"SNNFUSE_PROCESS": f"{i} of {n}", "CUDA_VISIBLE_DEVICES": str(i)}
+        command = [sys.executable, *sys.argv, "--devices", str(n)]
+        running = [subprocess.Popen(command, env=env(i)) for i in range(n)]
+        if failed := [p.args for p in running if p.wait()]:
+            sys.exit(f"{len(failed)} of {n} processes failed")
+
+
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--devices", default="1,2,4,8", help="counts to measure, of those that there are")
@@ -244,7 +264,12 @@ def main():
     parser.add_argument("--T", default="32,512,4096", help="of time over devices")
     parser.add_argument("--small", action="store_true", help="small cases, which a CPU can run")
     parser.add_argument("--implementation", default=None)
+    parser.add_argument(
+        "--processes", action="store_true", help="one for each device, which has a host thread of its own"
+    )
     args = parser.parse_args()
+    if args.processes and not process:
+        return each_in_a_process(args)
     small, how, only = args.small, args.implementation, args.only.split(",")
     steps = [int(T) for T in args.T.split(",")]
     cases = {

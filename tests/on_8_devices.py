@@ -339,7 +339,28 @@ def test_time_over_devices_is_bit_equal_where_nothing_is_reduced():
         np.testing.assert_array_equal(a, b)
 
 
-# ---- random keys, batch statistics, pmap
+# ---- mean, random keys, batch statistics, pmap
+
+
+@pytest.mark.parametrize("last, piece, sums", [(1, 1, 4), (24, 2**26, 2), (2**22, 2**26, 1)])
+def test_mean_joins_and_changes_nothing(last, piece, sums, monkeypatch):
+    """Neither the values, one NaN among them, nor the dtypes; of float32 as many sums are left as there are pieces."""
+    monkeypatch.setattr(parallel.step, "LAST", last)
+    monkeypatch.setattr(parallel.step, "PIECE", piece)
+    draw = lambda i, shape: jax.random.normal(jax.random.key(i), (8, *shape))
+    tree = {
+        "a": [draw(0, (2, 3)), draw(1, ()).at[3].set(jnp.nan)],
+        "b": (draw(2, (5,)), draw(3, (4, 1)).astype(jnp.bfloat16), draw(4, (7,)), jnp.arange(16).reshape(8, 2)),
+    }
+    here = partial(jax.shard_map, mesh=parallel.make_mesh("data=8"), in_specs=P("data"), out_specs=P(), check_vma=False)
+    whole = lambda f: jax.jit(here(lambda tree: f(jax.tree.map(lambda x: x[0], tree))))
+    got, want = whole(parallel.mean)(tree), whole(lambda tree: jax.lax.pmean(tree, "data"))(tree)
+    assert jax.tree.structure(got) == jax.tree.structure(want)
+    for a, b in zip(jax.tree.leaves(got), jax.tree.leaves(want), strict=True):
+        assert a.dtype == b.dtype
+        np.testing.assert_array_equal(a, b)
+    assert np.isnan(got["a"][1]) and np.isfinite(got["b"][0]).all()
+    assert str(jax.make_jaxpr(whole(parallel.mean))(tree)).count("psum") == sums + 2  # bfloat16 and integers
 
 
 def test_every_device_has_its_own_keys_and_the_state_keeps_its_own():

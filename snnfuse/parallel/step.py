@@ -18,6 +18,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import nnx
 from jax import lax
 from jax.sharding import Mesh, PartitionSpec
@@ -34,10 +35,54 @@ def axes_here() -> tuple[str, ...]:
     return tuple(jax.sharding.get_abstract_mesh().manual_axes)
 
 
+LAST = 2**22  # bytes of the sum that nothing can hide
+PIECE = 2**26  # bytes of the others, at most about
+
+
 def mean(tree: PyTree, axes: tuple[str, ...] | None = None) -> PyTree:
-    """The mean over devices: over `axes`, or all there are. On one device, outside of `data_parallel`, the tree itself."""
+    """The mean over devices: over `axes`, or all there are. On one device, outside of `data_parallel`, the tree itself.
+
+    A collective costs much before its first byte, so the leaves are joined into few. Gradients are known from the last
+    layer to the first: the last leaves come first, and their sum runs beside the rest of the backward pass; nothing is
+    left to hide the first leaves' sum, which is small.
+    """
     axes = axes_here() if axes is None else axes
-    return lax.pmean(tree, axes) if axes else tree
+    if not axes:
+        return tree
+    leaves, treedef = jax.tree.flatten(tree)
+    of_dtype = {}
+    for i, leaf in enumerate(leaves):
+        of_dtype.setdefault(jnp.result_type(leaf), []).append(i)
+    for dtype, indices in of_dtype.items():
+        join = _joined_mean if jnp.issubdtype(dtype, jnp.floating) else lax.pmean
+        for i, leaf in zip(indices, join([jnp.asarray(leaves[i]) for i in indices], axes), strict=True):
+            leaves[i] = leaf
+    return treedef.unflatten(leaves)
+
+
+def _joined_mean(leaves, axes):
+    """lax.pmean of arrays of one dtype, from the last to the first in few sums, one after the other."""
+    means, after = [], []
+    for piece in _pieces([leaf.nbytes for leaf in leaves]):
+        flat = lax.pmean(jnp.concatenate([*(leaves[i].ravel() for i in piece), *after]), axes)
+        # 0, but not before this sum is known: without it the compiler may well begin with the smallest
+        after = [(flat[:1] > jnp.inf).astype(flat.dtype)]
+        parts = jnp.split(flat, np.cumsum([leaves[i].size for i in piece]))
+        means += [part.reshape(leaves[i].shape) for i, part in zip(piece, parts, strict=False)]
+    return means[::-1]
+
+
+def _pieces(sizes):
+    """The indices of `sizes` from the last to the first, in lists of about PIECE bytes, the last one of LAST."""
+    pieces, held = [[]], 0
+    for i in reversed(range(len(sizes))):
+        pieces[-1].append(i)
+        held += sizes[i]
+        before = sum(sizes[:i])
+        if held >= PIECE or (before <= LAST < before + sizes[i]):
+            pieces.append([])
+            held = 0
+    return [piece for piece in pieces if piece]
 
 
 def fold(key: jax.Array, axes: tuple[str, ...] | None = None) -> jax.Array:
@@ -113,8 +158,9 @@ def _on_each_device(step, axes):
 def _same_everywhere(new, old, axes):
     keys = {p: x for p, x in jax.tree_util.tree_leaves_with_path(old) if _is_key(x)}
     new = jax.tree_util.tree_map_with_path(lambda p, x: keys.get(p, x) if _is_key(x) else x, new)
-    is_variable = lambda v: isinstance(v, nnx.Variable)
-    return jax.tree.map(lambda v: mean(v, axes) if isinstance(v, nnx.BatchStat) else v, new, is_leaf=is_variable)
+    variables, treedef = jax.tree.flatten(new, is_leaf=lambda v: isinstance(v, nnx.Variable))
+    statistics = iter(mean([v for v in variables if isinstance(v, nnx.BatchStat)], axes))
+    return treedef.unflatten([next(statistics) if isinstance(v, nnx.BatchStat) else v for v in variables])
 
 
 def _reduce(x, axes, apart):
