@@ -1,12 +1,17 @@
 """The fused kernels against `lax.scan` and against the copy rate: forward and backward, time and peak memory.
 
-python benchmarks/core.py        about four minutes on an H100; rows go to results/core.jsonl (without a GPU: core_cpu.jsonl)
+python benchmarks/core.py        about five minutes on an H100; rows go to results/core.jsonl (without a GPU: core_cpu.jsonl)
+python benchmarks/core.py --only compile        a minute of it; the rows of the other part stay
 
 A case is checked before it is timed: spikes equal to scan's, gradients to rounding. `of_copy_rate` counts 5 tensors
 moved (x and s; x, ds and dx) at the rate that x + 1 reaches in the same process; `over_scan` is scan's time over ours.
+
+Of `compile` nothing runs: it is the time from a Python function to a program, once the process has compiled one of its
+kind; `first_s` is that one, of a single step, and the imports with it.
 """
 
 import argparse
+import json
 import time
 from dataclasses import dataclass
 from typing import NamedTuple
@@ -17,6 +22,7 @@ import numpy as np
 from measure import ON_GPU, RESULTS, copy_rate, device_ms, fwd_bwd, peak_mb, record, time_ms
 
 import snnfuse as sf
+from snnfuse.ops import triton
 
 f32, bf16 = jnp.float32, jnp.bfloat16
 ROWS = "core" if ON_GPU else "core_cpu"  # without a GPU: the smallest cases, a check and no result
@@ -68,6 +74,7 @@ CASES = [  # the first four by every implementation, the others by scan and "pal
     ("own neuron", 32, 2**20, f32),
 ]
 EVERYONE = 4
+COMPILED = [(16, 2**12), (256, 2**12), (4096, 2**12), (500, 2**13)]
 
 
 def compare(got, want):
@@ -111,12 +118,35 @@ def bench(name, T, M, dtype, rate, implementations):
         record(ROWS, **row)
 
 
+def timed_compile(f, *args):
+    """(f compiled, seconds), with nothing left of what was compiled before."""
+    jax.clear_caches()
+    triton.kernel.cache_clear()  # jax-triton keeps what it compiles, by these
+    start = time.perf_counter()
+    compiled = f.lower(*args).compile()
+    return compiled, time.perf_counter() - start
+
+
+def bench_compile(implementation):
+    def seconds(T, M):
+        xs = jax.ShapeDtypeStruct((T, M), f32)
+        spikes = lambda xs: sf.unroll(sf.LIF(), sf.LIFParams(), None, xs, implementation=implementation)[0]
+        return timed_compile(fwd_bwd(spikes), (xs,), xs)[1]
+
+    for i, (T, M) in enumerate(COMPILED):
+        row = dict(case="compile", T=T, M=M, dtype="float32", implementation=implementation)
+        try:
+            first = dict(first_s=seconds(1, M)) if i == 0 else {}
+            row |= dict(status="ok", compile_s=seconds(T, M), **first)
+        except Exception as e:
+            row |= dict(status=repr(e)[:300])
+        record(ROWS, **row)
+
+
 def run(spikes, learned, sets, rate):
     """((spikes, gradients) of the first set, the measured part of a row); the loss sees the spikes alone."""
     xs, cotangent = sets[0]
-    start = time.perf_counter()
-    compiled = fwd_bwd(spikes).lower((learned, xs), cotangent).compile()
-    compile_s = time.perf_counter() - start
+    compiled, compile_s = timed_compile(fwd_bwd(spikes), (learned, xs), cotangent)
     result = compiled((learned, xs), cotangent)
     ms, low, high = device_ms(fwd_bwd(spikes), [((learned, xs), cotangent) for xs, cotangent in sets])
     return result, dict(
@@ -132,18 +162,33 @@ def run(spikes, learned, sets, rate):
     )
 
 
+def forget(parts):
+    """Drops the rows of the parts that will run: what stays is of one run each; earlier ones are in the history."""
+    file = RESULTS / f"{ROWS}.jsonl"
+    lines = file.read_text().splitlines(keepends=True) if file.exists() else []
+    part = lambda row: "compile" if row["case"] == "compile" else "speed"
+    file.write_text("".join(line for line in lines if part(json.loads(line)) not in parts))
+
+
 def main():
-    parser = argparse.ArgumentParser(description=__doc__)
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--implementations", default="scan,pallas,mosaic,triton")
     parser.add_argument("--cases", type=int, default=len(CASES), help="the first so many of them")
+    parser.add_argument("--only", default="compile,speed", help="the parts to run")
     args = parser.parse_args()
+    implementations, parts = args.implementations.split(","), args.only.split(",")
+    forget(parts)
+    if "compile" in parts:  # before anything else is imported
+        for implementation in implementations:
+            bench_compile(implementation)
+    if "speed" not in parts:
+        return
     rate = float(np.median([copy_rate() for _ in range(3)]))
-    (RESULTS / f"{ROWS}.jsonl").unlink(missing_ok=True)  # the rows of one run; earlier ones are in the history
     record(ROWS, case="copy", status="ok", bytes_per_s=rate)
     for i, case in enumerate(CASES[: args.cases]):
         if not ON_GPU and case[1] * case[2] > 2**22:
             continue
-        known = (name for name in args.implementations.split(",") if i < EVERYONE or name in ("scan", "pallas"))
+        known = (name for name in implementations if i < EVERYONE or name in ("scan", "pallas"))
         bench(*case, rate, known)
 
 

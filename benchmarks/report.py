@@ -26,7 +26,8 @@ def power(n):
 
 
 def core_table():
-    rows = [json.loads(line) for line in (HERE / "results/core.jsonl").read_text().splitlines()]
+    everything = [json.loads(line) for line in (HERE / "results/core.jsonl").read_text().splitlines()]
+    rows = [r for r in everything if r["case"] != "compile"]
     copy = next(r for r in rows if r["case"] == "copy")
     scans = {(r["case"], r["T"], r["M"], r["dtype"]): r for r in rows if r.get("implementation") == "scan"}
     lines = [
@@ -48,7 +49,28 @@ def core_table():
         )
     where = f"{copy['device']}, JAX {copy['jax']}, {copy['date']}, commit {copy['commit']} where no other is named"
     rate = f"copy rate {copy['bytes_per_s'] / 1e12:.2f} TB/s"
-    return "\n".join(lines) + f"\n\nMeasured on: {where}; {rate}. Rows: `benchmarks/results/core.jsonl`.\n"
+    measured = f"\n\nMeasured on: {where}; {rate}. Rows: `benchmarks/results/core.jsonl`.\n"
+    return "\n".join(lines) + measured + compile_table([r for r in everything if r["case"] == "compile"])
+
+
+def compile_table(rows):
+    """Part of the table of core; nothing where nothing was compiled for its time."""
+    if not rows:
+        return ""
+    shapes = dict.fromkeys((r["T"], r["M"]) for r in rows)
+    heads = [f"T = {T}, {power(M)} lanes" for T, M in shapes]
+    lines = [f"| seconds to compile | {' | '.join(heads)} | first call |", "|---" * (len(heads) + 2) + "|"]
+    for name in dict.fromkeys(r["implementation"] for r in rows):
+        mine = {(r["T"], r["M"]): r for r in rows if r["implementation"] == name}
+        cells = [f"{r['compile_s']:.2f}" if r["status"] == "ok" else r["status"][:60] for r in map(mine.get, shapes)]
+        first = next((f"{r['first_s']:.2f}" for r in mine.values() if "first_s" in r), "")
+        lines.append(f"| `{name}` | {' | '.join(cells)} | {first} |")
+    once = lambda key: ", ".join(dict.fromkeys(str(r[key]) for r in rows))
+    where = f"{once('device')}, JAX {once('jax')}, {once('date')}, commit {once('commit')}"
+    what = (
+        "LIF in float32, forward and backward, traced, lowered and compiled; first call: of one step, with the imports"
+    )
+    return "\n" + "\n".join(lines) + f"\n\n{what}. Measured on: {where}. Rows: case `compile` of the same file.\n"
 
 
 def resnet_table():

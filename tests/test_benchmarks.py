@@ -85,3 +85,10 @@ def test_a_cell_says_how_a_time_came_about():
 @pytest.mark.parametrize("peer, says", [(3.0, "3x (Norse)"), (0.5, "**0.5x (Norse) is faster than ours**")])
 def test_the_table_says_where_a_peer_wins(peer, says):
     assert report["verdict"]({"ours": 1.0, "Norse": peer, "Spyx": 4.0, "sparx": None}) == says
+
+
+def test_a_table_of_compile_times_where_there_are_any():
+    row = dict(case="compile", implementation="pallas", status="ok", device="a GPU", jax="1", date="now", commit="c")
+    rows = [row | dict(T=16, M=4096, compile_s=1.5, first_s=3.0), row | dict(T=500, M=8192, status="it cannot")]
+    assert "| `pallas` | 1.50 | it cannot | 3.00 |" in report["compile_table"](rows)
+    assert report["compile_table"]([]) == ""
