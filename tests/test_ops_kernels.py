@@ -12,6 +12,7 @@ import pytest
 from compare import assert_close, assert_fires, assert_same_spikes
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from jax.sharding import PartitionSpec as P
 
 import snnfuse as sf
 from snnfuse.ops import api, fused
@@ -19,10 +20,11 @@ from snnfuse.ops.blocks import Blocks
 from snnfuse.ops.pallas_triton import PallasKernels
 
 
-def h100():
+def h100(devices=1):
     """In this scope code is traced as for an H100, on a machine that has none."""
     device = jax.sharding.AbstractDevice(device_kind="NVIDIA H100 80GB HBM3", num_cores=132, platform="gpu")
-    return jax.sharding.use_abstract_mesh(jax.sharding.AbstractMesh((1,), ("x",), abstract_device=device))
+    mesh = jax.sharding.AbstractMesh((devices,), ("x",), (jax.sharding.AxisType.Auto,), abstract_device=device)
+    return jax.sharding.use_abstract_mesh(mesh)
 
 
 def struct(tree):
@@ -57,6 +59,26 @@ def test_lowers_for_cuda_to_one_kernel_and_with_the_gradient_to_two(name, implem
     like = jax.eval_shape(partial(sf.unroll, neuron, implementation="scan"), *args)
     assert kernels(f, *args) == [LOWERED[implementation]]
     assert kernels(gradient, args, like) == [LOWERED[implementation]] * 2
+
+
+@pytest.mark.parametrize("implementation", LOWERED)
+def test_lowers_for_cuda_in_a_shard_map_that_checks_what_varies(implementation):
+    """Types say so of all that a kernel returns, and JAX sums the gradient of a shared parameter over the devices."""
+    if implementation == "mosaic" and jax.__version_info__ < (0, 11, 2):
+        pytest.skip("Mosaic GPU is used from JAX 0.11.2 on")
+    neuron, *args, _ = cases.make("lif", T=20, lanes=(4, 256))
+
+    def gradient(params, state, xs):
+        out, vjp = jax.vjp(partial(sf.unroll, neuron, implementation=implementation), params, state, xs)
+        return out, vjp(out)
+
+    lanes, time = P("x"), P(None, "x")
+    specs = dict(in_specs=(P(), lanes, time), out_specs=((time, lanes), (P(), lanes, time)))
+    with h100(2):
+        mapped = jax.jit(jax.shard_map(gradient, **specs))
+        text = mapped.trace(*struct(args)).lower(lowering_platforms=("cuda",)).as_text()
+    assert re.findall(r"custom_call @(\S+?)\(", text) == [LOWERED[implementation]] * 2
+    assert text.count("all_reduce") == len(jax.tree.leaves(args[0]))
 
 
 def test_none_takes_the_fused_kernel_on_a_gpu_and_scan_for_a_neuron_it_cannot_have():

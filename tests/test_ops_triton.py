@@ -18,6 +18,7 @@ import pytest
 import triton_on_numpy
 from compare import assert_close, assert_fires, assert_same_spikes
 from jax.extend import core as jex
+from jax.sharding import PartitionSpec as P
 
 import snnfuse as sf
 from snnfuse.ops import api, fused, triton, triton_equations, triton_source
@@ -113,6 +114,25 @@ def test_a_kernel_for_the_state_alone(case, numpy_kernels):
     want = sf.unroll(neuron, *args, implementation="scan")[1]
     assert outs == ()
     assert_close(problem.step.state_tree.unflatten(final), want, rtol)
+
+
+def test_in_a_shard_map_that_checks_what_varies(numpy_kernels):
+    """jax-triton says of no result that it varies."""
+    neuron, *args, _ = cases.make("lif", T=6, lanes=(4, 10))
+
+    def gradient(run, params, state, xs):
+        out, vjp = jax.vjp(run, params, state, xs)
+        return out, vjp(out)
+
+    kernels = partial(gradient, partial(unroll, neuron, Blocks(32, 1, 3), None))
+    lanes, time = P("x"), P(None, "x")
+    specs = dict(in_specs=(P(), lanes, time), out_specs=((time, lanes), (P(), lanes, time)))
+    mesh = jax.make_mesh((1,), ("x",), (jax.sharding.AxisType.Auto,))
+    (spikes, final), gradients = jax.jit(jax.shard_map(kernels, mesh=mesh, **specs))(*args)
+    want, want_gradients = gradient(partial(sf.unroll, neuron, implementation="scan"), *args)
+    assert_fires(want[0])
+    assert_same_spikes(spikes, want[0])
+    assert_close((final, gradients), (want[1], want_gradients), 1e-5)
 
 
 @pytest.mark.parametrize("new", [False, True])

@@ -153,7 +153,7 @@ class MosaicKernels:
             zero = self._full(0.0)
             carry = (
                 (zero,) * len(d_param_refs),
-                tuple(self._load(next(d_final).at[mine]) if live else zero for live in live_state),
+                tuple(self._load_once(next(d_final), mine) if live else zero for live in live_state),
             )
             d_p, d_s = self._pipeline(
                 chunk,
@@ -227,12 +227,16 @@ class MosaicKernels:
     def _load(self, ref):
         return plgpu.load(ref, layout=self._layout(), optimized=False).astype(jnp.float32)
 
+    def _load_once(self, ref, mine):
+        """A state to begin with. Times one: in a `shard_map` it is typed as varying, and what steps make of it is not."""
+        return self._load(ref.at[mine]) * 1.0
+
     def _full(self, value):
         return plgpu.layout_cast(jnp.full((self.blocks.rows, WIDTH), value, jnp.float32), self._layout())
 
     def _initial(self, state_refs, mine):
         if self.problem.initial is None:
-            return tuple(self._load(ref.at[mine]) for ref in state_refs)
+            return tuple(self._load_once(ref, mine) for ref in state_refs)
         return tuple(map(self._full, self.problem.initial))
 
     def _load_params(self, refs, mine):
