@@ -4,6 +4,7 @@
 """
 
 from dataclasses import dataclass
+from numbers import Real
 
 from jax import Array, lax
 
@@ -17,7 +18,10 @@ class HardReset:
 
     def __call__(self, u: Array, s: Array, threshold: Array | float) -> Array:
         s = lax.stop_gradient(s) if self.detach else s
-        return (1 - s) * u + s * self.v_reset
+        kept = (1 - s) * u
+        if isinstance(self.v_reset, Real) and self.v_reset == 0:
+            return kept  # no compiler would drop a product with zero: it may be NaN
+        return kept + s * self.v_reset
 
 
 @dataclass(frozen=True)
