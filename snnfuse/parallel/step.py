@@ -64,25 +64,24 @@ def _joined_mean(leaves, axes):
     """lax.pmean of arrays of one dtype, from the last to the first in few sums, one after the other."""
     means, after = [], []
     for piece in _pieces([leaf.nbytes for leaf in leaves]):
-        flat = lax.pmean(jnp.concatenate([*(leaves[i].ravel() for i in piece), *after]), axes)
+        here = leaves[piece]
+        flat = lax.pmean(jnp.concatenate([*map(jnp.ravel, here), *after]), axes)
         # 0, but not before this sum is known: without it the compiler may well begin with the smallest
         after = [(flat[:1] > jnp.inf).astype(flat.dtype)]
-        parts = jnp.split(flat, np.cumsum([leaves[i].size for i in piece]))
-        means += [part.reshape(leaves[i].shape) for i, part in zip(piece, parts, strict=False)]
-    return means[::-1]
+        parts = jnp.split(flat, np.cumsum([leaf.size for leaf in here]))
+        means = [part.reshape(leaf.shape) for part, leaf in zip(parts, here, strict=False)] + means
+    return means
 
 
 def _pieces(sizes):
-    """The indices of `sizes` from the last to the first, in lists of about PIECE bytes, the last one of LAST."""
-    pieces, held = [[]], 0
+    """Slices of `sizes`, the last first, each of about PIECE bytes, but the one at the front of LAST."""
+    pieces, stop, held = [], len(sizes), 0
     for i in reversed(range(len(sizes))):
-        pieces[-1].append(i)
-        held += sizes[i]
-        before = sum(sizes[:i])
-        if held >= PIECE or (before <= LAST < before + sizes[i]):
-            pieces.append([])
-            held = 0
-    return [piece for piece in pieces if piece]
+        before, held = sum(sizes[:i]), held + sizes[i]
+        if i == 0 or held >= PIECE or before <= LAST < before + sizes[i]:
+            pieces.append(slice(i, stop))
+            stop, held = i, 0
+    return pieces
 
 
 def fold(key: jax.Array, axes: tuple[str, ...] | None = None) -> jax.Array:
