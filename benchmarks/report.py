@@ -145,24 +145,20 @@ MODELLED = {"resnet18": (resnet18(28, 3), 2), "lif-stack": (STACK, 4)}  # what t
 
 
 def multi_gpu_table():
-    """The first row of each case, of what is in the library; the prediction is the cost model's, with the rates of an H100."""
+    """The prediction is the cost model's, with the rates of an H100."""
     rows = [json.loads(line) for line in (HERE / "results/multi_gpu.jsonl").read_text().splitlines()]
-    rows = [r for r in rows if not r.get("microbatches")]  # of how time was cut before there were rounds
     key = lambda r, batch: (r["case"], r.get("library"), r["T"], batch)
-    which = lambda r: (*key(r, r["batch"]), str(r["mesh"]), r.get("synchronised"))
-    steps = {}
-    for r in rows:
-        if "mesh" in r and "variant" not in r:
-            steps.setdefault(which(r), r)
-    ones = {key(r, r["batch"]): r for r in steps.values() if r["devices"] == 1}
+    steps = [r for r in rows if "mesh" in r]
+    ones = {key(r, r["batch"]): r for r in steps if r["devices"] == 1 and r["status"] == "ok"}
     lines = [
         "| case | devices | mesh | T | batch | ms a step | samples/s | peak MB a device | over one device | predicted ms |",
         "|---|---|---|---|---|---|---|---|---|---|",
     ]
-    for r in steps.values():
+    for r in steps:
         dtype = r.get("dtype") or ("bfloat16" if r["case"] == "resnet18" else "float32")
         case = f"{r['case']}, {dtype}" + (", SpikingJelly" if "library" in r else "")
         case += ", BatchNorm synchronised" if r.get("synchronised") and r["case"] == "resnet18" else ""
+        case += ", a process each" if "processes" in r else ""
         mesh = ",".join(f"{axis}={n}" for axis, n in r["mesh"].items())
         label = f"| {case} | {r['devices']} | {mesh} | {r['T']} | {r['batch']}"
         if r["status"] != "ok":
@@ -174,7 +170,7 @@ def multi_gpu_table():
         over += [f"weak {r['samples_per_s'] / part['samples_per_s']:.2f}x"] if part else []
         peak = "" if "library" in r else f"{r['peak_mb']:,.0f}"
         lines.append(
-            f"{label} | {digits(r['ms'])}{'*' * ('beside' in r)} | {r['samples_per_s']:,.0f} | {peak} "
+            f"{label} | {digits(r['ms'])} | {r['samples_per_s']:,.0f} | {peak} "
             f"| {', '.join(over) if r['devices'] > 1 else ''} | {predicted(r)} |"
         )
     calls = [r for r in rows if "bytes" in r]
@@ -184,7 +180,6 @@ def multi_gpu_table():
     where = f"{once('device')}, JAX {once('jax')}, PyTorch {once('torch')}, {once('date')}, commit {once('commit')}"
     what = "Over one device: at the same batch; weak: samples/s, over one device with its part of the batch. SpikingJelly's peak is left out: "
     what += "in its rows it is that of the first steps too. "
-    what += f"*: measured beside {', or '.join(dict.fromkeys(r['beside'] for r in rows if 'beside' in r))}. "
     what += f"Between two devices, as called: {'; '.join(ways)}. Measured on: {where}"
     return "\n".join(lines) + f"\n\n{what}. Rows: `benchmarks/results/multi_gpu.jsonl`.\n"
 
@@ -230,7 +225,29 @@ def verdict(best):
     return ratio if others[name] >= ours else f"**{ratio} is faster than ours**"
 
 
-TABLES = {"core": core_table, "resnet": resnet_table, "peers": peers_table, "multi_gpu": multi_gpu_table}
+def largest_T_table():
+    rows = [json.loads(line) for line in (HERE / "results/largest_T.jsonl").read_text().splitlines()]
+    lines = ["| Spiking-ResNet-18 of | kept | T | peak GB | ms a step |", "|---|---|---|---|---|"]
+    names = {"snnfuse": "ours", "spikingjelly": "SpikingJelly"}
+    for r in rows:
+        label = f"| {names[r['library']]}, {r['dtype']} | {r['how'] if r['library'] == 'snnfuse' else ''} | {r['T']:,}"
+        if r["status"] != "ok":
+            why = "out of memory" if "Out of memory" in r["status"] else "an error while convolutions are tuned"
+            lines.append(f"{label} | {why} | |")
+        else:
+            lines.append(f"{label} | {r['peak_mb'] / 1e3:.1f} | {r['ms']:.0f} |")
+    once = lambda key: ", ".join(dict.fromkeys(str(r[key]) for r in rows if key in r))
+    where = f"{once('device')}, JAX {once('jax')}, PyTorch {once('torch')}, {once('date')}, commit {once('commit')}"
+    return "\n".join(lines) + f"\n\nMeasured on: {where}. Rows: `benchmarks/results/largest_T.jsonl`.\n"
+
+
+TABLES = {
+    "core": core_table,
+    "resnet": resnet_table,
+    "largest_T": largest_T_table,
+    "peers": peers_table,
+    "multi_gpu": multi_gpu_table,
+}
 
 
 def main(check):

@@ -12,6 +12,7 @@ from spikingjelly.activation_based import neuron, surrogate  # noqa: E402
 
 SIDE = "torch"
 REFERENCE = "lif"
+NO_GRAPH = "CuPy launches on a stream of its own, which PyTorch does not capture: a graph would lack the kernels"
 
 if not hasattr(neuron.LIFNode, "supported_backends"):
     raise ImportError(f"needs SpikingJelly 0.0.0.0.14; found {version_of('spikingjelly')}")

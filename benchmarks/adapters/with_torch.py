@@ -52,7 +52,7 @@ def lif(adapter, case, dtype, way, reference):
     if "status" in row:
         return row
     sets = [(x.detach().roll(i, -1).requires_grad_(), cotangent.roll(-i, -1)) for i in range(2)]
-    return row | times(call, sets)
+    return row | times(call, sets, no_graph(adapter))
 
 
 def linear(adapter, case, dtype, way, reference):
@@ -69,7 +69,7 @@ def linear(adapter, case, dtype, way, reference):
     del spikes, _
     if "status" in row:
         return row
-    return row | times(call, [(x, cotangent), (x.roll(1, -1), cotangent)])
+    return row | times(call, [(x, cotangent), (x.roll(1, -1), cotangent)], no_graph(adapter))
 
 
 def shd(adapter, case, dtype, way, reference):
@@ -97,7 +97,7 @@ def shd(adapter, case, dtype, way, reference):
         return loss.detach()
 
     _, measured = first(step, xs, labels)
-    return row | measured | times(step, [(xs, labels), (xs.roll(1, 1), labels)])
+    return row | measured | times(step, [(xs, labels), (xs.roll(1, 1), labels)], no_graph(adapter))
 
 
 def resnet(adapter, case, dtype, way, reference):
@@ -140,7 +140,12 @@ def first(f, *args):
     return out, dict(first_call_s=took, peak_mb=torch.cuda.max_memory_allocated() / 1e6)
 
 
-def times(f, sets, no_graph="" if CUDA else "no GPU"):
+def no_graph(adapter):
+    """Why none is captured, or ""."""
+    return getattr(adapter, "NO_GRAPH", "") if CUDA else "no GPU"
+
+
+def times(f, sets, no_graph):
     start = time.perf_counter()
     f(*sets[0])
     sync()

@@ -75,11 +75,11 @@ def triton_candidates(problem: Problem) -> list[Blocks]:
 
 
 def _triton_heuristic(problem):
-    size = len(problem.full_pullback((32,)).jaxpr.eqns)  # 24 for LIF, 29 for adaptive LIF, 60 for Izhikevich
+    size = len(problem.full_pullback((32,)).jaxpr.eqns)  # 20 for LIF, 32 for adaptive LIF, 55 for Izhikevich
     fit = lambda most, room: _chunk(problem, max(1, min(most, room // size)))
     if problem.M < 2**16:
-        # LIF, T = 500, M = 8192: 62 us; 74 us without the prefetch and chunks of 25. Latency counts here, not bandwidth.
-        # Chunks of 25 with it take 58 us and are slower to compile.
+        # LIF, T = 500, M = 8192, us and seconds to compile: 65 and 4.8; without the prefetch 90 and 3.0; chunks of 10: 85
+        # and 1.2, of 16 (and one of 4): 71 and 4.4, of 25: 56 and 8.0. Latency counts here, not bandwidth.
         return Blocks(32, 1, fit(20, 768), prefetch=True)
     if all(jnp.dtype(d).itemsize == 2 for d in problem.x_dtypes):
         # LIF, T = 32, us: (256, 2, 8), then these with the prefetch. M = 2^24: 2010, 2043; 2^22 (T = 8): 126.3, 126.6;
@@ -88,8 +88,8 @@ def _triton_heuristic(problem):
             return Blocks(256, 2, fit(8, 512))
         return Blocks(128, 2 if problem.M < 2**19 else 1, fit(8, 512), prefetch=True)
     # LIF: best or within 1 % of it at T = 32 and 256, M = 2^17 to 2^24. Chunks of 32 gain nothing, and cost half the
-    # speed and more where a thread has 8 lanes.
-    return Blocks(256, 4, fit(16, 512))
+    # speed and more where a thread has 8 lanes. Adaptive LIF is measured in chunks of 8.
+    return Blocks(256, 4, fit(16, 500))
 
 
 def interpreter_blocks(problem: Problem) -> Blocks:
