@@ -177,6 +177,8 @@ def main():
     parser.add_argument("--only", default="compile,speed", help="the parts to run")
     args = parser.parse_args()
     implementations, parts = args.implementations.split(","), args.only.split(",")
+    if unknown := set(parts) - {"compile", "speed"}:
+        parser.error(f"--only must name compile, speed or both; got {', '.join(unknown)}")
     forget(parts)
     if "compile" in parts:  # before anything else is imported
         for implementation in implementations:

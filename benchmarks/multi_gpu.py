@@ -258,8 +258,13 @@ def each_in_a_process(args):
         env = lambda i, n=n: os.environ | {"SNNFUSE_PROCESS": f"{i} of {n}", "CUDA_VISIBLE_DEVICES": str(i)}
         command = [sys.executable, *sys.argv, "--devices", str(n)]
         running = [subprocess.Popen(command, env=env(i)) for i in range(n)]
-        if failed := [p.args for p in running if p.wait()]:
-            sys.exit(f"{len(failed)} of {n} processes failed")
+        while any(p.poll() is None for p in running):
+            time.sleep(0.1)
+            if any(p.poll() for p in running):  # the others would wait for it
+                for p in running:
+                    p.terminate()
+        if any(p.returncode for p in running):
+            sys.exit(f"{n} processes ended with {[p.returncode for p in running]}")
 
 
 def main():

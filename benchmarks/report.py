@@ -148,7 +148,8 @@ def multi_gpu_table():
     """The prediction is the cost model's, with the rates of an H100."""
     rows = [json.loads(line) for line in (HERE / "results/multi_gpu.jsonl").read_text().splitlines()]
     key = lambda r, batch: (r["case"], r.get("library"), r["T"], batch)
-    steps = [r for r in rows if "mesh" in r]
+    which = lambda r: (*key(r, r["batch"]), *map(str, map(r.get, ("mesh", "synchronised", "processes"))))
+    steps = {which(r): r for r in rows if "mesh" in r}.values()  # the last of each
     ones = {key(r, r["batch"]): r for r in steps if r["devices"] == 1 and r["status"] == "ok"}
     lines = [
         "| case | devices | mesh | T | batch | ms a step | samples/s | peak MB a device | over one device | predicted ms |",
@@ -162,15 +163,14 @@ def multi_gpu_table():
         mesh = ",".join(f"{axis}={n}" for axis, n in r["mesh"].items())
         label = f"| {case} | {r['devices']} | {mesh} | {r['T']} | {r['batch']}"
         if r["status"] != "ok":
-            why = "out of memory" if "Out of memory" in r["status"] else r["status"][:60]
-            lines.append(f"{label} | {why} | | | | |")
+            lines.append(f"{label} | {failed(r)} | | | | |")
             continue
         same, part = (ones.get(key(r, batch)) for batch in (r["batch"], r["batch"] // r["devices"]))
         over = [f"{same['ms'] / r['ms']:.2f}x"] if same else []
         over += [f"weak {r['samples_per_s'] / part['samples_per_s']:.2f}x"] if part else []
         peak = "" if "library" in r else f"{r['peak_mb']:,.0f}"
         lines.append(
-            f"{label} | {digits(r['ms'])} | {r['samples_per_s']:,.0f} | {peak} "
+            f"{label} | {digits(r['ms'])}{'*' * ('beside' in r)} | {r['samples_per_s']:,.0f} | {peak} "
             f"| {', '.join(over) if r['devices'] > 1 else ''} | {predicted(r)} |"
         )
     calls = [r for r in rows if "bytes" in r]
@@ -180,6 +180,8 @@ def multi_gpu_table():
     where = f"{once('device')}, JAX {once('jax')}, PyTorch {once('torch')}, {once('date')}, commit {once('commit')}"
     what = "Over one device: at the same batch; weak: samples/s, over one device with its part of the batch. SpikingJelly's peak is left out: "
     what += "in its rows it is that of the first steps too. "
+    beside = dict.fromkeys(r["beside"] for r in steps if "beside" in r)
+    what += f"*: measured beside {', or '.join(beside)}. " if beside else ""
     what += f"Between two devices, as called: {'; '.join(ways)}. Measured on: {where}"
     return "\n".join(lines) + f"\n\n{what}. Rows: `benchmarks/results/multi_gpu.jsonl`.\n"
 
@@ -192,6 +194,11 @@ def predicted(r):
     mesh = r["mesh"].get("data", 1), r["mesh"].get("time", 1)
     found = predict(layers, r["T"], r["batch"], *mesh, itemsize=itemsize, synchronised=r["synchronised"])
     return f"{digits(found.seconds * 1e3)} ({found.seconds * 1e3 / r['ms'] - 1:+.0%})"
+
+
+def failed(row):
+    status = row["status"]
+    return "out of memory" if "out of memory" in status.lower() else status.split(". ")[0][:90]
 
 
 def timed(rows):
@@ -232,8 +239,7 @@ def largest_T_table():
     for r in rows:
         label = f"| {names[r['library']]}, {r['dtype']} | {r['how'] if r['library'] == 'snnfuse' else ''} | {r['T']:,}"
         if r["status"] != "ok":
-            why = "out of memory" if "Out of memory" in r["status"] else "an error while convolutions are tuned"
-            lines.append(f"{label} | {why} | |")
+            lines.append(f"{label} | {failed(r)} | |")
         else:
             lines.append(f"{label} | {r['peak_mb'] / 1e3:.1f} | {r['ms']:.0f} |")
     once = lambda key: ", ".join(dict.fromkeys(str(r[key]) for r in rows if key in r))

@@ -349,9 +349,10 @@ def test_mean_joins_and_changes_nothing(last, piece, sums, monkeypatch):
     monkeypatch.setattr(parallel.step, "PIECE", piece)
     draw = lambda i, shape: jax.random.normal(jax.random.key(i), (8, *shape))
     tree = {
-        "a": [draw(0, (2, 3)), draw(1, ()).at[3].set(jnp.nan)],
-        "b": (draw(2, (5,)), draw(3, (4, 1)).astype(jnp.bfloat16), draw(4, (7,)), jnp.arange(16).reshape(8, 2)),
+        "a": [draw(0, (2, 3)), draw(1, ()), draw(5, (0,)), None],
+        "b": [draw(2, (5,)), draw(3, (4, 1)).astype(jnp.bfloat16), draw(4, (7,)), jnp.arange(16).reshape(8, 2)],
     }
+    tree["b"][2] = tree["b"][2].at[3, 0].set(jnp.nan)  # the first number of the first sum, on one of the devices
     here = partial(jax.shard_map, mesh=parallel.make_mesh("data=8"), in_specs=P("data"), out_specs=P(), check_vma=False)
     whole = lambda f: jax.jit(here(lambda tree: f(jax.tree.map(lambda x: x[0], tree))))
     got, want = whole(parallel.mean)(tree), whole(lambda tree: jax.lax.pmean(tree, "data"))(tree)
@@ -359,7 +360,7 @@ def test_mean_joins_and_changes_nothing(last, piece, sums, monkeypatch):
     for a, b in zip(jax.tree.leaves(got), jax.tree.leaves(want), strict=True):
         assert a.dtype == b.dtype
         np.testing.assert_array_equal(a, b)
-    assert np.isnan(got["a"][1]) and np.isfinite(got["b"][0]).all()
+    assert np.isnan(got["b"][2][0]) and np.isfinite(got["b"][2][1:]).all() and np.isfinite(got["a"][0]).all()
     assert str(jax.make_jaxpr(whole(parallel.mean))(tree)).count("psum") == sums + 2  # bfloat16 and integers
 
 
@@ -423,7 +424,9 @@ def test_errors_say_what_is_wrong():
     with pytest.raises(ValueError, match=r"batch\[0\]: axis 0 of shape .* must be a multiple of 4, .*'time'; got 6"):
         step(state, (xs[:6], labels))
     with pytest.raises(ValueError, match="packed outputs need a multiple of 8 steps a device; got 2"):
-        parallel.unroll_over_time(sf.LIF(), sf.LIFParams(), None, jnp.ones((2, 4)), out_dtype=sf.Packed(8))
+        over_time(4, sf.LIF(), out_dtype=sf.Packed(8))(sf.LIFParams(), None, jnp.ones((8, 4)))
+    with pytest.raises(ValueError, match=r"axis must be one of those that the code runs on, \('time',\); got 'tim'"):
+        over_time(4, sf.LIF(), axis="tim")(sf.LIFParams(), None, jnp.ones((8, 4)))
     with pytest.raises(ValueError, match=r"batch .* names the axis 'time'; the mesh has \{'data': 8\}"):
         parallel.data_parallel(lambda *a: a, parallel.make_mesh("data=8"), batch=P("time"))
 

@@ -328,6 +328,19 @@ def test_of_spikes_as_bool_no_more_is_kept():
 
 
 @strict
+@pytest.mark.parametrize("precision", ["float32", "bfloat16"])
+@pytest.mark.parametrize("dtype", [bool, jnp.uint8, jnp.int32, jnp.float16])
+def test_what_layers_take_in_place_of_floats(dtype, precision):
+    """Small numbers of any dtype, in each form of a convolution and in a dense layer."""
+    xs = jax.random.randint(jax.random.key(0), (2, 3, 4, 4, 3), 0, 2)
+    for size, stride in ((7, 2), (3, 2), (3, 1), (1, 2)):
+        layer = nn.Conv(3, 4, size, stride=stride, precision=precision, rngs=nnx.Rngs(0))
+        np.testing.assert_array_equal(layer(xs.astype(dtype)), layer(xs.astype(jnp.float32)))
+    layer = nn.Linear(3, 4, precision=precision, rngs=nnx.Rngs(0))
+    np.testing.assert_array_equal(layer(xs.astype(dtype)), layer(xs.astype(jnp.float32)))
+
+
+@strict
 @pytest.mark.parametrize("window, stride, padding", [(3, 2, 1), (2, 2, 0), (3, 1, 1), (2, 3, 0), (5, 2, 2)])
 def test_max_pool_is_reduce_window(window, stride, padding):
     """Values, and the gradient to the first of equal values: of spikes, nearly all windows have a tie."""

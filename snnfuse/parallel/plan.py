@@ -11,7 +11,7 @@ A step on D x G devices (D along data, G along time) takes the sum of
 in seconds. Nothing is overlapped, so it bounds from above what a scheduler may improve.
 
 Held against H100s (benchmarks/results/multi_gpu.jsonl; the README's table has every error), a step of Spiking-ResNet-18
-took 31 to 41 % less than predicted on one device and 28 % less on two, data parallel, so that the speed-up at a fixed
+took 31 to 47 % less than predicted on one device and 28 % less on two, data parallel, so that the speed-up at a fixed
 batch of 200 is predicted too high: 1.94x for 1.57x. Time over two devices took 4 to 5 % longer than predicted for a stack
 of LIF layers of 4,096 steps and more. Steps of little work, such as T = 32 of that stack or a ResNet's with 16 samples,
 took about twice the prediction: their hand-overs and launches are more than the model counts.

@@ -32,7 +32,7 @@ from snnfuse import nn
 from snnfuse.core.neuron import Neuron, PyTree
 from snnfuse.ops import api, fused
 from snnfuse.ops.problem import Leaves
-from snnfuse.parallel.step import TIME
+from snnfuse.parallel.step import TIME, axes_here
 
 
 def unroll_over_time(
@@ -51,12 +51,14 @@ def unroll_over_time(
     xs is [T/G, *B, N], this device's steps; so are the outputs. `state`, the one before the first step of all, and the
     final state, after the last one, are the same on every device. The other options are those of `unroll`.
     """
+    if axis not in axes_here():
+        raise ValueError(f"axis must be one of those that the code runs on, {axes_here()}; got {axis!r}")
     problem, *leaves = api._check(neuron, params, state, xs, out_dtype, reuse_cotangents)
-    if problem.T % problem.chunk_unit:
-        raise ValueError(f"packed outputs need a multiple of {problem.chunk_unit} steps a device; got {problem.T}")
     if (G := lax.axis_size(axis)) == 1 or not problem.num_state:
         options = dict(implementation=implementation, out_dtype=out_dtype, reuse_cotangents=reuse_cotangents)
         return api.unroll(neuron, params, state, xs, **options)
+    if problem.T % problem.chunk_unit:
+        raise ValueError(f"packed outputs need a multiple of {problem.chunk_unit} steps a device; got {problem.T}")
     params, state, xs = leaves
     if problem.initial is not None:  # where this device starts is not constant
         state = tuple(jnp.full(problem.lane_shape, value, problem.dtype) for value in problem.initial)
