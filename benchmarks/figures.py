@@ -43,7 +43,8 @@ def draw(core, resnet):
     _bars(axes[1, 0], labels, [r["ms"] for r in last.values()], colours, "ms a training step")
     _bars(axes[1, 1], labels, [r["peak_mb"] for r in last.values()], colours, "peak memory, MB")
     axes[1, 0].set_title("Spiking-ResNet-18, T = 32, 100 x 3 x 28 x 28, bfloat16", loc="left")
-    figure.suptitle(f"{core[0]['device']}, JAX {core[0]['jax']}, {core[0]['date']}", x=0.01, ha="left", fontsize=8)
+    once = lambda key: ", ".join(sorted({row[key] for row in [*core, *resnet]}))
+    figure.suptitle(f"{once('device')}, JAX {once('jax')}, {once('date')}", x=0.01, ha="left", fontsize=8)
     figure.savefig(FIGURE, dpi=110, metadata={"Description": fingerprint(core, resnet)})
 
 
