@@ -137,16 +137,17 @@ MODELS = {  # the network, and the shape of a sample
 }
 
 
-def training(name, axes, T, B, implementation, *, synchronised=False, want=None):
-    """One row of a training step of a network on a mesh. `want`: the loss and gradient that it must give."""
+def training(name, axes, T, B, implementation, *, synchronised=False, sums=None, want=None):
+    """One row of a training step of a network on a mesh: `sums` is the dtype of the gradients' way between devices, if
+    not their own; `want` the loss and gradient that it must give."""
     mesh = parallel.make_mesh(axes)
-    what = dict(T=T, batch=B, mesh=axes, synchronised=synchronised)
+    what = dict(T=T, batch=B, mesh=axes, synchronised=synchronised, sums=sums)
     what |= dict(implementation=implementation or "the default")
-    run = partial(_training, name, mesh, T, B, implementation, synchronised, want)
+    run = partial(_training, name, mesh, T, B, implementation, synchronised, sums, want)
     return attempt(name, mesh.size, run, **what)
 
 
-def _training(name, mesh, T, B, implementation, synchronised, want):
+def _training(name, mesh, T, B, implementation, synchronised, sums, want):
     time_axis, data_axis = (
         ("time" if "time" in mesh.axis_names else None),
         ("data" if "data" in mesh.axis_names else None),
@@ -159,7 +160,7 @@ def _training(name, mesh, T, B, implementation, synchronised, want):
     if time_axis:
         parallel.over_time(model)
     read = partial(parallel.readout, readout) if time_axis else readout
-    adam = optax.flatten(optax.adam(1e-3))  # its moments in an array each: half of what a call hands to every device
+    adam = parallel.flatten(optax.adam(1e-3))  # its moments in few arrays: half of what a call hands to every device
     graphdef, state = nnx.split((model, nnx.Optimizer(model, adam, wrt=nnx.Param)))
     leaves, tree = jax.tree.flatten(parallel.shard(state, mesh))
 
@@ -172,7 +173,7 @@ def _training(name, mesh, T, B, implementation, synchronised, want):
             return optax.softmax_cross_entropy_with_integer_labels(logits, labels).mean()
 
         loss, grads = nnx.value_and_grad(loss_of)(model)
-        grads = parallel.mean(grads)
+        grads = parallel.mean(grads, dtype=sums)
         optimizer.update(model, grads)
         norm = optax.tree.norm(grads) if name == "small-net" else jnp.nan  # 60 kernels of a ResNet's step
         return nnx.state((model, optimizer)), {"loss": loss, "grad_norm": norm}
@@ -223,6 +224,8 @@ def data(n, small, how):
     """Weak scaling (a part of the batch for each device) and strong (all of it for all)."""
     T, part, whole = (8, 2, 4 * n) if small else (32, 100, 200)
     training("resnet18", {"data": n}, T, part * n, how)
+    if n > 1:
+        training("resnet18", {"data": n}, T, part * n, how, sums="bfloat16")
     if part * n != whole and whole % n == 0:
         training("resnet18", {"data": n}, T, whole, how)
 

@@ -14,7 +14,7 @@ outputs. `initialise`, `my_part` and `global_batch` are for several hosts. `plan
 
 from snnfuse.parallel.mesh import global_batch, initialise, make_mesh, my_part, shard
 from snnfuse.parallel.plan import Layer, Machine, Plan, plan
-from snnfuse.parallel.step import data_parallel, fold, mean, pmapped, synchronise_batch_norm
+from snnfuse.parallel.step import data_parallel, flatten, fold, mean, pmapped, synchronise_batch_norm
 from snnfuse.parallel.time import OverTime, over_time, readout, unroll_over_time
 
 __all__ = [
@@ -23,6 +23,7 @@ __all__ = [
     "OverTime",
     "Plan",
     "data_parallel",
+    "flatten",
     "fold",
     "global_batch",
     "initialise",
