@@ -22,6 +22,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 from flax import nnx
+from jax.experimental import multihost_utils
 from measure import RESULTS, peak_mb, record
 
 from snnfuse import models, nn
@@ -148,6 +149,7 @@ def timed(step, state, data, seconds=0.5):
     state, loss = step(state, *data[0])
     loss.block_until_ready()
     calls = max(3, int(seconds / 7 / (time.perf_counter() - start)))
+    calls = int(multihost_utils.broadcast_one_to_all(calls))  # processes that step together make as many
     samples = []
     for _ in range(7):
         start = time.perf_counter()

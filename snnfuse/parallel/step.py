@@ -69,12 +69,19 @@ def mean(tree: PyTree, axes: tuple[str, ...] | None = None, dtype: jax.typing.DT
             sums.append(lax.pmean(leaves[piece[0]], axes).ravel())
             continue
         flat = jnp.concatenate([_join(leaves, piece).astype(dtype or kind), *after.get(kind, ())])
-        flat = lax.pmean(flat, axes)
+        flat = _pmean(flat, axes)
         # 0 of whatever number, NaN too, but not before this sum is known: the next one takes it along, or else the compiler
         # may well begin with the smallest
         after[kind] = [(flat[:1] > jnp.inf).astype(flat.dtype)]
         sums.append(flat.astype(kind))
     return treedef.unflatten(_split(sums, pieces, leaves))
+
+
+def _pmean(x, axes):
+    """lax.pmean. Two devices hand each other theirs: the same bytes, without a kernel that adds them."""
+    if lax.axis_size(axes) == 2:
+        return (x + lax.ppermute(x, axes, [(0, 1), (1, 0)])) * jnp.asarray(0.5, x.dtype)
+    return lax.pmean(x, axes)
 
 
 def flatten(optimizer: optax.GradientTransformation) -> optax.GradientTransformation:
