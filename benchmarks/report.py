@@ -148,7 +148,7 @@ def multi_gpu_table():
     """The prediction is the cost model's, with the rates of an H100."""
     rows = [json.loads(line) for line in (HERE / "results/multi_gpu.jsonl").read_text().splitlines()]
     key = lambda r, batch: (r["case"], r.get("library"), r["T"], batch)
-    which = lambda r: (*key(r, r["batch"]), *map(str, map(r.get, ("mesh", "synchronised", "processes"))))
+    which = lambda r: (*key(r, r["batch"]), *map(str, map(r.get, ("mesh", "synchronised", "processes", "sums"))))
     steps = {which(r): r for r in rows if "mesh" in r}.values()  # the last of each
     ones = {key(r, r["batch"]): r for r in steps if r["devices"] == 1 and r["status"] == "ok"}
     lines = [
@@ -160,6 +160,7 @@ def multi_gpu_table():
         case = f"{r['case']}, {dtype}" + (", SpikingJelly" if "library" in r else "")
         case += ", BatchNorm synchronised" if r.get("synchronised") and r["case"] == "resnet18" else ""
         case += ", a process each" if "processes" in r else ""
+        case += f", gradients summed in {r['sums']}" if r.get("sums") else ""
         mesh = ",".join(f"{axis}={n}" for axis, n in r["mesh"].items())
         label = f"| {case} | {r['devices']} | {mesh} | {r['T']} | {r['batch']}"
         if r["status"] != "ok":
@@ -234,6 +235,7 @@ def verdict(best):
 
 def largest_T_table():
     rows = [json.loads(line) for line in (HERE / "results/largest_T.jsonl").read_text().splitlines()]
+    rows.sort(key=lambda r: (r["library"], r["how"], -r["T"]))
     lines = ["| Spiking-ResNet-18 of | kept | T | peak GB | ms a step |", "|---|---|---|---|---|"]
     names = {"snnfuse": "ours", "spikingjelly": "SpikingJelly"}
     for r in rows:

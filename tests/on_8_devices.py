@@ -12,6 +12,7 @@ import cases
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 import pytest
 from compare import assert_close, assert_fires, assert_same_spikes
 from flax import nnx
@@ -343,17 +344,20 @@ def test_time_over_devices_is_bit_equal_where_nothing_is_reduced():
 
 
 @pytest.mark.parametrize("last, piece, sums", [(1, 1, 4), (24, 2**26, 2), (2**22, 2**26, 1)])
-def test_mean_joins_and_changes_nothing(last, piece, sums, monkeypatch):
+@pytest.mark.parametrize("n, moved_by", [(8, "psum"), (2, "ppermute")])
+def test_mean_joins_and_changes_nothing(n, moved_by, last, piece, sums, monkeypatch):
     """Neither the values, one NaN among them, nor the dtypes; of float32 as many sums are left as there are pieces."""
     monkeypatch.setattr(parallel.step, "LAST", last)
     monkeypatch.setattr(parallel.step, "PIECE", piece)
-    draw = lambda i, shape: jax.random.normal(jax.random.key(i), (8, *shape))
+    draw = lambda i, shape: jax.random.normal(jax.random.key(i), (n, *shape))
     tree = {
         "a": [draw(0, (2, 3)), draw(1, ()), draw(5, (0,)), None],
-        "b": [draw(2, (5,)), draw(3, (4, 1)).astype(jnp.bfloat16), draw(4, (7,)), jnp.arange(16).reshape(8, 2)],
+        "b": [draw(2, (5,)), draw(3, (4, 1)).astype(jnp.bfloat16), draw(4, (7,)), jnp.arange(2 * n).reshape(n, 2)],
     }
-    tree["b"][2] = tree["b"][2].at[3, 0].set(jnp.nan)  # the first number of the first sum, on one of the devices
-    here = partial(jax.shard_map, mesh=parallel.make_mesh("data=8"), in_specs=P("data"), out_specs=P(), check_vma=False)
+    tree["b"][2] = tree["b"][2].at[1, 0].set(jnp.nan)  # the first number of the first sum, on one of the devices
+    here = partial(
+        jax.shard_map, mesh=parallel.make_mesh(f"data={n}"), in_specs=P("data"), out_specs=P(), check_vma=False
+    )
     whole = lambda f: jax.jit(here(lambda tree: f(jax.tree.map(lambda x: x[0], tree))))
     got, want = whole(parallel.mean)(tree), whole(lambda tree: jax.lax.pmean(tree, "data"))(tree)
     assert jax.tree.structure(got) == jax.tree.structure(want)
@@ -361,7 +365,46 @@ def test_mean_joins_and_changes_nothing(last, piece, sums, monkeypatch):
         assert a.dtype == b.dtype
         np.testing.assert_array_equal(a, b)
     assert np.isnan(got["b"][2][0]) and np.isfinite(got["b"][2][1:]).all() and np.isfinite(got["a"][0]).all()
-    assert str(jax.make_jaxpr(whole(parallel.mean))(tree)).count("psum") == sums + 2  # bfloat16 and integers
+    assert str(jax.make_jaxpr(whole(parallel.mean))(tree)).count(moved_by) == sums + 1 + (n == 8)  # bfloat16; integers
+
+
+def test_mean_in_bfloat16_is_that_of_float32_to_its_rounding():
+    """Every float arrives in its own dtype again; integers stay exact."""
+    tree = {"a": jax.random.normal(jax.random.key(0), (8, 300)), "n": jnp.arange(16).reshape(8, 2)}
+    here = partial(jax.shard_map, mesh=parallel.make_mesh("data=8"), in_specs=P("data"), out_specs=P(), check_vma=False)
+    whole = lambda **how: jax.jit(here(lambda tree: parallel.mean(jax.tree.map(lambda x: x[0], tree), **how)))
+    got, want = whole(dtype=jnp.bfloat16)(tree), whole()(tree)
+    assert [x.dtype for x in jax.tree.leaves(got)] == [x.dtype for x in jax.tree.leaves(want)]
+    np.testing.assert_array_equal(got["n"], want["n"])
+    assert 0 < np.abs(got["a"] - want["a"]).max() <= 8 * 2**-8 * np.abs(tree["a"]).max()
+
+
+def test_adam_flattened_as_the_gradients_are_summed_gives_one_device_s_parameters(monkeypatch):
+    monkeypatch.setattr(parallel.step, "LAST", 2**9)
+    xs, w = jax.random.normal(jax.random.key(0), (16, 4)), jax.random.normal(jax.random.key(1), (4, 32))
+    params = {"a": w, "b": w.T * 0.1, "c": jnp.ones(5)}
+    assert len(parallel.step._pieces(jax.tree.leaves(params))) == 2
+
+    def step(optimizer, state, xs):
+        params, moments = state
+        loss_of = lambda p: jnp.square(jnp.tanh(xs @ p["a"]) @ p["b"]).mean() + p["c"].sum() ** 2
+        loss, grads = jax.value_and_grad(loss_of)(params)
+        updates, moments = optimizer.update(parallel.mean(grads), moments, params)
+        return (optax.apply_updates(params, updates), moments), {"loss": loss}
+
+    def trained(optimizer, step):
+        state = params, optimizer.init(params)
+        for _ in range(3):
+            state, _ = step(state, xs)
+        return state
+
+    adam, mesh = optax.adamw(1e-2), parallel.make_mesh("data=8")
+    flat = parallel.flatten(adam)
+    want, _ = trained(adam, jax.jit(partial(step, adam)))
+    got, moments = trained(flat, jax.jit(parallel.data_parallel(partial(step, flat), mesh)))
+    for a, b in zip(jax.tree.leaves(got), jax.tree.leaves(want), strict=True):
+        np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-6)
+    assert len(jax.tree.leaves(moments)) == 1 + 2 * 2  # the count, and two moments of two pieces
 
 
 def test_every_device_has_its_own_keys_and_the_state_keeps_its_own():

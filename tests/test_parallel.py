@@ -12,6 +12,7 @@ import cases
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 import pytest
 from compare import assert_close, assert_fires
 from jax.sharding import PartitionSpec as P
@@ -103,6 +104,26 @@ def test_outside_of_a_mesh_nothing_is_reduced_or_folded():
     key, tree = jax.random.key(0), {"a": jnp.arange(3.0)}
     assert parallel.mean(tree) is tree
     assert parallel.fold(key) is key
+
+
+def test_gradients_travel_as_floats():
+    with pytest.raises(ValueError, match="dtype must be one of floats; got int32"):
+        parallel.mean({"a": jnp.arange(3.0)}, dtype=jnp.int32)
+
+
+def test_a_flattened_optimizer_is_the_optimizer():
+    """Of mixed dtypes too; a tree without a leaf is one."""
+    draw = lambda i, dtype: jax.random.normal(jax.random.key(i), (3, 2), dtype)
+    params = {"a": draw(0, jnp.float32), "b": [draw(1, jnp.bfloat16), draw(2, jnp.float32)], "c": jnp.float32(1.0)}
+    grads = jax.tree.map(lambda p: p * 3 - 1, params)
+    plain, flat = optax.adam(1e-1), parallel.flatten(optax.adam(1e-1))
+    want, _ = plain.update(grads, plain.init(params))
+    got, state = flat.update(grads, flat.init(params))
+    assert jax.tree.structure(got) == jax.tree.structure(want) and len(jax.tree.leaves(state)) == 5
+    for a, b in zip(jax.tree.leaves(got), jax.tree.leaves(want), strict=True):
+        assert a.dtype == b.dtype and a.shape == b.shape
+        np.testing.assert_array_equal(a, b)
+    assert flat.update({}, flat.init({}))[0] == {}
 
 
 def test_meshes_by_name():

@@ -9,7 +9,8 @@ For a whole train step there are two axes, each optional:
     step = jax.jit(data_parallel(step, mesh, batch=(P("time", "data"), P("data"))))      # xs [T, B, ...], labels [B]
 
 The step is that of one device, but for `grads = mean(grads)` and, along time, `readout(nn.spike_rate, outs)` for the
-outputs. `initialise`, `my_part` and `global_batch` are for several hosts. `plan(layers, T, batch, devices)` ranks meshes.
+outputs. An optimizer in `flatten` begins with the gradients that are known first. `initialise`, `my_part` and
+`global_batch` are for several hosts. `plan(layers, T, batch, devices)` ranks meshes.
 """
 
 from snnfuse.parallel.mesh import global_batch, initialise, make_mesh, my_part, shard
