@@ -124,6 +124,8 @@ def test_a_flattened_optimizer_is_the_optimizer():
         assert a.dtype == b.dtype and a.shape == b.shape
         np.testing.assert_array_equal(a, b)
     assert flat.update({}, flat.init({}))[0] == {}
+    with pytest.raises(ValueError, match=r"grads must be of the dtypes of params, \['float32'\]; got \['bfloat16'\]"):
+        flat.update({"a": jnp.ones(2, jnp.bfloat16)}, flat.init({"a": jnp.ones(2)}), {"a": jnp.ones(2)})
 
 
 def test_meshes_by_name():

@@ -37,7 +37,7 @@ def axes_here() -> tuple[str, ...]:
 
 
 # Bytes of a sum, not searched for: one of 4 MB is little more than its latency, of 64 MB little more than its bytes.
-LAST = 2**22  # of the one that nothing can hide
+LAST = 2**22  # of the one that only the update can hide, see `flatten`
 PIECE = 2**26  # of each of the others, about
 
 
@@ -45,8 +45,8 @@ def mean(tree: PyTree, axes: tuple[str, ...] | None = None, dtype: jax.typing.DT
     """The mean over devices: over `axes`, or all there are. On one device, outside of `data_parallel`, the tree itself.
 
     A collective costs much before its first byte, so the leaves are joined into few. Gradients are known from the last
-    layer to the first: the last leaves come first, and their sum runs beside the rest of the backward pass; nothing is
-    left to hide the first leaves' sum, which is small.
+    layer to the first: the last leaves come first, and their sum runs beside the rest of the backward pass; the first
+    leaves' sum, which is small, runs beside the update of the others, if `flatten` allows it, or beside nothing.
 
     Args:
       dtype: what floats travel and are added in, or None: their own. In bfloat16 half the bytes of float32 travel. It
@@ -89,6 +89,9 @@ def flatten(optimizer: optax.GradientTransformation) -> optax.GradientTransforma
 
     Its state is then in few arrays, which a call hands to every device one by one, and the update of what is summed
     first hides the sum of the rest.
+
+    Raises:
+      ValueError: by `update`, if a gradient is not of its parameter's dtype.
     """
 
     def joined(tree):
@@ -97,6 +100,9 @@ def flatten(optimizer: optax.GradientTransformation) -> optax.GradientTransforma
 
     def update(grads, state, params=None):
         leaves, treedef = jax.tree.flatten(grads)
+        kinds = lambda tree: [jnp.result_type(leaf).name for leaf in jax.tree.leaves(tree)]
+        if params is not None and kinds(params) != kinds(grads):
+            raise ValueError(f"grads must be of the dtypes of params, {kinds(params)}; got {kinds(grads)}")
         updates, state = optimizer.update(joined(grads), state, None if params is None else joined(params))
         return treedef.unflatten(_split(updates, _pieces(leaves), leaves)), state
 
