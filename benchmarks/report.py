@@ -77,7 +77,7 @@ def resnet_table():
     """The last row of each case."""
     rows = [json.loads(line) for line in (HERE / "results/resnet.jsonl").read_text().splitlines()]
     key = lambda r: (r["size"], r["case"], r["precision"], r["implementation"], r["memory"])
-    last = {key(r): r for r in rows}
+    last = dict(sorted({key(r): r for r in rows}.items(), key=lambda item: item[0][:3]))
     scans = {k[:3]: r["ms"] for k, r in last.items() if k[3] == "scan" and r["status"] == "ok"}
     names = {"pallas": "fused", "scan": "`lax.scan`", "relu": "ReLU for neurons", "flax_relu": "ReLU, flax's layers"}
     lines = [
@@ -149,7 +149,8 @@ def multi_gpu_table():
     rows = [json.loads(line) for line in (HERE / "results/multi_gpu.jsonl").read_text().splitlines()]
     key = lambda r, batch: (r["case"], r.get("library"), r["T"], batch)
     which = lambda r: (*key(r, r["batch"]), *map(str, map(r.get, ("mesh", "synchronised", "processes", "sums"))))
-    steps = {which(r): r for r in rows if "mesh" in r}.values()  # the last of each
+    steps = list({which(r): r for r in rows if "mesh" in r}.values())  # the last of each
+    steps.sort(key=lambda r: (r["case"], "time" in r["mesh"], "library" in r, r["T"], r["devices"]))
     ones = {key(r, r["batch"]): r for r in steps if r["devices"] == 1 and r["status"] == "ok"}
     lines = [
         "| case | devices | mesh | T | batch | ms a step | samples/s | peak MB a device | over one device | predicted ms |",

@@ -376,7 +376,8 @@ def test_mean_in_bfloat16_is_that_of_float32_to_its_rounding():
     got, want = whole(dtype=jnp.bfloat16)(tree), whole()(tree)
     assert [x.dtype for x in jax.tree.leaves(got)] == [x.dtype for x in jax.tree.leaves(want)]
     np.testing.assert_array_equal(got["n"], want["n"])
-    assert 0 < np.abs(got["a"] - want["a"]).max() <= 8 * 2**-8 * np.abs(tree["a"]).max()
+    error = np.abs(got["a"] - want["a"])  # a rounding of each, and of each sum
+    assert error.max() > 0 and (error <= 8 * 2**-9 * np.abs(tree["a"]).mean(0)).all()
 
 
 def test_adam_flattened_as_the_gradients_are_summed_gives_one_device_s_parameters(monkeypatch):

@@ -11,10 +11,10 @@ A step on D x G devices (D along data, G along time) takes the sum of
 in seconds. Nothing is overlapped, so it bounds from above what a scheduler may improve.
 
 Held against H100s (benchmarks/results/multi_gpu.jsonl; the README's table has every error), a step of Spiking-ResNet-18
-took 31 to 47 % less than predicted on one device and 28 % less on two, data parallel, so that the speed-up at a fixed
-batch of 200 is predicted too high: 1.94x for 1.57x. Time over two devices took 4 to 5 % longer than predicted for a stack
-of LIF layers of 4,096 steps and more. Steps of little work, such as T = 32 of that stack or a ResNet's with 16 samples,
-took about twice the prediction: their hand-overs and launches are more than the model counts.
+took 32 to 47 % less than predicted on one device and 28 to 30 % less on two, data parallel, so that the speed-up at a fixed
+batch of 200 is predicted too high: 1.94x for 1.58x to 1.62x. Time over two devices took 5 to 10 % longer than predicted for
+a stack of LIF layers of 512 steps and more, and 16 to 36 % less for that ResNet. With T = 32 both took about twice the
+prediction: their hand-overs and launches are more than the model counts.
 
 The rounds (`snnfuse.parallel.time`). Let a device take u to move a layer's sequence of T steps once, and a hand-over h.
 Forward, G - 1 rounds read x, and one run reads x and writes s; backward, a round reads x and ds, G - 2 read x, and one
@@ -51,10 +51,10 @@ class Machine:
 
 
 # memory: the copy rate measured on this card (benchmarks/results/core.jsonl). flops: what convolutions of a small ResNet
-# reached in a prototype, far below the peak, and below what they reach now. link: 240 MB more take a hand-over 0.700 ms
-# (multi_gpu.jsonl, hand-over, 16 and 256 MB; an all-reduce 0.919 ms, which is 2.7e11). latency: half an all-reduce inside
-# a program, 34 in 0.60 ms (multi_gpu.jsonl, resnet18 on 2 devices, synchronised or not); a call of one collective of 1 KB
-# takes 0.12 to 0.17 ms, most of it the dispatch. network, its latency and launch: nominal or assumed.
+# reached in a prototype, far below the peak, and below what they reach now. link: 240 MB more took a hand-over 0.70 ms, and
+# 0.65 in a later run (multi_gpu.jsonl, hand-over, 16 and 256 MB; an all-reduce 0.94 ms, which is 2.7e11). latency: half an
+# all-reduce inside a program, 34 in 0.60 ms (BatchNorm synchronised or not, 2026-11-24, commit 0855f02, whose rows are in
+# the history); a call of one collective of 1 KB takes 0.13 to 0.23 ms, most of it the dispatch. network, its latency and launch: nominal or assumed.
 H100 = Machine(
     memory=2.9e12, flops=1.4e14, link=3.6e11, latency=9e-6, network=4.0e10, network_latency=1.5e-5, capacity=80e9
 )

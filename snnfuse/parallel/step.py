@@ -49,8 +49,8 @@ def mean(tree: PyTree, axes: tuple[str, ...] | None = None, dtype: jax.typing.DT
     leaves' sum, which is small, runs beside the update of the others, if `flatten` allows it, or beside nothing.
 
     Args:
-      dtype: what floats travel and are added in, or None: their own. In bfloat16 half the bytes of float32 travel. It
-        loses little of a network computed in bfloat16, whose weight gradients are of bfloat16 before they are float32.
+      dtype: what floats travel and are added in, or None: their own. In bfloat16 half the bytes of float32 travel. Where
+        a network is computed in it, the gradients of weights were rounded to it before, and their sum is once more.
 
     Raises:
       ValueError: if `dtype` is not of floats.
@@ -80,7 +80,7 @@ def mean(tree: PyTree, axes: tuple[str, ...] | None = None, dtype: jax.typing.DT
 def _pmean(x, axes):
     """lax.pmean. Two devices hand each other theirs: the same bytes, without a kernel that adds them."""
     if lax.axis_size(axes) == 2:
-        return (x + lax.ppermute(x, axes, [(0, 1), (1, 0)])) * jnp.asarray(0.5, x.dtype)
+        return (x + lax.ppermute(x, axes, [(0, 1), (1, 0)])) * 0.5
     return lax.pmean(x, axes)
 
 
