@@ -160,7 +160,8 @@ def _training(name, mesh, T, B, implementation, synchronised, sums, want):
     if time_axis:
         parallel.over_time(model)
     read = partial(parallel.readout, readout) if time_axis else readout
-    adam = parallel.flatten(optax.adam(1e-3))  # its moments in few arrays: half of what a call hands to every device
+    # Its moments are in few arrays: half of what a call hands to every device.
+    adam = parallel.flatten_optimizer(optax.adam(1e-3))
     graphdef, state = nnx.split((model, nnx.Optimizer(model, adam, wrt=nnx.Param)))
     leaves, tree = jax.tree.flatten(parallel.shard(state, mesh))
 
@@ -173,7 +174,7 @@ def _training(name, mesh, T, B, implementation, synchronised, sums, want):
             return optax.softmax_cross_entropy_with_integer_labels(logits, labels).mean()
 
         loss, grads = nnx.value_and_grad(loss_of)(model)
-        grads = parallel.mean(grads, dtype=sums)
+        grads = parallel.mean_gradients(grads, dtype=sums)
         optimizer.update(model, grads)
         norm = optax.tree.norm(grads) if name == "small-net" else jnp.nan  # 60 kernels of a ResNet's step
         return nnx.state((model, optimizer)), {"loss": loss, "grad_norm": norm}

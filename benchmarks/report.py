@@ -5,7 +5,7 @@ import json
 import pathlib
 import sys
 
-from snnfuse.parallel.plan import Layer, predict
+from snnfuse.parallel.plan import LayerCost, predict
 
 HERE = pathlib.Path(__file__).parent
 README = HERE.parent / "README.md"
@@ -127,20 +127,20 @@ def peers_table():
     )
 
 
-def resnet18(size: int, channels: int = 2) -> list[Layer]:
+def resnet18(size: int, channels: int = 2) -> list[LayerCost]:
     """Its 17 convolutions with the neurons behind each; the stem halves twice."""
     size = -(-size // 2)
-    layers = [Layer(64 * size**2, 2 * 49 * channels * 64 * size**2, 49 * channels * 64)]
+    layers = [LayerCost(64 * size**2, 2 * 49 * channels * 64 * size**2, 49 * channels * 64)]
     size, before = -(-size // 2), 64
     for width in (64, 128, 256, 512):
         size = size if width == 64 else -(-size // 2)
         for _ in range(4):
-            layers.append(Layer(width * size**2, 2 * 9 * before * width * size**2, 9 * before * width))
+            layers.append(LayerCost(width * size**2, 2 * 9 * before * width * size**2, 9 * before * width))
             before = width
     return layers
 
 
-STACK = [Layer(neurons=8192, flops=0, weights=1, normalised=False)] * 8
+STACK = [LayerCost(neurons=8192, flops=0, weights=1, normalised=False)] * 8
 MODELLED = {"resnet18": (resnet18(28, 3), 2), "lif-stack": (STACK, 4)}  # what the cost model sees, bytes a number
 
 

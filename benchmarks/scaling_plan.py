@@ -15,7 +15,7 @@ matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 from report import resnet18
 
-from snnfuse.parallel.plan import H100, hand_over, plan, predict, rounds
+from snnfuse.parallel.plan import H100, hand_over, plan_meshes, predict, rounds
 
 BLUE, ORANGE, GREEN, RED, GREY = "#1f5fa8", "#d9772b", "#3a8f5c", "#b33a3a", "#777777"
 T, BATCH, SIZE = 2048, 16, 128
@@ -29,7 +29,7 @@ def best(layers, devices, which):
 
 def plans(layers, devices):
     try:
-        return plan(layers, T, BATCH, devices, synchronised=True, exactly=True)
+        return plan_meshes(layers, T, BATCH, devices, synchronised=True, exactly=True)
     except ValueError:  # too few to hold it, or too many to divide it
         return []
 

@@ -136,7 +136,7 @@ def _update(config, graphdef, state, batch, step):
     images, labels = batch
     model, optimizer = nnx.merge(graphdef, state)
     model.train()
-    xs = config.data.encode(parallel.fold(_key(config, 0, step)), images, config.model.T, train=True)
+    xs = config.data.encode(parallel.fold_key(_key(config, 0, step)), images, config.model.T, train=True)
 
     def loss_of(model):
         logits = READOUTS[config.model.readout](model(xs)[0])
@@ -144,7 +144,7 @@ def _update(config, graphdef, state, batch, step):
         return loss, (logits.argmax(-1) == labels).mean()
 
     (loss, accuracy), grads = nnx.value_and_grad(loss_of, has_aux=True)(model)
-    grads = parallel.mean(grads)
+    grads = parallel.mean_gradients(grads)
     optimizer.update(model, grads)
     metrics = {"loss": loss, "accuracy": accuracy, "grad_norm": optax.tree.norm(grads)}
     return nnx.state((model, optimizer)), metrics

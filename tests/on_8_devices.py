@@ -144,7 +144,7 @@ def train_step(graphdef, read, state, batch):
 
     model = nnx.merge(graphdef, state)
     (loss, correct), grads = nnx.value_and_grad(loss_of, has_aux=True)(model)
-    grads = parallel.mean(grads)
+    grads = parallel.mean_gradients(grads)
     params = nnx.state(model, nnx.Param)
     nnx.update(model, jax.tree.map(lambda p, g: p - 0.1 * g, params, grads))
     return nnx.state(model), {"loss": loss, "correct": correct, "grads": grads}
@@ -359,20 +359,21 @@ def test_mean_joins_and_changes_nothing(n, moved_by, last, piece, sums, monkeypa
         jax.shard_map, mesh=parallel.make_mesh(f"data={n}"), in_specs=P("data"), out_specs=P(), check_vma=False
     )
     whole = lambda f: jax.jit(here(lambda tree: f(jax.tree.map(lambda x: x[0], tree))))
-    got, want = whole(parallel.mean)(tree), whole(lambda tree: jax.lax.pmean(tree, "data"))(tree)
+    got, want = whole(parallel.mean_gradients)(tree), whole(lambda tree: jax.lax.pmean(tree, "data"))(tree)
     assert jax.tree.structure(got) == jax.tree.structure(want)
     for a, b in zip(jax.tree.leaves(got), jax.tree.leaves(want), strict=True):
         assert a.dtype == b.dtype
         np.testing.assert_array_equal(a, b)
     assert np.isnan(got["b"][2][0]) and np.isfinite(got["b"][2][1:]).all() and np.isfinite(got["a"][0]).all()
-    assert str(jax.make_jaxpr(whole(parallel.mean))(tree)).count(moved_by) == sums + 1 + (n == 8)  # bfloat16; integers
+    jaxpr = str(jax.make_jaxpr(whole(parallel.mean_gradients))(tree))
+    assert jaxpr.count(moved_by) == sums + 1 + (n == 8)  # 1 of bfloat16, 1 of integers
 
 
 def test_mean_in_bfloat16_is_that_of_float32_to_its_rounding():
     """Every float arrives in its own dtype again; integers stay exact."""
     tree = {"a": jax.random.normal(jax.random.key(0), (8, 300)), "n": jnp.arange(16).reshape(8, 2)}
     here = partial(jax.shard_map, mesh=parallel.make_mesh("data=8"), in_specs=P("data"), out_specs=P(), check_vma=False)
-    whole = lambda **how: jax.jit(here(lambda tree: parallel.mean(jax.tree.map(lambda x: x[0], tree), **how)))
+    whole = lambda **how: jax.jit(here(lambda tree: parallel.mean_gradients(jax.tree.map(lambda x: x[0], tree), **how)))
     got, want = whole(dtype=jnp.bfloat16)(tree), whole()(tree)
     assert [x.dtype for x in jax.tree.leaves(got)] == [x.dtype for x in jax.tree.leaves(want)]
     np.testing.assert_array_equal(got["n"], want["n"])
@@ -390,7 +391,7 @@ def test_adam_flattened_as_the_gradients_are_summed_gives_one_device_s_parameter
         params, moments = state
         loss_of = lambda p: jnp.square(jnp.tanh(xs @ p["a"]) @ p["b"]).mean() + p["c"].sum() ** 2
         loss, grads = jax.value_and_grad(loss_of)(params)
-        updates, moments = optimizer.update(parallel.mean(grads), moments, params)
+        updates, moments = optimizer.update(parallel.mean_gradients(grads), moments, params)
         return (optax.apply_updates(params, updates), moments), {"loss": loss}
 
     def trained(optimizer, step):
@@ -400,7 +401,7 @@ def test_adam_flattened_as_the_gradients_are_summed_gives_one_device_s_parameter
         return state
 
     adam, mesh = optax.adamw(1e-2), parallel.make_mesh("data=8")
-    flat = parallel.flatten(adam)
+    flat = parallel.flatten_optimizer(adam)
     want, _ = trained(adam, jax.jit(partial(step, adam)))
     got, moments = trained(flat, jax.jit(parallel.data_parallel(partial(step, flat), mesh)))
     for a, b in zip(jax.tree.leaves(got), jax.tree.leaves(want), strict=True):

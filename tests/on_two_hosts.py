@@ -38,7 +38,7 @@ def main(coordinator, host, out, axes):
     step = jax.jit(parallel.data_parallel(partial(train_step, graphdef, nn.membrane_mean), mesh, batch=specs))
 
     xs, labels = map(np.asarray, images())
-    mine = parallel.my_part(len(labels))  # a host loads its own samples and no others
+    mine = parallel.host_rows(len(labels))  # a host loads its own samples and no others
     batch = parallel.global_batch(xs[:, mine], mesh, specs[0]), parallel.global_batch(labels[mine], mesh, specs[1])
     assert batch[0].shape == xs.shape and len({s.device for s in batch[0].addressable_shards}) == mesh.size // hosts
 

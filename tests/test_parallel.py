@@ -19,7 +19,7 @@ from jax.sharding import PartitionSpec as P
 
 import snnfuse as sf
 from snnfuse import parallel
-from snnfuse.parallel.plan import H100, Layer, all_reduce, hand_over, plan, predict, rounds
+from snnfuse.parallel.plan import H100, LayerCost, all_reduce, hand_over, plan_meshes, predict, rounds
 
 HERE = Path(__file__).parent
 
@@ -102,13 +102,13 @@ def test_vmap_of_the_kernels(mapped):
 
 def test_outside_of_a_mesh_nothing_is_reduced_or_folded():
     key, tree = jax.random.key(0), {"a": jnp.arange(3.0)}
-    assert parallel.mean(tree) is tree
-    assert parallel.fold(key) is key
+    assert parallel.mean_gradients(tree) is tree
+    assert parallel.fold_key(key) is key
 
 
 def test_gradients_travel_as_floats():
     with pytest.raises(ValueError, match="dtype must be one of floats; got int32"):
-        parallel.mean({"a": jnp.arange(3.0)}, dtype=jnp.int32)
+        parallel.mean_gradients({"a": jnp.arange(3.0)}, dtype=jnp.int32)
 
 
 def test_a_flattened_optimizer_is_the_optimizer():
@@ -116,7 +116,7 @@ def test_a_flattened_optimizer_is_the_optimizer():
     draw = lambda i, dtype: jax.random.normal(jax.random.key(i), (3, 2), dtype)
     params = {"a": draw(0, jnp.float32), "b": [draw(1, jnp.bfloat16), draw(2, jnp.float32)], "c": jnp.float32(1.0)}
     grads = jax.tree.map(lambda p: p * 3 - 1, params)
-    plain, flat = optax.adam(1e-1), parallel.flatten(optax.adam(1e-1))
+    plain, flat = optax.adam(1e-1), parallel.flatten_optimizer(optax.adam(1e-1))
     want, _ = plain.update(grads, plain.init(params))
     got, state = flat.update(grads, flat.init(params))
     assert jax.tree.structure(got) == jax.tree.structure(want) and len(jax.tree.leaves(state)) == 5
@@ -143,10 +143,10 @@ def test_meshes_by_name():
 
 
 def test_the_parts_of_hosts_make_the_batch():
-    parts = [parallel.my_part(12, hosts=3, host=i) for i in range(3)]
+    parts = [parallel.host_rows(12, hosts=3, host=i) for i in range(3)]
     np.testing.assert_array_equal(np.concatenate([np.arange(12)[p] for p in parts]), np.arange(12))
     with pytest.raises(ValueError, match="multiple of the 5 hosts; got 12"):
-        parallel.my_part(12, hosts=5, host=0)
+        parallel.host_rows(12, hosts=5, host=0)
 
 
 # ---- the cost model
@@ -168,7 +168,7 @@ def test_the_rounds_cost_what_their_sum_is():
     assert abs(best - np.sqrt(2 * unit / hand)) <= 1
 
 
-LAYERS = [Layer(50_000, 2e8, 40_000)] * 8
+LAYERS = [LayerCost(50_000, 2e8, 40_000)] * 8
 
 
 def test_predictions_behave():
@@ -187,20 +187,20 @@ def test_the_model_gives_back_the_step_that_its_flop_rate_is_from():
     """A training step of Spiking-ResNet-18, 28x28, T = 32, batch 100, bfloat16, on an H100: 4.83 ms in a prototype."""
     widths = [(64, 7, 64)] + [(64, 7, 64)] * 3 + [(64, 4, 128)] + [(128, 4, 128)] * 3
     widths += [(128, 2, 256)] + [(256, 2, 256)] * 3 + [(256, 1, 512)] + [(512, 1, 512)] * 3
-    layers = [Layer(64 * 14**2, 2 * 49 * 3 * 64 * 14**2, 49 * 3 * 64)]
-    layers += [Layer(out * size**2, 2 * 9 * into * out * size**2, 9 * into * out) for into, size, out in widths]
+    layers = [LayerCost(64 * 14**2, 2 * 49 * 3 * 64 * 14**2, 49 * 3 * 64)]
+    layers += [LayerCost(out * size**2, 2 * 9 * into * out * size**2, 9 * into * out) for into, size, out in widths]
     assert predict(layers, 32, 100, 1, 1).seconds == pytest.approx(4.83e-3, rel=0.1)
 
 
 def test_plans_are_sorted_divide_and_fit():
-    plans = plan(LAYERS, T=48, batch=20, devices=16)
+    plans = plan_meshes(LAYERS, T=48, batch=20, devices=16)
     assert [p.seconds for p in plans] == sorted(p.seconds for p in plans)
     for p in plans:
         assert 20 % p.data == 48 % p.time == 0 and p.devices <= 16
-    assert {p.devices for p in plan(LAYERS, T=48, batch=20, devices=16, exactly=True)} == {16}
-    alone = plan(LAYERS, T=4096, batch=1, devices=64)
+    assert {p.devices for p in plan_meshes(LAYERS, T=48, batch=20, devices=16, exactly=True)} == {16}
+    alone = plan_meshes(LAYERS, T=4096, batch=1, devices=64)
     assert alone[0].time > 1, "one sample can be split in time alone"
     with pytest.raises(ValueError, match="no mesh of 1 devices runs T=1000000"):
-        plan(LAYERS, T=1_000_000, batch=64, devices=1)
+        plan_meshes(LAYERS, T=1_000_000, batch=64, devices=1)
     with pytest.raises(ValueError, match="at least 1"):
-        plan(LAYERS, T=0, batch=1, devices=1)
+        plan_meshes(LAYERS, T=0, batch=1, devices=1)

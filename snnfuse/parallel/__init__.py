@@ -8,31 +8,38 @@ For a whole train step there are two axes, each optional:
     over_time(model)                                      # a device's neurons start where those before it end
     step = jax.jit(data_parallel(step, mesh, batch=(P("time", "data"), P("data"))))      # xs [T, B, ...], labels [B]
 
-The step is that of one device, but for `grads = mean(grads)` and, along time, `readout(nn.spike_rate, outs)` for the
-outputs. An optimizer in `flatten` begins with the gradients that are known first. `initialise`, `my_part` and
-`global_batch` are for several hosts. `plan(layers, T, batch, devices)` ranks meshes.
+The step is that of one device, but for `grads = mean_gradients(grads)` and, along time, `readout(nn.spike_rate, outs)` for the
+outputs. An optimizer in `flatten_optimizer` begins with the gradients that are known first. `initialise`, `host_rows` and
+`global_batch` are for several hosts. `plan_meshes(layers, T, batch, devices)` ranks meshes.
 """
 
-from snnfuse.parallel.mesh import global_batch, initialise, make_mesh, my_part, shard
-from snnfuse.parallel.plan import Layer, Machine, Plan, plan
-from snnfuse.parallel.step import data_parallel, flatten, fold, mean, pmapped, synchronise_batch_norm
+from snnfuse.parallel.mesh import global_batch, host_rows, initialise, make_mesh, shard
+from snnfuse.parallel.plan import LayerCost, Machine, Plan, plan_meshes
+from snnfuse.parallel.step import (
+    data_parallel,
+    flatten_optimizer,
+    fold_key,
+    mean_gradients,
+    pmapped,
+    synchronise_batch_norm,
+)
 from snnfuse.parallel.time import OverTime, over_time, readout, unroll_over_time
 
 __all__ = [
-    "Layer",
+    "LayerCost",
     "Machine",
     "OverTime",
     "Plan",
     "data_parallel",
-    "flatten",
-    "fold",
+    "flatten_optimizer",
+    "fold_key",
     "global_batch",
     "initialise",
     "make_mesh",
-    "mean",
-    "my_part",
+    "mean_gradients",
+    "host_rows",
     "over_time",
-    "plan",
+    "plan_meshes",
     "pmapped",
     "readout",
     "shard",

@@ -100,7 +100,7 @@ def initialise(coordinator: str | None = None, num_hosts: int | None = None, hos
     jax.distributed.initialize(coordinator, num_hosts, host)
 
 
-def my_part(batch: int, hosts: int | None = None, host: int | None = None) -> slice:
+def host_rows(batch: int, hosts: int | None = None, host: int | None = None) -> slice:
     """The rows of a global batch that this host should load: an equal, contiguous part each, in the order of hosts."""
     hosts = jax.process_count() if hosts is None else hosts
     host = jax.process_index() if host is None else host
@@ -110,7 +110,7 @@ def my_part(batch: int, hosts: int | None = None, host: int | None = None) -> sl
 
 
 def global_batch(tree: PyTree, mesh: Mesh, spec: PartitionSpec) -> PyTree:
-    """Global arrays from what each host loaded, `my_part` of them: no host ever holds the whole batch."""
+    """Global arrays from what each host loaded, `host_rows` of them: no host ever holds the whole batch."""
     check_axes(mesh, spec, "spec")
     sharding = NamedSharding(mesh, spec)
     return jax.tree.map(lambda x: jax.make_array_from_process_local_data(sharding, np.asarray(x)), tree)

@@ -60,7 +60,7 @@ H100 = Machine(
 )
 
 
-class Layer(NamedTuple):
+class LayerCost(NamedTuple):
     """A connection and the neurons behind it, for one sample.
 
     `neurons` a sample; `flops` of the connection a sample and step, forward; `weights` its number of parameters;
@@ -102,8 +102,8 @@ class Plan:
         )
 
 
-def plan(
-    layers: Sequence[Layer],
+def plan_meshes(
+    layers: Sequence[LayerCost],
     T: int,
     batch: int,
     devices: int,
@@ -135,7 +135,7 @@ def plan(
 
 
 def predict(
-    layers: Sequence[Layer],
+    layers: Sequence[LayerCost],
     T: int,
     batch: int,
     data: int,

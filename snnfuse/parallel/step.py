@@ -2,13 +2,13 @@
 
     def step(state, batch, key):
         loss, grads = jax.value_and_grad(loss_of)(...)
-        grads = snnfuse.parallel.mean(grads)        # on one device: the same grads
+        grads = snnfuse.parallel.mean_gradients(grads)        # on one device: the same grads
         ...
         return state, {"loss": loss}
 
     parallel_step = jax.jit(data_parallel(step, make_mesh("data=4")))
 
-Every device runs the step on its own part of the batch, with its own random keys and, but for `mean`, alone. The
+Every device runs the step on its own part of the batch, with its own random keys and, but for `mean_gradients`, alone. The
 gradients move once and nothing else does but scalars and batch statistics.
 """
 
@@ -37,16 +37,18 @@ def axes_here() -> tuple[str, ...]:
 
 
 # Bytes of a sum, not searched for: one of 4 MB is little more than its latency, of 64 MB little more than its bytes.
-LAST = 2**22  # of the one that only the update can hide, see `flatten`
+LAST = 2**22  # of the one that only the update can hide, see `flatten_optimizer`
 PIECE = 2**26  # of each of the others, about
 
 
-def mean(tree: PyTree, axes: tuple[str, ...] | None = None, dtype: jax.typing.DTypeLike | None = None) -> PyTree:
+def mean_gradients(
+    tree: PyTree, axes: tuple[str, ...] | None = None, dtype: jax.typing.DTypeLike | None = None
+) -> PyTree:
     """The mean over devices: over `axes`, or all there are. On one device, outside of `data_parallel`, the tree itself.
 
     A collective costs much before its first byte, so the leaves are joined into few. Gradients are known from the last
     layer to the first: the last leaves come first, and their sum runs beside the rest of the backward pass; the first
-    leaves' sum, which is small, runs beside the update of the others, if `flatten` allows it, or beside nothing.
+    leaves' sum, which is small, runs beside the update of the others, if `flatten_optimizer` allows it, or beside nothing.
 
     Args:
       dtype: what floats travel and are added in, or None: their own. In bfloat16 half the bytes of float32 travel. Where
@@ -84,8 +86,8 @@ def _pmean(x, axes):
     return lax.pmean(x, axes)
 
 
-def flatten(optimizer: optax.GradientTransformation) -> optax.GradientTransformation:
-    """`optax.flatten` with an array for each sum of `mean`, not one for all: of an optimizer that works elementwise.
+def flatten_optimizer(optimizer: optax.GradientTransformation) -> optax.GradientTransformation:
+    """`optax.flatten` with an array for each sum of `mean_gradients`, not one for all: of an optimizer that works elementwise.
 
     Its state is then in few arrays, which a call hands to every device one by one, and the update of what is summed
     first hides the sum of the rest.
@@ -146,7 +148,7 @@ def _cut(sizes):
     return pieces
 
 
-def fold(key: jax.Array, axes: tuple[str, ...] | None = None) -> jax.Array:
+def fold_key(key: jax.Array, axes: tuple[str, ...] | None = None) -> jax.Array:
     """The key of this device: `key` with its index along `axes` folded in. Outside of `data_parallel`, `key` itself."""
     axes = axes_here() if axes is None else axes
     return jax.random.fold_in(key, lax.axis_index(axes)) if axes else key
@@ -167,7 +169,7 @@ def data_parallel(step: Callable, mesh: Mesh, *, batch: PyTree = ALONG_DATA) -> 
     """`step(state, batch, *rest) -> (state, metrics)` for one device, as the same function of global arrays on `mesh`.
 
     Args:
-      step: it must pass its gradients through `mean`. `rest` is the same on every device, but for random keys.
+      step: it must pass its gradients through `mean_gradients`. `rest` is the same on every device, but for random keys.
       batch: a PartitionSpec, or a tree of them: how the leaves of the batch are cut. With a time axis (see
         `over_time`), PartitionSpec("time", "data") for sequences [T, B, ...].
 
@@ -209,7 +211,7 @@ def _on_each_device(step, axes):
     apart = tuple(a for a in axes if a != TIME)
 
     def run(state, data, *rest):
-        mine = lambda tree: jax.tree.map(lambda x: fold(x, apart) if apart and _is_key(x) else x, tree)
+        mine = lambda tree: jax.tree.map(lambda x: fold_key(x, apart) if apart and _is_key(x) else x, tree)
         new, metrics = step(mine(state), data, *mine(rest))
         return _same_everywhere(new, state, axes), jax.tree.map(lambda x: _reduce(x, axes, apart), metrics)
 
@@ -220,7 +222,7 @@ def _same_everywhere(new, old, axes):
     keys = {p: x for p, x in jax.tree_util.tree_leaves_with_path(old) if _is_key(x)}
     new = jax.tree_util.tree_map_with_path(lambda p, x: keys.get(p, x) if _is_key(x) else x, new)
     variables, treedef = jax.tree.flatten(new, is_leaf=lambda v: isinstance(v, nnx.Variable))
-    statistics = iter(mean([v for v in variables if isinstance(v, nnx.BatchStat)], axes))
+    statistics = iter(mean_gradients([v for v in variables if isinstance(v, nnx.BatchStat)], axes))
     return treedef.unflatten([next(statistics) if isinstance(v, nnx.BatchStat) else v for v in variables])
 
 
