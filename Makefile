@@ -1,26 +1,29 @@
-# make demo   set up an environment and train the default network        make test   set up and run the tests
-# make bench  the core benchmark, on what this machine has               make lint   format and style
-# make docs   the documentation, into notebooks/docs/site
+# make demo        set up an environment and train the default network
+# make test        set up and run all tests, about eight minutes on two cores; `make test TESTS=tests/test_core.py` runs a part
+# make test-fast   the tests of core, ops and nn on small shapes, under two minutes on two cores
+# make test-gpu    the tests that need a GPU
+# make lint        style and format; `ruff format .` mends the format
+# make bench       the core benchmark, on what this machine has
+# make docs        the documentation; it says where the pages are
 PYTHON ?= python3
 VENV ?= .venv
-# With an NVIDIA driver for CUDA 12 or 13, JAX comes with its GPU packages: the demo and the tests then run fused kernels.
+# Where there is an NVIDIA driver for CUDA 12 or 13, JAX is installed with its GPU packages, and the demo runs the fused kernels.
 CUDA := $(shell nvidia-smi 2>/dev/null | sed -n 's/.*CUDA Version: \(1[23]\)\..*/cuda\1/p')
 BIN := $(VENV)/bin
 TESTS ?= tests
 
-.PHONY: demo test test-core test-gpu bench bench-compare report docs lint clean
+.PHONY: demo test test-fast test-gpu bench bench-compare report docs lint clean
 
 demo: $(VENV)/train
 	$(BIN)/python experiments/train.py
 
-# XLA for CPU compiles the tests more than twice as fast without its optimisations.
-# They are for a CPU, also where there is a GPU, which `make test-gpu` is for.
-test test-core: export JAX_PLATFORMS := cpu
-test test-core: export XLA_FLAGS := $(XLA_FLAGS) --xla_backend_optimization_level=0
+# These tests run on the CPU, also on a machine with a GPU. XLA compiles them more than twice as fast without its optimisations.
+test test-fast: export JAX_PLATFORMS := cpu
+test test-fast: export XLA_FLAGS := $(XLA_FLAGS) --xla_backend_optimization_level=0
 test: $(VENV)/dev
 	$(BIN)/python -m pytest $(TESTS) -n auto -m "not gpu"
 
-test-core: $(VENV)/dev
+test-fast: $(VENV)/dev
 	$(BIN)/python -m pytest tests/test_core.py tests/test_ops_*.py tests/test_nn.py tests/test_golden.py -n auto -m "not gpu"
 
 test-gpu: $(VENV)/dev
@@ -36,9 +39,9 @@ report: $(VENV)/dev
 	$(BIN)/python benchmarks/report.py
 	$(BIN)/python benchmarks/figures.py
 
-# the pages, in notebooks/docs/site
 docs: $(VENV)/docs
 	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --quiet --strict --config-file notebooks/docs/mkdocs.yml
+	@echo "Open $(CURDIR)/notebooks/docs/site/index.html in a browser"
 
 lint: $(VENV)/dev
 	$(BIN)/ruff check .
@@ -47,7 +50,7 @@ lint: $(VENV)/dev
 clean:
 	rm -rf $(VENV)
 
-# One stamp for each set of packages; `pip install -e` leaves the checkout itself importable.
+# One stamp file for each set of packages. `pip install -e` makes the checkout itself importable.
 comma := ,
 $(VENV)/%: pyproject.toml
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
