@@ -52,7 +52,7 @@ def compare(data: str, model: str, implementations: list[str], overrides: list[s
                 input=summary.get("note", "real data"),
                 T=config["model.T"],
                 B=config["batch"],
-                precision=config["model.precision"],
+                precision=config["model.policy"],
                 mesh=config["mesh"],
                 seed=config["seed"],
                 steps=config["steps"],

@@ -39,7 +39,7 @@ SENSOR = Sensor(34, 34)
 
 
 def resnet18(rngs, channels, classes):
-    return models.spiking_resnet(18, channels, classes, precision="bfloat16", rngs=rngs)
+    return models.spiking_resnet(18, channels, classes, policy="bfloat16", rngs=rngs)
 
 
 def small(rngs, channels, classes):

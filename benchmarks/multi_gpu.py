@@ -108,7 +108,7 @@ def lanes(n, small, implementation):
 
 def resnet18(implementation):
     """Bits kept for the backward pass, bfloat16: what benchmarks/resnet.py calls packed."""
-    options = dict(precision="bfloat16", implementation=implementation, rngs=nnx.Rngs(0))
+    options = dict(policy="bfloat16", implementation=implementation, rngs=nnx.Rngs(0))
     return models.spiking_resnet(18, 3, 10, **options), nn.membrane_mean
 
 

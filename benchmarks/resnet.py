@@ -48,7 +48,7 @@ class NormReLU(nn.Temporal):
 
 def relu(depth, precision):
     """Our network, its neurons replaced."""
-    model = models.spiking_resnet(depth, 3, 10, precision=precision, rngs=nnx.Rngs(0))
+    model = models.spiking_resnet(depth, 3, 10, policy=precision, rngs=nnx.Rngs(0))
     model.layers = nnx.List([layer for layer in model.layers if not isinstance(layer, nn.PackSpikes)])
     for _, module in list(nnx.iter_modules(model)):
         for name, child in list(vars(module).items()):
@@ -76,7 +76,7 @@ class FlaxBlock(nnx.Module):
 
 class FlaxResNet(nnx.Module):
     def __init__(self, depth, precision):
-        dtype, rngs = nn.Precision(precision).dtype, nnx.Rngs(0)
+        dtype, rngs = nn.PrecisionPolicy(precision).dtype, nnx.Rngs(0)
         self.conv = nnx.Conv(3, 64, (7, 7), strides=2, padding=3, use_bias=False, dtype=dtype, rngs=rngs)
         self.norm = nnx.BatchNorm(64, dtype=dtype, rngs=rngs)
         blocks, features = [], 64
@@ -103,7 +103,7 @@ def build(case, depth, precision):
         return relu(depth, precision)
     implementation, memory = named(case)
     options = dict(memory=memory, implementation=implementation, rngs=nnx.Rngs(0))
-    return models.spiking_resnet(depth, 3, 10, precision=precision, **options)
+    return models.spiking_resnet(depth, 3, 10, policy=precision, **options)
 
 
 def named(case):

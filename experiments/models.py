@@ -72,7 +72,7 @@ class Resnet:
     depth: int = 18
     connect: str = "sum"
     stem: str = "imagenet"
-    precision: str = "bfloat16"
+    policy: str = "bfloat16"
     memory: str = "packed"
     readout: str = "mean"
     implementation: str | None = None
@@ -83,7 +83,7 @@ class Resnet:
             depth=DEPTHS,
             connect=("sum", *CONNECTIONS),
             stem=STEMS,
-            precision=nn.Precision,
+            policy=nn.PrecisionPolicy,
             memory=MEMORY,
             readout=READOUTS,
         )
@@ -98,7 +98,7 @@ class Resnet:
             classes,
             **connect,
             stem=self.stem,
-            precision=self.precision,
+            policy=self.policy,
             memory=self.memory,
             implementation=self.implementation,
             rngs=rngs,

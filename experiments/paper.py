@@ -9,7 +9,7 @@
 As in the paper: T = 32, batches of 100 (10 for DVS-Gesture), Adam of rate 1e-3, 5 epochs, LIF of decay 0.2 and threshold
 0.3, pixels against fresh noise at every step and in each of three channels, events in 32 frames of equally many with an
 empty third channel, classes by the mean of the logits over T. Not as in the paper: activations are bfloat16 (there TF32
-or float32: `--model.precision tf32`), and the last images of an epoch that fill no batch wait for another one.
+or float32: `--model.policy tf32`), and the last images of an epoch that fill no batch wait for another one.
 
 `mnist5k` is not of the paper: 4,000 digits in 37 epochs, moved by up to 2 pixels; AdamW, a learning rate that rises to 2e-3
 and falls to 0, gradients clipped. Further keys are those of train.py, whose loop this is; what a run leaves is described there. benchmarks/accuracy.py makes a

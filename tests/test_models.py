@@ -104,7 +104,7 @@ def test_load_torch_says_what_is_wrong_and_changes_nothing():
         (dict(depth=19), "depth must be one of 18, 34, 50; got 19"),
         (dict(stem="tiny"), "stem must be one of imagenet, cifar; got 'tiny'"),
         (dict(memory="little"), "memory must be one of fast, packed, lean; got 'little'"),
-        (dict(precision="int8"), "precision must be one of bfloat16, tf32, float32; got 'int8'"),
+        (dict(policy="int8"), "policy must be one of bfloat16, tf32, float32; got 'int8'"),
         (dict(connect="xor"), "must be one of .*add, and, iand; got 'xor'"),
     ],
 )

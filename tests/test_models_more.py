@@ -34,14 +34,14 @@ def shape_of(make, *shape, dtype=jnp.float32):
 @pytest.mark.parametrize("depth, stem, connect", RESNETS)
 def test_shapes_of_resnets(depth, stem, connect):
     family = models.spiking_resnet if connect == "sum" else models.sew_resnet
-    make = partial(family, depth, 2, 10, stem=stem, connect=connect, precision="bfloat16")
+    make = partial(family, depth, 2, 10, stem=stem, connect=connect, policy="bfloat16")
     assert shape_of(make, 3, 2, 40, 33, 2) == ((3, 2, 10), jnp.float32)
 
 
 @pytest.mark.parametrize("memory", ["fast", "packed", "lean"])
-@pytest.mark.parametrize("precision", ["float32", "bfloat16"])
-def test_shapes_of_vgg_and_spikformer(memory, precision):
-    options = dict(memory=memory, precision=precision)
+@pytest.mark.parametrize("policy", ["float32", "bfloat16"])
+def test_shapes_of_vgg_and_spikformer(memory, policy):
+    options = dict(memory=memory, policy=policy)
     assert shape_of(partial(models.spiking_vgg11, 2, 10, **options), 3, 2, 40, 33, 2) == ((3, 2, 10), jnp.float32)
     for patch in (1, 16):
         make = partial(models.spikformer, 2, 10, depth=1, patch=patch, **options)
@@ -154,7 +154,7 @@ def transposed(model, *, B):
 def test_a_training_step_transposes_no_sequence(memory, monkeypatch):
     """No size of a weight is a multiple of 11, that of every sequence is."""
     monkeypatch.setitem(models.resnet.DEPTHS, 18, (1, 1, 0, 0))
-    options = dict(precision="bfloat16", memory=memory, implementation="pallas")
+    options = dict(policy="bfloat16", memory=memory, implementation="pallas")
     model = nnx.eval_shape(lambda: models.spiking_resnet(18, 3, 10, **options, rngs=nnx.Rngs(0)))
     assert transposed(model, B=11) == []
 
@@ -182,7 +182,7 @@ make_spikformer = partial(models.spikformer, 2, 4, depth=1, width=16, heads=2, r
             ValueError,
             "memory must be one of fast, packed, lean; got 'small'",
         ),
-        (lambda: make_vgg(precision="half", rngs=nnx.Rngs(0)), ValueError, "precision must be one of .*; got 'half'"),
+        (lambda: make_vgg(policy="half", rngs=nnx.Rngs(0)), ValueError, "policy must be one of .*; got 'half'"),
         (lambda: shape_of(make_vgg, 2, 1, 16, 16, 2), ValueError, r"max_pool: .*got \(2, 1, 1, 512\), window 2"),
         (
             lambda: shape_of(make_vgg, 2, 1, 32, 32, 3),

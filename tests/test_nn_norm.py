@@ -406,7 +406,7 @@ image = jnp.ones((1, 4, 4, 1))
             ValueError,
             "shortcut_norm goes with connect='sum'; got connect='add'",
         ),
-        (lambda: nn.Conv(1, 1, precision="fp16", rngs=nnx.Rngs(0)), ValueError, "precision must be one of.*got 'fp16'"),
+        (lambda: nn.Conv(1, 1, precision="fp16", rngs=nnx.Rngs(0)), ValueError, "policy must be one of.*got 'fp16'"),
         (lambda: nn.Conv(3, 1, rngs=nnx.Rngs(0))(image), ValueError, r"x must be \[..., H, W, 3\].*got \(1, 4, 4, 1\)"),
         (lambda: nn.Conv(1, 1, 7, padding=0, rngs=nnx.Rngs(0))(image), ValueError, r"kernel, \[7, 7\].*map of 4 x 4"),
         (lambda: nn.Linear(3, 1, rngs=nnx.Rngs(0))(image), ValueError, r"x must be \[..., 3\]; got \(1, 4, 4, 1\)"),

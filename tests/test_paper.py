@@ -33,7 +33,7 @@ from snnfuse.models import resnet
 
 pytestmark = pytest.mark.filterwarnings("default::DeprecationWarning", "default::UserWarning")  # Orbax has its own
 RANDOM = ["--data=random", "--data.like=mnist", "--data.examples=8", "--batch=4", "--steps=3", "--eval_every=3"]
-TINY = [*RANDOM, "--model.T=2", "--model.precision=float32", "--model.implementation=scan"]
+TINY = [*RANDOM, "--model.T=2", "--model.policy=float32", "--model.implementation=scan"]
 
 
 def parse(arguments):

@@ -22,7 +22,7 @@ class Build:
 
     Args:
       neuron: makes a neuron, `neuron(implementation=...)`.
-      precision: see `snnfuse.nn.Precision`.
+      policy: see `snnfuse.nn.PrecisionPolicy`.
       memory: what is kept for the backward pass. "fast": conv outputs, and spikes as numbers; "packed": spikes as bits; "lean":
         of each block its input alone, spikes as bits, and the block runs again. What spikes are added to (connect "add") is
         no spike, and kept as numbers.
@@ -32,16 +32,16 @@ class Build:
     def __init__(
         self,
         neuron: Callable[..., nn.Spiking],
-        precision: nn.Precision | str,
+        policy: nn.PrecisionPolicy | str,
         memory: str,
         implementation: str | None,
         rngs: nnx.Rngs,
     ):
         check_option("memory", memory, MEMORY)
-        self.memory, self.precision = memory, nn.Precision(precision)
+        self.memory, self.policy = memory, nn.PrecisionPolicy(policy)
         self.neuron = partial(neuron, implementation=implementation)
-        self.conv = partial(nn.Conv, precision=self.precision, rngs=rngs)
-        self.linear = partial(nn.Linear, precision=self.precision, rngs=rngs)
+        self.conv = partial(nn.Conv, precision=self.policy, rngs=rngs)
+        self.linear = partial(nn.Linear, precision=self.policy, rngs=rngs)
         self.norm = partial(nn.BatchNorm, rngs=rngs)
 
     def spiking(self, width: int, *, pack: bool = True, **options: Any) -> nn.NormSpiking:

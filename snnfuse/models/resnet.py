@@ -47,7 +47,7 @@ def spiking_resnet(
     connect: str = "sum",
     neuron: Callable[..., nn.Spiking] = paper_lif,
     stem: str = "imagenet",
-    precision: nn.Precision | str = "float32",
+    policy: nn.PrecisionPolicy | str = "float32",
     memory: str = "packed",
     implementation: str | None = None,
     rngs: nnx.Rngs,
@@ -60,13 +60,13 @@ def spiking_resnet(
         fusion paper (https://arxiv.org/abs/2408.00280). "add", "and" or "iand": see `sew_resnet`.
       neuron: makes a neuron, `neuron(implementation=...)`.
       stem: "imagenet", 7 x 7 of stride 2 and a max-pool, or "cifar", 3 x 3.
-      precision, memory, implementation: see `snnfuse.models.build.Build`.
+      policy, memory, implementation: see `snnfuse.models.build.Build`.
 
     Layers are initialised as in torchvision and SpikingJelly. Images below 32 x 32 end as maps of 1 x 1.
     """
     check_option("depth", depth, tuple(DEPTHS))
     check_option("stem", stem, STEMS)
-    build = _Build(neuron, precision, memory, implementation, rngs, connect=connect)
+    build = _Build(neuron, policy, memory, implementation, rngs, connect=connect)
     if stem == "imagenet":
         first = nn.Sequential(*build.layer(in_features, 64, 7, stride=2, pack=False), nn.max_pool)
     else:

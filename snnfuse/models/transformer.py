@@ -20,7 +20,7 @@ PATCHES = (1, 2, 4, 8, 16)
 spikformer_lif = partial(nn.LIF, tau=2.0, decay_input=True, reset=HardReset(detach=True), surrogate=Sigmoid())
 
 
-class SelfAttention(nn.Stepwise):
+class SelfAttention(nn.Timeless):
     """Attention of spikes, without softmax: queries, keys and values [T, B, *tokens, 3 D] -> currents [T, B, *tokens, D].
 
         y = scale (q k^T) v = scale q (k^T v),   for each head, over all N tokens of a step
@@ -29,8 +29,8 @@ class SelfAttention(nn.Stepwise):
     (in bfloat16 what is above 256 is rounded). Called on `Spikes` it keeps their bits for the backward pass.
     """
 
-    def __init__(self, heads: int, *, scale: float = 0.125, precision: nn.Precision | str = "float32"):
-        self.heads, self.scale, self.precision = heads, scale, nn.Precision(precision)
+    def __init__(self, heads: int, *, scale: float = 0.125, policy: nn.PrecisionPolicy | str = "float32"):
+        self.heads, self.scale, self.policy = heads, scale, nn.PrecisionPolicy(policy)
 
     def __call__(self, xs: Array | nn.Spikes) -> Array:
         shape = nn.spikes.values(xs).shape
@@ -43,8 +43,8 @@ class SelfAttention(nn.Stepwise):
     def _product(self, xs):
         T, B, *tokens, features = xs.shape
         dim = features // (3 * self.heads)
-        q, k, v = jnp.moveaxis(xs.reshape(T, B, -1, 3, self.heads, dim).astype(self.precision.dtype), 3, 0)
-        product = partial(jnp.einsum, precision=self.precision.lax)
+        q, k, v = jnp.moveaxis(xs.reshape(T, B, -1, 3, self.heads, dim).astype(self.policy.dtype), 3, 0)
+        product = partial(jnp.einsum, precision=self.policy.lax)
         if q.shape[2] < dim:
             y = product("...nmh,...mhd->...nhd", product("...nhd,...mhd->...nmh", q, k), v)
         else:
@@ -62,7 +62,7 @@ def spikformer(
     expand: int = 4,
     patch: int = 4,
     neuron: Callable[..., nn.Spiking] = spikformer_lif,
-    precision: nn.Precision | str = "float32",
+    policy: nn.PrecisionPolicy | str = "float32",
     memory: str = "packed",
     implementation: str | None = None,
     rngs: nnx.Rngs,
@@ -87,7 +87,7 @@ def spikformer(
     check_option("patch", patch, PATCHES)
     if width % 8 or width % heads:
         raise ValueError(f"width must be a multiple of 8 and of heads = {heads}; got {width}")
-    build = Build(neuron, precision, memory, implementation, rngs)
+    build = Build(neuron, policy, memory, implementation, rngs)
     normal = nnx.initializers.normal(0.02)
     conv = partial(build.conv, kernel_init=normal)
     linear = partial(build.linear, use_bias=False, kernel_init=normal)
@@ -97,7 +97,7 @@ def spikformer(
         return Residual(nn.Sequential(*main), build.spiking(width, connect="add", pack=False))
 
     def encoder():
-        attend = SelfAttention(heads, precision=precision)
+        attend = SelfAttention(heads, policy=policy)
         qkv = [linear(width, 3 * width), build.spiking(3 * width)]
         fire = build.neuron(threshold=0.5)
         attention = add(*qkv, attend, fire, *build.packed(), linear(width, width))

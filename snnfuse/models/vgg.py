@@ -21,7 +21,7 @@ def spiking_vgg11(
     *,
     hidden: int = 4096,
     neuron: Callable[..., nn.Spiking] = vgg_lif,
-    precision: nn.Precision | str = "float32",
+    policy: nn.PrecisionPolicy | str = "float32",
     memory: str = "packed",
     implementation: str | None = None,
     rngs: nnx.Rngs,
@@ -36,7 +36,7 @@ def spiking_vgg11(
     repeats those of a smaller one); the normalised dense layers, which that leaves silent (weights of variance 1e-4) on small
     images, so it has no dropout; no bias before a BatchNorm. Simonyan and Zisserman 2015, https://arxiv.org/abs/1409.1556.
     """
-    build = Build(neuron, precision, memory, implementation, rngs)
+    build = Build(neuron, policy, memory, implementation, rngs)
     layers, features = [], in_features
     for widths in STAGES:
         stage = []

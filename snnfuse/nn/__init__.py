@@ -4,11 +4,11 @@ from snnfuse.nn import monitor as monitor
 from snnfuse.nn.conv import Conv, Linear
 from snnfuse.nn.norm import BatchNorm, NormSpiking
 from snnfuse.nn.pool import max_pool, mean_pool
-from snnfuse.nn.precision import Precision
+from snnfuse.nn.precision import PrecisionPolicy
 from snnfuse.nn.readout import membrane_last, membrane_max, membrane_mean, spike_rate
 from snnfuse.nn.spikes import Spikes
 from snnfuse.nn.spiking import IF, LI, LIF, AdaptiveLIF, CubaLIF, ExpIF, Fixed, Izhikevich, ParametricLIF, Spiking
-from snnfuse.nn.temporal import Folded, PackSpikes, Remat, Sequential, Stepwise, Temporal, flatten
+from snnfuse.nn.temporal import Folded, PackSpikes, Remat, Sequential, Temporal, Timeless, flatten
 
 __all__ = [
     "IF",
@@ -26,12 +26,12 @@ __all__ = [
     "NormSpiking",
     "PackSpikes",
     "ParametricLIF",
-    "Precision",
+    "PrecisionPolicy",
     "Remat",
     "Sequential",
     "Spikes",
     "Spiking",
-    "Stepwise",
+    "Timeless",
     "Temporal",
     "flatten",
     "max_pool",

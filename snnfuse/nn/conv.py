@@ -10,21 +10,21 @@ import numpy as np
 from flax import nnx
 from jax import Array, lax
 
-from snnfuse.nn.precision import Precision
+from snnfuse.nn.precision import PrecisionPolicy
 from snnfuse.nn.spikes import Spikes, values
-from snnfuse.nn.temporal import Stepwise
+from snnfuse.nn.temporal import Timeless
 from snnfuse.ops.packing import unpack
 
 _he_normal = nnx.initializers.variance_scaling(2.0, "fan_out", "normal", in_axis=-1, out_axis=0)
 _torch_uniform = nnx.initializers.variance_scaling(1 / 3, "fan_in", "uniform")
 
 
-class Conv(Stepwise):
+class Conv(Timeless):
     """A 2-D convolution, [..., H, W, I] -> [..., H', W', O] with any axes before; H' = (H + 2 padding - size) // stride + 1.
 
     Args:
       size: of the kernel, both ways. `stride`, `padding` likewise; padding None is (size - 1) // 2.
-      precision: the dtype of inputs, outputs and products; parameters are float32 (see `Precision`).
+      precision: the dtype of inputs, outputs and products; parameters are float32 (see `PrecisionPolicy`).
       kernel_init: by default normal of variance 2 / (size^2 O), as the ResNets of PyTorch and SpikingJelly.
 
     `kernel` is [O, size, size, I], in memory as cuDNN reads it beside channels-last inputs: none is transposed. Called on
@@ -40,7 +40,7 @@ class Conv(Stepwise):
         stride: int = 1,
         padding: int | None = None,
         use_bias: bool = False,
-        precision: Precision | str = "float32",
+        precision: PrecisionPolicy | str = "float32",
         kernel_init: Callable = _he_normal,
         rngs: nnx.Rngs,
     ):
@@ -52,7 +52,7 @@ class Conv(Stepwise):
             raise ValueError(f"padding must be an integer in 0..{size - 1}, less than the kernel; got {padding!r}")
         self.stride = stride
         self.padding = (size - 1) // 2 if padding is None else padding
-        self.precision = Precision(precision)
+        self.precision = PrecisionPolicy(precision)
         self.kernel = nnx.Param(kernel_init(rngs.params(), (out_features, size, size, in_features), jnp.float32))
         self.bias = nnx.Param(jnp.zeros((out_features,), jnp.float32)) if use_bias else None
 
@@ -65,7 +65,7 @@ class Conv(Stepwise):
         return y if self.bias is None else y + jnp.broadcast_to(self.bias[...].astype(y.dtype), y.shape)
 
 
-class Linear(Stepwise):
+class Linear(Timeless):
     """A dense layer, [..., I] -> [..., O]: `nnx.Linear` with the precisions and the kept bits of `Conv`."""
 
     def __init__(
@@ -74,11 +74,11 @@ class Linear(Stepwise):
         out_features: int,
         *,
         use_bias: bool = True,
-        precision: Precision | str = "float32",
+        precision: PrecisionPolicy | str = "float32",
         kernel_init: Callable = _torch_uniform,
         rngs: nnx.Rngs,
     ):
-        self.precision = Precision(precision)
+        self.precision = PrecisionPolicy(precision)
         self.kernel = nnx.Param(kernel_init(rngs.params(), (in_features, out_features), jnp.float32))
         bound = in_features**-0.5
         bias = partial(jax.random.uniform, shape=(out_features,), dtype=jnp.float32, minval=-bound, maxval=bound)
@@ -93,7 +93,7 @@ class Linear(Stepwise):
         return y if self.bias is None else y + jnp.broadcast_to(self.bias[...].astype(y.dtype), y.shape)
 
 
-def linear_in(f: Callable, x: Array | Spikes, kernel: Array, precision: Precision) -> Array:
+def linear_in(f: Callable, x: Array | Spikes, kernel: Array, precision: PrecisionPolicy) -> Array:
     """f(x, kernel), bilinear, in the dtype of `precision`; of `Spikes` the bits alone are kept for the gradient.
 
     f casts what is smaller (bool, uint8) itself, where it needs it.

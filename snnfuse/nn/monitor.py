@@ -19,7 +19,7 @@ from snnfuse.core import neurons
 from snnfuse.core.compose import Twice
 from snnfuse.core.neuron import PyTree, WithState
 from snnfuse.nn.conv import Conv, Linear
-from snnfuse.nn.precision import Precision
+from snnfuse.nn.precision import PrecisionPolicy
 from snnfuse.nn.spikes import values
 from snnfuse.nn.spiking import Spiking
 from snnfuse.nn.temporal import Remat
@@ -159,7 +159,7 @@ def _counting(layer: nnx.Module, keep: Callable) -> Callable:
     """Keeps (acs, macs) of each call. With weights of 1 the gradient of the sum of all outputs is the fan-out."""
     ones = nnx.clone(layer)
     ones.kernel[...] = jnp.ones_like(ones.kernel[...], jnp.float32)
-    ones.dtype, ones.precision = jnp.float32, Precision("float32") if isinstance(ones, Conv | Linear) else None
+    ones.dtype, ones.precision = jnp.float32, PrecisionPolicy("float32") if isinstance(ones, Conv | Linear) else None
     axes = 1 if isinstance(layer, nnx.Linear | Linear) else ones.kernel[...].ndim - 1  # of one sample
 
     def counted(call, x, *args, **kwargs):

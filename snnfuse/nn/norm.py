@@ -11,11 +11,11 @@ from snnfuse.core.neuron import PyTree
 from snnfuse.core.neurons import LI
 from snnfuse.nn.spikes import Spikes, values
 from snnfuse.nn.spiking import Spiking
-from snnfuse.nn.temporal import Stepwise, Temporal
+from snnfuse.nn.temporal import Temporal, Timeless
 from snnfuse.ops.packing import Packed
 
 
-class BatchNorm(Stepwise, nnx.BatchNorm):
+class BatchNorm(Timeless, nnx.BatchNorm):
     """Batch normalisation of [T, B, ..., N] over all axes but the last, statistics in float32.
 
         y = gain scale (x - mean) / sqrt(var + epsilon) + bias
@@ -145,7 +145,7 @@ class NormSpiking(Temporal):
             raise ValueError(f"shortcut must have the shape of xs, {xs.shape}; got {values(shortcut).shape}")
         if shortcut is None and (self.shortcut_norm is not None or self.connect != "sum"):
             raise ValueError("shortcut must be given: this layer was made to take one; got None")
-        inputs, scales, shift = [], [], 0.0
+        inputs, scales, shifts = [], [], []
         for x, norm in ((xs, self.norm), (values(shortcut), self.shortcut_norm)):
             if x is None or (x is not xs and self.connect != "sum"):
                 continue
@@ -153,12 +153,12 @@ class NormSpiking(Temporal):
                 inputs.append(x if norm is None else norm(x))
                 scales.append(None)
             else:
-                scale, more = norm.affine(x)
+                scale, shift = norm.affine(x)
                 inputs.append(x)
                 scales.append(scale)
-                shift = shift + more
+                shifts.append(shift)
         neuron = Affine(self.neuron.neuron)
-        params = AffineParams(self.neuron.params, tuple(scales), shift)
+        params = AffineParams(self.neuron.params, tuple(scales), sum(shifts, 0.0))
         inputs = tuple(inputs)
         if self.connect != "sum":
             neuron, inputs = Connect(neuron, self.connect), (inputs, values(shortcut))

@@ -6,8 +6,8 @@ import jax.numpy as jnp
 from jax import lax
 
 
-class Precision(StrEnum):
-    """What activations are stored in and how products are formed. One word sets it for a model: `precision="bfloat16"`.
+class PrecisionPolicy(StrEnum):
+    """What activations are stored in and how products are formed. One word sets it for a model: `policy="bfloat16"`.
 
         "bfloat16"   activations, convolutions and dense layers in bfloat16
         "tf32"       activations in float32, products with ten bits of mantissa where the hardware has them (a GPU)
@@ -22,12 +22,12 @@ class Precision(StrEnum):
 
     @classmethod
     def _missing_(cls, value):
-        raise ValueError(f"precision must be one of {', '.join(cls)}; got {value!r}")
+        raise ValueError(f"policy must be one of {', '.join(cls)}; got {value!r}")
 
     @property
     def dtype(self):
         """Of activations, and of the operands of products."""
-        return jnp.dtype(jnp.bfloat16 if self is Precision.BFLOAT16 else jnp.float32)
+        return jnp.dtype(jnp.bfloat16 if self is PrecisionPolicy.BFLOAT16 else jnp.float32)
 
     @property
     def lax(self):

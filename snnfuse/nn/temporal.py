@@ -24,7 +24,7 @@ class Temporal(nnx.Module):
         raise NotImplementedError(f"{type(self).__name__} must define __call__(xs, state)")
 
 
-class Stepwise(nnx.Module):
+class Timeless(nnx.Module):
     """A layer without time that takes [T, B, ...] as it is, and `Spikes`: [..., in] -> [..., out]."""
 
 
@@ -83,7 +83,7 @@ def flatten(x: Array) -> Array:
     return x.reshape(x.shape[0], -1)
 
 
-class PackSpikes(Stepwise):
+class PackSpikes(Timeless):
     """Values of 0 and 1 as `Spikes`, for those who consume them to keep the bits."""
 
     def __call__(self, xs: Array | Spikes) -> Spikes:
@@ -107,7 +107,7 @@ class Remat(Temporal):
 
 
 def _fold(layer, xs, *args, **kwargs):
-    if isinstance(layer, Stepwise):
+    if isinstance(layer, Timeless):
         return layer(xs, *args, **kwargs)
     xs = values(xs)
     shapes = [x.shape for x in jax.tree.leaves(xs)]
