@@ -1,0 +1,65 @@
+"""The recipes of CONTRIBUTING.md work: each block runs as if it were appended to the file that its first line names."""
+
+import importlib
+import pathlib
+import re
+import sys
+import types
+
+import pytest
+
+ROOT = pathlib.Path(__file__).parents[1]
+RECIPES = dict(re.findall(r"^## (.*?)\n(.*?)(?=^## |\Z)", (ROOT / "CONTRIBUTING.md").read_text(), re.DOTALL | re.M))
+
+
+@pytest.fixture
+def follow(monkeypatch):
+    """Runs the blocks of a recipe, and returns the module of each file. The names that they define go away afterwards."""
+    monkeypatch.setattr(sys, "path", [*sys.path, str(ROOT / "benchmarks")])
+
+    def run(recipe):
+        modules = {}
+        for file, block in re.findall(r"```python\n# (\S+)\n(.*?)```", RECIPES[recipe], re.DOTALL):
+            module = modules[file] = _module(file, monkeypatch)
+            names = dict(vars(module))
+            exec(compile(block, file, "exec"), names)
+            for name, value in names.items():
+                if name not in vars(module):
+                    monkeypatch.setattr(module, name, value, raising=False)
+        return modules
+
+    return run
+
+
+def _module(file, monkeypatch):
+    parts = pathlib.Path(file).with_suffix("").parts
+    name = ".".join(parts).removesuffix(".__init__") if parts[0] == "snnfuse" else parts[-1]
+    if (ROOT / file).exists():
+        return importlib.import_module(name)
+    module = types.ModuleType(name)  # a file that the recipe creates
+    monkeypatch.setitem(sys.modules, name, module)
+    return module
+
+
+def test_a_neuron(follow, monkeypatch):
+    import cases
+
+    monkeypatch.setattr(cases, "NEURONS", dict(cases.NEURONS))
+    follow("A neuron")
+    from test_ops_contract import CASES, check
+
+    check("qif", "interpret", **CASES["plain"])
+
+
+def test_a_layer_along_time(follow):
+    modules = follow("A layer along time with its own loop")
+    modules["tests/test_nn.py"].test_a_trace_is_the_weighted_sum_of_its_past()
+
+
+def test_every_file_and_make_target_exists():
+    text = (ROOT / "CONTRIBUTING.md").read_text()
+    created = {"snnfuse/nn/trace.py"}
+    for file in re.findall(r"`((?:snnfuse|tests|benchmarks|notebooks|experiments)/[\w./-]+\.\w+)`", text):
+        assert file in created or (ROOT / file).exists(), file
+    (targets,) = re.findall(r"^.PHONY: (.*)$", (ROOT / "Makefile").read_text(), re.M)
+    assert set(re.findall(r"(?:^ {4,}|`)make ([\w-]+)", text, re.M)) <= set(targets.split())
