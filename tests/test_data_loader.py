@@ -11,7 +11,7 @@ import pytest
 from snnfuse.data import augment as au
 from snnfuse.data import events as ev
 from snnfuse.data import packed as pk
-from snnfuse.data.loader import Frames, Images, Packed, load
+from snnfuse.data.loader import Frames, Images, PackedFrames, load
 
 grain = pytest.importorskip("grain", reason="the loader needs the extra `data`")
 
@@ -65,7 +65,7 @@ def test_batches_unpack_to_the_frames_of_their_samples(store, split):
 
 
 def test_packed_events_are_the_same_frames_binned_on_the_device():
-    packed, counted = Packed(SENSOR, T=5, size=128), Frames(SENSOR, T=5, store="bytes")
+    packed, counted = PackedFrames(SENSOR, T=5, size=128), Frames(SENSOR, T=5, store="bytes")
     a, b = (next(iter(load(SOURCE, example, batch=8, seed=1))) for example in (packed, counted))
     assert a["frames"].shape == (8, 128, 2)
     assert np.array_equal(jax.jit(packed.unpack)(a["frames"]), counted.unpack(b["frames"]))

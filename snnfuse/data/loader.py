@@ -71,7 +71,7 @@ class Frames:
 
 
 @dataclass(frozen=True)
-class Packed:
+class PackedFrames:
     """Samples of events as they are, padded to `size` of them, and binned on the device: 8 bytes an event.
 
     Cheaper than `Frames` where T is large and events few, and for the workers, which do not bin.
@@ -145,7 +145,7 @@ class _Fetch:
         indices = mine[at * self.batch : (at + 1) * self.batch].tolist()
         read = getattr(self.source, "__getitems__", lambda wanted: [self.source[i] for i in wanted])
         samples = [self.example(sample, rng) for sample in read(indices)]
-        time_major = not isinstance(self.example, Packed)
+        time_major = not isinstance(self.example, PackedFrames)
         axis = {name: 1 if time_major and name == "frames" else 0 for name in samples[0]}
         return {name: np.stack([sample[name] for sample in samples], axis[name]) for name in samples[0]}
 
