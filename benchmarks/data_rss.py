@@ -48,7 +48,7 @@ def import_only(folder: Path) -> dict:
 def prepare(folder: Path) -> dict:
     from snnfuse.data import catalog
 
-    cls = type(catalog.builder("nmnist", folder))
+    cls = catalog.data_set("nmnist")
     cls.ARCHIVES = tuple(
         a._replace(digest="md5:" + hashlib.file_digest(open(folder / "nmnist" / a.file, "rb"), "md5").hexdigest())
         for a in cls.ARCHIVES

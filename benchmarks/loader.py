@@ -81,15 +81,15 @@ class Memory:
 
 def on_disk(kept: list[dict], size: int, folder: str):
     """The same as a prepared data set."""
-    from snnfuse.data.builders import base, images
+    from snnfuse.data.builders import base, images, streaming
 
-    class Random(base.EventBuilder if "events" in kept[0] else images.ImageBuilder, skip_registration=True):
-        SENSOR, LABELS, SHAPE = SENSOR, 10, (32, 32, 3)
+    class Random(base.EventSet if "events" in kept[0] else images.ImageSet):
+        name, SENSOR, LABELS, SHAPE = "random", SENSOR, 10, (32, 32, 3)
 
-        def _jobs(self, paths, stack):
+        def jobs(self, paths, stack):
             return {"train": [lambda i=i: [(str(i), kept[i % len(kept)])] for i in range(size)]}
 
-    made = Random(data_dir=folder)
+    made = streaming.builder(Random, data_dir=folder)
     made.download_and_prepare()
     return made.as_data_source(split="train")
 

@@ -82,7 +82,7 @@ def test_nmnist_is_the_files_and_tonics_reading_of_them(tmp_path, monkeypatch):
 
 
 def test_cifar10dvs_is_the_files(tmp_path, monkeypatch):
-    labels = type(catalog.builder("cifar10dvs", tmp_path)).LABELS
+    labels = catalog.data_set("cifar10dvs").LABELS
     written = {}
     for c, label in enumerate(labels):
         of_class = {i: recording(30, 10 * c + i, DVS, start=5_000_000) for i in (0, 2, 10)}  # sorted as numbers
@@ -90,7 +90,7 @@ def test_cifar10dvs_is_the_files(tmp_path, monkeypatch):
         files = {f"{label}/cifar10_{label}_{i}.aedat": write_aedat2(events) for i, events in of_class.items()}
         write_zip(tmp_path / "cifar10dvs" / f"{label}.zip", files)
     trust(monkeypatch, "cifar10dvs", tmp_path)
-    monkeypatch.setattr(type(catalog.builder("cifar10dvs", tmp_path)), "TRAIN", 2)
+    monkeypatch.setattr(catalog.data_set("cifar10dvs"), "TRAIN", 2)
     catalog.prepare("cifar10dvs", tmp_path, manual=tmp_path)
     train, test = (catalog.source("cifar10dvs", split, tmp_path) for split in ("train", "test"))
     assert (len(train), len(test)) == (20, 10)
@@ -240,7 +240,7 @@ def test_fetch_verifies_before_it_names(tmp_path):
 def test_published_digests_are_those_of_tonic_and_tfds(tmp_path):
     import tensorflow_datasets as tfds
 
-    cls = {name: type(catalog.builder(name, tmp_path)) for name in catalog.CATALOG}
+    cls = {name: catalog.data_set(name) for name in catalog.CATALOG}
     for name, made in cls.items():
         assert made.name == name
     theirs = tonic.datasets

@@ -20,10 +20,10 @@ def folder(tmp_path_factory):
     """A synthetic set of 2 + 2 digits, which stands for any set of events."""
     from snnfuse.data.builders.synthetic import SyntheticSaccades
 
-    folder, jobs = tmp_path_factory.mktemp("tfds"), SyntheticSaccades._jobs
+    folder, jobs = tmp_path_factory.mktemp("tfds"), SyntheticSaccades.jobs
     with pytest.MonkeyPatch.context() as patch:
         few = lambda self, *args: {split: each[::2999] for split, each in jobs(self, *args).items()}
-        patch.setattr(SyntheticSaccades, "_jobs", few)
+        patch.setattr(SyntheticSaccades, "jobs", few)
         assert main(["prepare", "synthetic_saccades", "--folder", str(folder)]) == 0
     return folder
 

@@ -14,15 +14,16 @@ from snnfuse.data import catalog, show
 
 def _list(options) -> None:
     for name in catalog.CATALOG:
-        made = catalog.builder(name, options.folder)
-        if catalog.is_prepared(made):
-            state = f"prepared in {made.data_dir}"
+        found = catalog.data_set(name)
+        if path := catalog.prepared_in(name, options.folder):
+            state = f"prepared in {path}"
         elif name in catalog.BUILT_IN:
             state = "needs no download"
+        elif all(archive.direct for archive in found.ARCHIVES):
+            state = "can be downloaded"
         else:
-            direct = all(archive.direct for archive in made.ARCHIVES)
-            state = "can be downloaded" if direct else f"get it from {made.ARCHIVES[0].url}"
-        print(f"{name:20} {state}\n{'':20} {type(made).__doc__.splitlines()[0]}")
+            state = f"get it from {found.ARCHIVES[0].url}"
+        print(f"{name:20} {state}\n{'':20} {found.__doc__.splitlines()[0]}")
 
 
 def _prepare(options) -> None:

@@ -1,5 +1,6 @@
-"""Data sets by name: which there are, preparing one, and reading it as a random-access source, without TensorFlow."""
+"""Data sets by name: list them, prepare one, and read it as a random-access source, without TensorFlow."""
 
+import difflib
 import os
 from collections.abc import Sequence
 from contextlib import suppress
@@ -32,13 +33,23 @@ def data_dir(folder: str | os.PathLike | None = None) -> Path:
     return Path(folder or os.environ.get("TFDS_DATA_DIR") or "~/tensorflow_datasets").expanduser()
 
 
+def data_set(name: str) -> type:
+    """The class of a name in `CATALOG`: what its samples are and where its archives are. It needs no optional package."""
+    if name not in CATALOG:
+        close = difflib.get_close_matches(name, CATALOG, n=1)
+        hint = f" (did you mean {close[0]!r}?)" if close else ""
+        raise ValueError(f"name must be one of {', '.join(CATALOG)}; got {name!r}{hint}")
+    module, _, cls = CATALOG[name].rpartition(".")
+    return getattr(import_module(module), cls)
+
+
 def builder(name: str, folder: str | os.PathLike | None = None, **choices):
     """The tfds builder of a name in `CATALOG`; `choices` are on_bad="raise" | "skip", on_unsorted="raise" | "sort" | "skip"."""
-    if name not in CATALOG:
-        raise ValueError(f"name must be one of {', '.join(CATALOG)}; got {name!r}")
-    require("tensorflow_datasets"), require("array_record"), require("importlib_resources")
-    module, _, cls = CATALOG[name].rpartition(".")
-    return getattr(import_module(module), cls)(data_dir=str(data_dir(folder)), **choices)
+    found = data_set(name)
+    for package in ("tensorflow_datasets", "array_record", "importlib_resources"):
+        require(package)
+    streaming = import_module(_HERE + "streaming")
+    return streaming.builder(found, data_dir=str(data_dir(folder)), **choices)
 
 
 def prepare(
@@ -57,7 +68,7 @@ def prepare(
     if is_prepared(made):
         return made
     manual = Path(manual or data_dir(folder) / "downloads" / "manual")
-    for archive in made.ARCHIVES if download else ():
+    for archive in data_set(name).ARCHIVES if download else ():
         try:
             archives.find(archive, manual / name, name)
         except archives.Missing:
@@ -76,19 +87,24 @@ def is_prepared(made) -> bool:
     return Path(made.data_dir, "dataset_info.json").exists()
 
 
+def prepared_in(name: str, folder: str | os.PathLike | None = None) -> Path | None:
+    """Where the newest prepared version lies, ours or tfds's own of that name; None if there is none. It needs no tfds."""
+    found = sorted(data_dir(folder).glob(f"{name}/*.*.*/dataset_info.json"))
+    return found[-1].parent if found else None
+
+
 def prepared(name: str, folder: str | os.PathLike | None = None):
-    """The builder of a prepared data set, ours or tfds's own of that name; the built-in ones are prepared on the spot."""
+    """The builder of a prepared data set, ours or tfds's own of that name. The built-in sets are prepared when asked for."""
     made = builder(name, folder)
     if is_prepared(made):
         return made
     if name in BUILT_IN:
         return prepare(name, folder)
-    tfds = require("tensorflow_datasets")
-    for info in sorted(data_dir(folder).glob(f"{name}/*.*.*/dataset_info.json"), reverse=True):
-        return tfds.builder_from_directory(str(info.parent))
+    if path := prepared_in(name, folder):
+        return require("tensorflow_datasets").builder_from_directory(str(path))
     raise archives.Missing(
         f"{name} is not prepared in {data_dir(folder)}: python -m snnfuse.data prepare {name}"
-        + (" --download" if all(archive.direct for archive in made.ARCHIVES) else "")
+        + (" --download" if all(archive.direct for archive in data_set(name).ARCHIVES) else "")
     )
 
 

