@@ -92,6 +92,36 @@ def test_resumes_exactly_from_a_position():
     assert not equal(other, next(iter(batches)))
 
 
+@pytest.mark.parametrize("start", [0, 3, 7])
+def test_a_loader_that_starts_later_gives_the_same_batches(start):
+    wanted = list(load(SOURCE, AUGMENTED, batch=8, seed=5, epochs=2, device=False))[start:]
+    got = list(load(SOURCE, AUGMENTED, batch=8, seed=5, epochs=2, start=start, device=False))
+    assert len(got) == len(wanted) == 10 - start and all(map(equal, got, wanted))
+    iterator = iter(load(SOURCE, AUGMENTED, batch=8, seed=5, start=start, device=False))
+    next(iterator)
+    assert iterator.get_state()["next_batch"] == start + 1
+
+
+@pytest.mark.parametrize(
+    "change, message",
+    [
+        ({"batch": 4}, "saved by a loader with batch=8, but this one has batch=4"),
+        ({"seed": 6}, "seed=5, but this one has seed=6"),
+        ({"shuffle": False}, "shuffle=True, but this one has shuffle=False"),
+        ({"shard": (1, 2)}, r"shard=\(0, 1\), but this one has shard=\(1, 2\)"),
+        ({"drop_remainder": False}, "drop_remainder=True"),
+        ({"source": [SOURCE[0]] * 39}, "samples=40, but this one has samples=39"),
+    ],
+)
+def test_a_position_of_a_loader_with_other_samples_is_an_error(change, message):
+    arguments = {"source": SOURCE, "example": AUGMENTED, "batch": 8, "seed": 5}
+    position = json.loads(json.dumps(iter(load(**arguments)).get_state()))
+    with pytest.raises(ValueError, match=message):
+        iter(load(**arguments | change)).set_state(position)
+    with pytest.raises(ValueError, match="position must have the keys"):
+        iter(load(**arguments)).set_state({"next_index": 3})
+
+
 def test_workers_and_threads_change_nothing_but_the_time():
     plain = load(SOURCE, AUGMENTED, batch=8, seed=5, epochs=2, threads=1, device=False)
     wanted = list(plain)
@@ -138,6 +168,13 @@ def test_wrong_calls_are_errors():
         load(SOURCE, AS_THEY_ARE, batch=41)
     with pytest.raises(ValueError, match="shard must be"):
         load(SOURCE, AS_THEY_ARE, batch=1, shard=(2, 2))
+    for name, value in [("batch", 0), ("batch", -1), ("epochs", -1), ("epochs", 0), ("start", -1), ("workers", -1)]:
+        with pytest.raises(ValueError, match=f"{name} must be at least [01]; got {value}"):
+            load(SOURCE, AS_THEY_ARE, **{"batch": 8} | {name: value})
+    with pytest.raises(ValueError, match="source must have at least one sample"):
+        load([], AS_THEY_ARE, batch=1, drop_remainder=False)
+    with pytest.raises(ValueError, match=r"shard \(1, 2\) has none of the 1 samples"):
+        load([SOURCE[0]], AS_THEY_ARE, batch=1, drop_remainder=False, shard=(1, 2))
     with pytest.raises(ValueError, match="store must be"):
         Frames(SENSOR, T=2, store="floats")
 

@@ -1,19 +1,20 @@
-"""The loader: a Grain pipeline from a source to batches on the device, which resumes exactly where it was.
+"""The loader: a Grain pipeline from a source to batches on the device. It resumes exactly where it stopped.
 
     batches = load(source, Frames(sensor, T=16), batch=100, seed=0, workers=2)
     iterator = iter(batches)
     batch = next(iterator)                    # on the device, packed
     xs = frames.unpack(batch["frames"])       # inside the jitted step: [T, B, H, W, P]
-    position = iterator.get_state()           # bytes or a dict: checkpoint it; iterator.set_state(position) resumes
+    position = iterator.get_state()           # a dict for JSON: save it; iterator.set_state(position) resumes
 
-Order and augmentation are a function of the seed and the position alone: not of the workers, nor of the prefetching.
-With workers > 0 guard the program with `if __name__ == "__main__"`, for they are started afresh.
+Batch number k depends on the seed and on k alone. The number of workers and threads changes only the speed. So
+`load(..., start=k)` also begins at batch k. If workers > 0, protect the program with `if __name__ == "__main__"`, because
+each worker is a new process that imports it.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
-from typing import Any
+from typing import Any, ClassVar
 
 import jax
 import jax.numpy as jnp
@@ -35,12 +36,14 @@ def _augmented(sample: dict, sensor: Sensor, augment: Augment, rng: np.random.Ge
 
 @dataclass(frozen=True)
 class Frames:
-    """Samples of events as frames made by the workers, and transferred as bits (whether there was an event) or bytes.
+    """Recordings as frames. The workers make the frames; they travel to the device as bits or as bytes.
 
-    `frames` is [T, n] of bits or [T, H, W, P] of counts, and [T, B, ...] in a batch. `split` and `dt` as in
-    `to_frames`. With store "bytes", counts over 255 are an error, unless they may `saturate`.
+    `store="bits"` keeps whether there was an event: `frames` is [T, B, n] in a batch. `store="bytes"` keeps how many
+    there were: [T, B, H, W, P]. More than 255 are an error, or become 255 with `saturate`. `split` and `dt` are those of
+    `to_frames`.
     """
 
+    axes: ClassVar[dict[str, int]] = {"frames": 1}  # where the batch axis is, if it is not the first
     sensor: Sensor
     T: int
     split: str = "time"
@@ -72,9 +75,9 @@ class Frames:
 
 @dataclass(frozen=True)
 class PackedFrames:
-    """Samples of events as they are, padded to `size` of them, and binned on the device: 8 bytes an event.
+    """Recordings as events, padded to `size` events. The device makes the frames. An event takes 8 bytes.
 
-    Cheaper than `Frames` where T is large and events few, and for the workers, which do not bin.
+    It is cheaper than `Frames` if T is large and events are few, and it needs less of the workers' time.
     """
 
     sensor: Sensor
@@ -97,9 +100,9 @@ class PackedFrames:
 
 @dataclass(frozen=True)
 class Images:
-    """Static images as bytes, [B, H, W, C] in a batch; an encoder makes time of them, on the device.
+    """Static images as bytes, [B, H, W, C] in a batch. An encoder turns them into spikes over time, on the device.
 
-    With `flip` they are mirrored with that probability, with `pad` moved by up to so many pixels over black.
+    An image is mirrored with probability `flip`, and moved by up to `pad` pixels each way; the border is black.
     """
 
     flip: float = 0.0
@@ -111,9 +114,9 @@ class Images:
             image = image[:, ::-1]
         if self.pad:
             (height, width, _), (dy, dx) = image.shape, rng.integers(0, 2 * self.pad + 1, 2)
-            image = np.pad(image, ((self.pad, self.pad), (self.pad, self.pad), (0, 0)))[
-                dy : dy + height, dx : dx + width
-            ]
+            padded = np.zeros((height + 2 * self.pad, width + 2 * self.pad, image.shape[2]), image.dtype)
+            padded[self.pad : self.pad + height, self.pad : self.pad + width] = image
+            image = padded[dy : dy + height, dx : dx + width]
         return {"image": np.ascontiguousarray(image), "label": np.int32(sample["label"])}
 
     def unpack(self, images: Array, dtype=jnp.float32) -> Array:
@@ -128,16 +131,16 @@ def _order(count: int, seed: int, epoch: int, shuffle: bool) -> np.ndarray:
 
 @dataclass(frozen=True)
 class _Fetch:
-    """Batch number to batch. Whole batches, because what Grain and tfds do for each element costs more than a small image."""
+    """From a batch's number to the batch. Whole batches, because Grain and tfds spend more on an element than an image needs."""
 
     source: Sequence[dict]
     example: Example
     batch: int
     seed: int
     shuffle: bool
-    used: int  # samples an epoch, of all shards
+    used: int  # samples in an epoch, over all shards
     shard: tuple[int, int]
-    batches: int  # an epoch, of this shard
+    batches: int  # in an epoch of this shard
 
     def __call__(self, number: int, rng: np.random.Generator) -> dict[str, np.ndarray]:
         epoch, at = divmod(int(number), self.batches)
@@ -145,9 +148,59 @@ class _Fetch:
         indices = mine[at * self.batch : (at + 1) * self.batch].tolist()
         read = getattr(self.source, "__getitems__", lambda wanted: [self.source[i] for i in wanted])
         samples = [self.example(sample, rng) for sample in read(indices)]
-        time_major = not isinstance(self.example, PackedFrames)
-        axis = {name: 1 if time_major and name == "frames" else 0 for name in samples[0]}
-        return {name: np.stack([sample[name] for sample in samples], axis[name]) for name in samples[0]}
+        axes = getattr(self.example, "axes", {})
+        return {name: np.stack([sample[name] for sample in samples], axes.get(name, 0)) for name in samples[0]}
+
+
+@dataclass(frozen=True)
+class Batches:
+    """What `load` returns: iterate over it. `per_epoch` is the number of batches in an epoch of this shard."""
+
+    per_epoch: int
+    start: int
+    data: dict[str, Any]  # what the order of the samples depends on, compared when a position is restored
+    pipeline: Callable[[int], Any]  # from the number of its first batch to a grain IterDataset
+
+    def __iter__(self) -> "Position":
+        return Position(self)
+
+
+class Position(Iterator[dict[str, Any]]):
+    """An iterator over batches that can say where it is, and go there again."""
+
+    def __init__(self, batches: Batches):
+        self._batches, self._number, self._running = batches, batches.start, None
+
+    def __next__(self) -> dict[str, Any]:
+        if self._running is None:
+            self._running = iter(self._batches.pipeline(self._number))
+        batch = next(self._running)
+        self._number += 1
+        return batch
+
+    def get_state(self) -> dict[str, Any]:
+        """The number of the next batch, and what it depends on."""
+        return {"next_batch": self._number, **self._batches.data}
+
+    def set_state(self, state: dict[str, Any]) -> None:
+        """Go to a position. Raises ValueError if it comes from a loader that gives other samples."""
+        expected = {"next_batch", *self._batches.data}
+        if state.keys() != expected:
+            raise ValueError(f"position must have the keys {sorted(expected)}; got {sorted(state)}")
+        for name, ours in self._batches.data.items():
+            theirs = tuple(state[name]) if isinstance(state[name], list) else state[name]
+            if theirs != ours:
+                raise ValueError(
+                    f"position was saved by a loader with {name}={theirs}, but this one has {name}={ours}: "
+                    "it would continue with other samples"
+                )
+        self._number, self._running = int(state["next_batch"]), None
+
+
+def _at_least(least: int, **values: int | None) -> None:
+    for name, value in values.items():
+        if value is not None and value < least:
+            raise ValueError(f"{name} must be at least {least}; got {value}")
 
 
 def load(
@@ -158,39 +211,57 @@ def load(
     seed: int = 0,
     shuffle: bool = True,
     epochs: int | None = None,
+    start: int = 0,
     drop_remainder: bool = True,
     shard: tuple[int, int] | None = None,
     workers: int = 0,
     threads: int = 4,
     ahead: int = 2,
     device: Any = None,
-) -> Any:
-    """Batches of `example(sample, rng)`, on the device, as a grain IterDataset.
+) -> Batches:
+    """Batches of `example(sample, rng)`, on the device.
 
-    `epochs` None never ends; each epoch has its own order. `shard` is (this process, how many), by default JAX's own:
-    with `drop_remainder` all shards have equally many batches, of different samples. `workers` are processes (0: none),
-    `threads` read in each; `ahead` batches wait on the device. `device` is a jax.Device or Sharding (of a batch, which
-    is time-major where it has time); None is the default device, False leaves batches in NumPy.
+    Args:
+      source: samples by index: `source[i]`, `len(source)`. Workers need one that pickles.
+      epochs: how many; None never ends. Every epoch has its own order.
+      start: the number of the first batch; earlier ones are not read.
+      drop_remainder: leave out the last samples of an epoch that fill no batch. All shards then have equally many batches.
+      shard: (this process, the number of processes), by default JAX's own. Shards have different samples.
+      workers: processes that read; 0 reads in this one. `threads` read in each of them.
+      ahead: batches that wait on the device.
+      device: a jax.Device, or a Sharding of a batch. None is the default device. False leaves batches in NumPy.
     """
     grain = require("grain")
     index, count = shard or (jax.process_index(), jax.process_count())
     if not 0 <= index < count:
         raise ValueError(f"shard must be (i, n) with 0 <= i < n; got {(index, count)}")
+    _at_least(1, batch=batch, epochs=epochs, threads=threads, ahead=ahead)
+    _at_least(0, seed=seed, start=start, workers=workers)
+    if not len(source):
+        raise ValueError("source must have at least one sample; got 0")
     if drop_remainder and len(source) // count < batch:
         raise ValueError(f"batch is {batch}, but a shard has {len(source) // count} of {len(source)} samples")
     used = len(source) // count * count if drop_remainder else len(source)
     mine = len(range(index, used, count))
+    if not mine:
+        raise ValueError(f"shard {(index, count)} has none of the {len(source)} samples")
     each = mine // batch if drop_remainder else -(-mine // batch)
     fetch = _Fetch(source, example, batch, seed, shuffle, used, (index, count), each)
-    numbers = grain.MapDataset.range(each * (2**31 if epochs is None else epochs)).seed(seed)
     reading = grain.ReadOptions(num_threads=threads, prefetch_buffer_size=2 * threads)
-    batches = numbers.random_map(fetch).to_iter_dataset(reading)
-    if workers:
-        flags = require("absl.flags").FLAGS
-        if not flags.is_parsed():  # grain hands its flags to its workers, also in a program that has none
-            flags.mark_as_parsed()
-        batches = batches.mp_prefetch(grain.MultiprocessingOptions(num_workers=workers, per_worker_buffer_size=2))
-    if device is False:
-        return batches
-    place = jax.local_devices()[0] if device is None else device
-    return require("grain.experimental").device_put(batches, place, cpu_buffer_size=ahead, device_buffer_size=ahead)
+
+    def pipeline(first):
+        numbers = grain.MapDataset.range(each * (2**31 if epochs is None else epochs)).seed(seed)
+        batches = numbers.random_map(fetch)[first:].to_iter_dataset(reading)
+        if workers:
+            flags = require("absl.flags").FLAGS
+            if not flags.is_parsed():  # grain hands its flags to its workers, also in a program that has none
+                flags.mark_as_parsed()
+            options = grain.MultiprocessingOptions(num_workers=workers, per_worker_buffer_size=2)
+            batches = batches.mp_prefetch(options)
+        if device is False:
+            return batches
+        place = jax.local_devices()[0] if device is None else device
+        return require("grain.experimental").device_put(batches, place, cpu_buffer_size=ahead, device_buffer_size=ahead)
+
+    data = {"samples": len(source), "batch": batch, "seed": seed, "shuffle": shuffle, "shard": (index, count)}
+    return Batches(each, start, data | {"drop_remainder": drop_remainder}, pipeline)
