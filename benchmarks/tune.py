@@ -13,8 +13,9 @@ import jax.numpy as jnp
 from measure import copy_rate, fwd_bwd, normal_like, record, time_ms
 
 import snnfuse as sf
-from snnfuse.ops import api, fused
+from snnfuse.ops import fused
 from snnfuse.ops.blocks import Blocks
+from snnfuse.ops.check import check_call
 from snnfuse.ops.pallas_triton import PallasKernels
 
 NEURONS = {
@@ -60,11 +61,11 @@ def main(seconds):
         neuron, params = NEURONS[name]
         xs = (jax.random.normal(jax.random.key(0), (T, M), f32) + 0.3).astype(dtype)
         state = neuron.init_state((M,))
-        problem, leaves, state, xs = api._check(neuron, params, state, xs, None)
+        problem, leaves, state, xs = check_call(neuron, params, state, xs, None)
         cotangents = ((jax.random.normal(jax.random.key(1), (T, M), f32).astype(dtype),), normal_like(state))
 
         def build(blocks, problem=problem, args=(leaves, state, xs), cotangents=cotangents):
-            f = lambda *a: fused.unroll(PallasKernels(problem, blocks), *a)
+            f = lambda *a: fused.run(fused.KernelPasses(PallasKernels(problem, blocks)), *a)
             try:
                 return blocks, fwd_bwd(f).lower(args, cotangents).compile()
             except Exception as e:  # a candidate that does not compile is a row too

@@ -11,7 +11,7 @@ from snnfuse import models, nn
 from snnfuse.core.compose import CONNECTIONS
 from snnfuse.models.build import MEMORY
 from snnfuse.models.resnet import DEPTHS, STEMS
-from snnfuse.ops.api import IMPLEMENTATIONS
+from snnfuse.ops.implementations import NAMES as IMPLEMENTATIONS
 
 READOUTS = {
     "rate": nn.spike_rate,

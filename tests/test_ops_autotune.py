@@ -21,7 +21,7 @@ def cache(tmp_path, monkeypatch):
 
 def test_finds_keeps_and_uses_the_fastest(cache, monkeypatch):
     candidates = [Blocks(64, 2, 3), Blocks(32, 1, 6, True)]
-    monkeypatch.setattr(pallas_triton.interpreted, "candidates", lambda problem: candidates)
+    monkeypatch.setattr(pallas_triton.INTERPRET, "candidates", lambda problem: candidates)
     neuron, params, state, xs, _ = cases.make("cuba", T=12, lanes=(3, 50))
     before = sf.explain(neuron, params, state, xs, implementation="interpret").blocks
     want, _ = sf.unroll(neuron, params, state, xs, implementation="interpret")

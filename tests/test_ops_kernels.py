@@ -15,8 +15,9 @@ from hypothesis import strategies as st
 from jax.sharding import PartitionSpec as P
 
 import snnfuse as sf
-from snnfuse.ops import api, fused
+from snnfuse.ops import fused, implementations
 from snnfuse.ops.blocks import Blocks
+from snnfuse.ops.check import check_call
 from snnfuse.ops.pallas_triton import PallasKernels
 
 
@@ -119,8 +120,8 @@ def test_keeps_its_inputs_and_checkpoints_and_nothing_else():
 
 
 def final_state(neuron, implementation, params, state, xs):
-    problem, *leaves = api._check(neuron, params, state, xs, None)
-    outs, final = fused.run(api.passes(problem.state_only, implementation), *leaves)
+    problem, *leaves = check_call(neuron, params, state, xs, None)
+    outs, final = fused.run(implementations.get(implementation).passes(problem.state_only), *leaves)
     assert outs == ()
     return problem.step.state_tree.unflatten(final)
 
@@ -257,12 +258,12 @@ def test_any_shape_any_option_any_blocks(T, lanes, chunk, block, reset, surrogat
     neuron = sf.LIF(reset, decay_input, surrogate=surrogate)
     _, params, state, xs, _ = cases.make("lif", T=T, lanes=tuple(lanes))
     params = params if learned else sf.LIFParams(0.6, 1.0)
-    problem, *_ = api._check(neuron, params, state, xs, None)
+    problem, *_ = check_call(neuron, params, state, xs, None)
     kernels = PallasKernels(problem, Blocks(block, 1, min(chunk, T)), interpret=True)
 
     def kernel(params, state, xs):
-        _, *leaves = api._check(neuron, params if learned else sf.LIFParams(0.6, 1.0), state, xs, None)
-        (s,), (v,) = fused.unroll(kernels, *leaves)
+        _, *leaves = check_call(neuron, params if learned else sf.LIFParams(0.6, 1.0), state, xs, None)
+        (s,), (v,) = fused.run(fused.KernelPasses(kernels), *leaves)
         return s, sf.LIFState(v)
 
     def scan(params, state, xs):

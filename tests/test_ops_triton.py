@@ -21,8 +21,9 @@ from jax.extend import core as jex
 from jax.sharding import PartitionSpec as P
 
 import snnfuse as sf
-from snnfuse.ops import api, fused, triton, triton_equations, triton_source
+from snnfuse.ops import fused, triton, triton_equations, triton_source
 from snnfuse.ops.blocks import Blocks
+from snnfuse.ops.check import check_call
 from snnfuse.ops.fused import Wanted
 
 f32, bf16, f16 = jnp.float32, jnp.bfloat16, jnp.float16
@@ -39,12 +40,12 @@ def numpy_kernels(monkeypatch):
 
 
 def problem_of(neuron, params, state, xs, out_dtype=None):
-    return api._check(neuron, params, state, xs, out_dtype)[0]
+    return check_call(neuron, params, state, xs, out_dtype)[0]
 
 
 def unroll(neuron, blocks, out_dtype, params, state, xs):
-    problem, *leaves = api._check(neuron, params, state, xs, out_dtype)
-    outs, final = fused.unroll(triton.TritonKernels(problem, blocks), *leaves)
+    problem, *leaves = check_call(neuron, params, state, xs, out_dtype)
+    outs, final = fused.run(fused.KernelPasses(triton.TritonKernels(problem, blocks)), *leaves)
     return problem.out_tree.unflatten(outs), problem.step.state_tree.unflatten(final)
 
 
@@ -55,9 +56,9 @@ def test_every_equation_means_the_same(name):
     problem = problem_of(neuron, *args)
     lanes = (200,)
     wanted = Wanted((True,) * len(problem.param_shapes), (False,) * problem.num_state, (True,) * len(problem.x_dtypes))
-    text = triton_source.backward(problem, Blocks(200, 1, 1), (200,) * len(wanted.params), wanted, *_live(problem))
+    text = triton_source.backward_text(problem, Blocks(200, 1, 1), (200,) * len(wanted.params), wanted, *_live(problem))
     functions = triton_on_numpy.module(text)
-    for function, closed in (("step", problem.forward(lanes)), ("pullback", problem.full_pullback(lanes))):
+    for function, closed in (("step", problem.step_jaxpr(lanes)), ("pullback", problem.full_pullback_jaxpr(lanes))):
         flat = [jnp.broadcast_to(a, (1, *lanes)).reshape(lanes) for a in jax.tree.leaves(args)]
         rest = [jax.random.normal(jax.random.key(i), lanes) for i in range(len(closed.in_avals) - len(flat))]
         want = jex.jaxpr_as_fun(closed)(*flat, *rest)
@@ -109,8 +110,8 @@ def test_whole_kernels_run_by_numpy_give_what_scan_gives(name, case, numpy_kerne
 def test_a_kernel_for_the_state_alone(case, numpy_kernels):
     make, blocks, _ = CASES[case]
     neuron, *args, rtol = cases.make("cuba", **make)
-    problem, *leaves = api._check(neuron, *args, None)
-    outs, final = fused.unroll(triton.TritonKernels(problem.state_only, blocks), *leaves)
+    problem, *leaves = check_call(neuron, *args, None)
+    outs, final = fused.run(fused.KernelPasses(triton.TritonKernels(problem.state_only, blocks)), *leaves)
     want = sf.unroll(neuron, *args, implementation="scan")[1]
     assert outs == ()
     assert_close(problem.step.state_tree.unflatten(final), want, rtol)
@@ -253,10 +254,10 @@ def test_why_not(monkeypatch):
     problem = problem_of(sf.LIF(), sf.LIFParams(), None, jnp.ones((3, 8)))
     assert triton.why_not_kernels(problem) is None
     monkeypatch.setattr(triton, "platform", lambda: "cpu")
-    assert triton.why_not(problem) == "it needs a GPU, the device is a cpu"
+    assert triton.TRITON.why_not(problem) == "it needs a GPU, the device is a cpu"
     monkeypatch.setattr(triton, "platform", lambda: "gpu")
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
-    assert triton.why_not(problem) == 'it needs jax-triton: pip install "snnfuse[triton]"'
+    assert triton.TRITON.why_not(problem) == 'it needs jax-triton: pip install "snnfuse[triton]"'
 
 
 # ---- the text
@@ -265,7 +266,7 @@ def test_why_not(monkeypatch):
 def lif_text():
     _, _, state, xs, _ = cases.make("lif", T=37, lanes=(3, 50))
     problem = problem_of(sf.LIF(), sf.LIFParams(jnp.full(50, 0.7), 1.0), state, xs)
-    return triton_source.both(problem, Blocks(64, 2, 8), (50,))
+    return triton_source.module_text(problem, Blocks(64, 2, 8), (50,))
 
 
 def test_the_text_for_lif_is_as_reviewed():
@@ -344,8 +345,8 @@ def compiled(name, make, out_dtype, capability, monkeypatch):
         return vjp(cotangents)
 
     def run(params, xs):
-        problem, *leaves = api._check(neuron, params, None, xs, out_dtype)
-        return fused.unroll(triton.TritonKernels(problem, blocks), *leaves)
+        problem, *leaves = check_call(neuron, params, None, xs, out_dtype)
+        return fused.run(fused.KernelPasses(triton.TritonKernels(problem, blocks)), *leaves)
 
     triton_on_numpy.install(monkeypatch, called=called)
     fused._run.clear_cache()

@@ -7,7 +7,8 @@ import jax.numpy as jnp
 import numpy as np
 
 from snnfuse.core.neuron import Neuron, PyTree
-from snnfuse.ops import api, fused, tuning
+from snnfuse.ops import fused, implementations, tuning
+from snnfuse.ops.check import check_call
 
 
 def autotune(
@@ -28,15 +29,16 @@ def autotune(
 
     Raises: what `unroll` raises; NotImplementedError for scan, which has no blocks.
     """
-    problem, params, state, xs = api._check(neuron, params, state, xs, out_dtype)
-    module = api._choose(problem, implementation)
-    if not hasattr(module, "candidates"):
-        raise NotImplementedError("implementation 'scan' has no block sizes to tune")
+    problem, params, state, xs = check_call(neuron, params, state, xs, out_dtype)
+    name = implementations.choose(problem, implementation)
+    chosen = implementations.get(name)
+    if not (candidates := chosen.candidates(problem)):
+        raise NotImplementedError(f"implementation {name!r} has no block sizes to tune")
     end = time.monotonic() + seconds
     timed = []
-    for blocks in (module.blocks(problem), *module.candidates(problem)):
+    for blocks in (chosen.blocks(problem), *candidates):
         try:
-            timed.append((_milliseconds(module.kernels(problem, blocks), params, state, xs), blocks))
+            timed.append((_milliseconds(chosen.passes(problem, blocks), params, state, xs), blocks))
         except Exception as e:
             if not timed:  # what would have run without tuning must run
                 raise
@@ -49,13 +51,13 @@ def autotune(
     return timed
 
 
-def _milliseconds(kernels, params, state, xs, calls=5):
+def _milliseconds(passes, params, state, xs, calls=5):
     @jax.jit
     def run(params, state, xs, cotangents):
-        outs, vjp = jax.vjp(lambda *args: fused.unroll(kernels, *args)[0], params, state, xs)
+        outs, vjp = jax.vjp(lambda *args: fused.run(passes, *args)[0], params, state, xs)
         return outs, vjp(cotangents)
 
-    outs = jax.eval_shape(lambda *args: fused.unroll(kernels, *args)[0], params, state, xs)
+    outs = jax.eval_shape(lambda *args: fused.run(passes, *args)[0], params, state, xs)
     cotangents = tuple(_random(o) for o in outs)
     jax.block_until_ready(run(params, state, xs, cotangents))
     start = time.perf_counter()

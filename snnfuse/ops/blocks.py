@@ -75,7 +75,7 @@ def triton_candidates(problem: Problem) -> list[Blocks]:
 
 
 def _triton_heuristic(problem):
-    size = len(problem.full_pullback((32,)).jaxpr.eqns)  # 20 for LIF, 32 for adaptive LIF, 55 for Izhikevich
+    size = len(problem.full_pullback_jaxpr((32,)).jaxpr.eqns)  # 20 for LIF, 32 for adaptive LIF, 55 for Izhikevich
     fit = lambda most, room: _chunk(problem, max(1, min(most, room // size)))
     if problem.M < 2**16:
         # LIF, T = 500, M = 8192, us and seconds to compile: 65 and 4.8; without the prefetch 90 and 3.0; chunks of 10: 85

@@ -6,7 +6,8 @@ import jax
 import jax.numpy as jnp
 
 from snnfuse.core.neuron import Neuron, PyTree
-from snnfuse.ops import api, triton
+from snnfuse.ops import implementations, triton
+from snnfuse.ops.check import check_call
 from snnfuse.ops.packing import Packed
 from snnfuse.ops.problem import Problem
 
@@ -72,7 +73,7 @@ def explain(
     def check(arrays):
         arrays = iter(arrays)
         filled = tree.unflatten([next(arrays) if hasattr(leaf, "shape") else leaf for leaf in leaves])
-        problems.append(api._check(neuron, *filled, out_dtype)[0])
+        problems.append(check_call(neuron, *filled, out_dtype)[0])
 
     jax.eval_shape(check, arrays)
     said = _explain(problems[0], implementation, bandwidth)
@@ -84,10 +85,9 @@ def explain(
 
 
 def _explain(problem: Problem, implementation, bandwidth):
-    chosen = api._choose(problem, implementation)
-    name = next(n for n, module in api.IMPLEMENTATIONS.items() if module is chosen)
-    why_not = {n: module.why_not(problem) for n, module in api.IMPLEMENTATIONS.items() if n != name}
-    blocks = chosen.blocks(problem) if hasattr(chosen, "blocks") else None
+    name = implementations.choose(problem, implementation)
+    why_not = {n: implementations.get(n).why_not(problem) for n in implementations.NAMES if n != name}
+    blocks = implementations.get(name).blocks(problem)
     T, M = problem.T, problem.M
     size = lambda d: problem.out_struct(d).shape[0] * (d.word if isinstance(d, Packed) else jnp.dtype(d)).itemsize
     xs, outs = sum(map(size, problem.x_dtypes)), sum(map(size, problem.out_dtypes))

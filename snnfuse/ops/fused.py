@@ -46,12 +46,15 @@ class Kernels(Protocol):
     def forward(self, params: Leaves, state: Leaves, xs: Leaves, *, save: bool) -> tuple[Leaves, Leaves, Leaves]:
         """(outs [T, M], final state [M], checkpoints [_, M], none unless `save`)."""
 
-    def backward(self, params, state, checkpoints, xs, d_outs, d_state, wanted: Wanted):
+    def backward(self, params, state, checkpoints, xs, d_outs, d_state, *, wanted: Wanted):
         """(d_params, a float32 [M] each; d_state [M]; d_xs [T, M])."""
 
 
 class Passes(Protocol):
-    """What `Kernels` are to lanes, of arrays [T, *B, N]. Hashable; `kept` goes from forward to backward as it is."""
+    """The same pair of functions as `Kernels`, for arrays [T, *B, N]. Hashable.
+
+    Whatever `forward` returns as `kept`, `backward` is given.
+    """
 
     problem: Problem
 
@@ -64,7 +67,7 @@ class Passes(Protocol):
 
 @dataclass(frozen=True)
 class KernelPasses:
-    """The passes that are kernels, on each device those of its own lanes."""
+    """The passes that are kernels. On several devices, each runs the kernels on its own lanes."""
 
     kernels: Kernels
 
@@ -73,17 +76,25 @@ class KernelPasses:
         return self.kernels.problem
 
     def forward(self, params, state, xs, *, save):
-        run = lambda kernels, *groups: kernels.forward(*groups, save=save)
-        return on_lanes(run, self.kernels, params, state, xs)
+        return on_lanes("forward", self.kernels, params, state, xs, save=save)
 
     def backward(self, params, state, checkpoints, xs, d_outs, d_state, wanted):
-        run = lambda kernels, *groups: kernels.backward(*groups, wanted)
-        grads = on_lanes(run, self.kernels, params, state, checkpoints, xs, d_outs, d_state)
+        groups = state, checkpoints, xs, d_outs, d_state
+        grads = on_lanes("backward", self.kernels, params, *groups, wanted=wanted)
         return jax.tree.map(lambda p, d: None if d is None else like(d, p), (params, state, xs), grads)
 
 
-def unroll(kernels: Kernels, params: Leaves, state: Leaves, xs: Leaves) -> tuple[Leaves, Leaves]:
-    return run(KernelPasses(kernels), params, state, xs)
+class Fused:
+    """What the fused implementations share. A subclass defines `why_not`, `blocks`, `candidates` and `kernels`."""
+
+    def kernels(self, problem: Problem, blocks: tuple) -> Kernels:
+        raise NotImplementedError
+
+    def passes(self, problem: Problem, blocks: tuple | None = None) -> Passes:
+        return KernelPasses(self.kernels(problem, blocks or self.blocks(problem)))
+
+    def run(self, problem: Problem, params: Leaves, state: Leaves, xs: Leaves) -> tuple[Leaves, Leaves]:
+        return run(self.passes(problem), params, state, xs)
 
 
 def run(passes: Passes, params: Leaves, state: Leaves, xs: Leaves) -> tuple[Leaves, Leaves]:
@@ -128,7 +139,7 @@ def chunk_backward(
 ):
     """K steps in reverse, from the state before the chunk: (d_params, d_state before the chunk, the d_x of each step).
 
-    `pullback` is `problem.pullback` of the gradients wanted; `d_params` and the d_x are those.
+    `pullback` is `problem.pullback_jaxpr` of the gradients wanted; `d_params` and the d_x are those.
     """
     pullback = jex.jaxpr_as_fun(pullback)
     states = [state]
@@ -143,13 +154,31 @@ def chunk_backward(
 
 
 def _step(problem, params, state, x):
-    out = jex.jaxpr_as_fun(problem.forward(jnp.shape(x[0])))(*params, *state, *_float(problem, x))
+    out = jex.jaxpr_as_fun(problem.step_jaxpr(jnp.shape(x[0])))(*params, *state, *_float(problem, x))
     return tuple(out[: len(state)]), tuple(out[len(state) :])
 
 
 def _float(problem, leaves):
     """In the dtype of the arithmetic. Only here, at use: a chunk in 16 bits takes half the registers until then."""
     return tuple(leaf.astype(problem.dtype) for leaf in leaves)
+
+
+def results_of_forward(problem: Problem, results) -> tuple[Leaves, Leaves, Leaves]:
+    """(outs, final state, checkpoints) from the flat results of a forward kernel."""
+    return split(results, len(problem.out_dtypes), problem.num_state)
+
+
+def shapes_of_backward(problem: Problem, xs: Leaves, wanted: Wanted) -> list[jax.ShapeDtypeStruct]:
+    """The flat results of a backward kernel: the wanted d_params and d_state, float32 [M] each, then the wanted d_xs."""
+    lanes = jax.ShapeDtypeStruct((problem.M,), problem.dtype)
+    d_xs = [jax.ShapeDtypeStruct(x.shape, x.dtype) for x, want in zip(xs, wanted.xs, strict=True) if want]
+    return [lanes] * (sum(wanted.params) + sum(wanted.state)) + d_xs
+
+
+def results_of_backward(results, wanted: Wanted):
+    """(d_params, d_state, d_xs) from the flat results of a backward kernel, with None for every gradient not wanted."""
+    results = iter(results)
+    return tuple(tuple(next(results) if want else None for want in group) for group in vars(wanted).values())
 
 
 def split(leaves, *sizes):

@@ -17,26 +17,9 @@ from snnfuse.ops import fused
 from snnfuse.ops.blocks import MosaicBlocks, mosaic_blocks, mosaic_candidates
 from snnfuse.ops.device import compute_capability, platform
 from snnfuse.ops.packing import Packed, pack
-from snnfuse.ops.problem import Leaves, Problem
+from snnfuse.ops.problem import Problem
 
 WIDTH = 256
-
-
-def why_not(problem: Problem) -> str | None:
-    if platform() != "gpu":
-        return f"it needs a GPU, the device is a {platform()}"
-    if (capability := compute_capability()) < 9.0:
-        return f"Mosaic GPU needs compute capability 9.0, the device has {capability}"
-    if jax.__version_info__ < (0, 11, 2):
-        return f"it needs JAX 0.11.2 for its Mosaic GPU; this is {jax.__version__}"
-    if problem.dtype != jnp.float32:
-        return f"it computes in float32; xs is {problem.dtype}"
-    if (why := problem.why_not_lanewise((mosaic_blocks(problem).rows, WIDTH))) is not None:
-        return why
-    names = {e.primitive.name for e in problem.full_pullback((1, WIDTH)).jaxpr.eqns}
-    if missing := names - _LOWERED:
-        return f"neuron {type(problem.step.neuron).__name__}: Mosaic GPU has no {sorted(missing)}"
-    return None
 
 
 # The primitives of a step that Mosaic GPU of JAX 0.11.2 lowers.
@@ -46,15 +29,36 @@ _LOWERED = frozenset(
 )
 
 
-blocks, candidates = mosaic_blocks, mosaic_candidates
+class Mosaic(fused.Fused):
+    """The implementation "mosaic"."""
+
+    def why_not(self, problem: Problem) -> str | None:
+        if platform() != "gpu":
+            return f"it needs a GPU, the device is a {platform()}"
+        if (capability := compute_capability()) < 9.0:
+            return f"Mosaic GPU needs compute capability 9.0, the device has {capability}"
+        if jax.__version_info__ < (0, 11, 2):
+            return f"it needs JAX 0.11.2 for its Mosaic GPU; this is {jax.__version__}"
+        if problem.dtype != jnp.float32:
+            return f"it computes in float32; xs is {problem.dtype}"
+        if (why := problem.why_not_lanewise((mosaic_blocks(problem).rows, WIDTH))) is not None:
+            return why
+        names = {e.primitive.name for e in problem.full_pullback_jaxpr((1, WIDTH)).jaxpr.eqns}
+        if missing := names - _LOWERED:
+            return f"neuron {type(problem.step.neuron).__name__}: Mosaic GPU has no {sorted(missing)}"
+        return None
+
+    def blocks(self, problem: Problem) -> MosaicBlocks:
+        return mosaic_blocks(problem)
+
+    def candidates(self, problem: Problem) -> list[MosaicBlocks]:
+        return mosaic_candidates(problem)
+
+    def kernels(self, problem: Problem, blocks: MosaicBlocks) -> fused.Kernels:
+        return MosaicKernels(problem, blocks)
 
 
-def kernels(problem: Problem, blocks: MosaicBlocks) -> fused.Kernels:
-    return MosaicKernels(problem, blocks)
-
-
-def unroll(problem: Problem, params: Leaves, state: Leaves, xs: Leaves) -> tuple[Leaves, Leaves]:
-    return fused.unroll(kernels(problem, blocks(problem)), params, state, xs)
+MOSAIC = Mosaic()
 
 
 @dataclass(frozen=True)
@@ -110,15 +114,15 @@ class MosaicKernels:
             + [self._float(self._height, WIDTH)] * problem.num_state
             + [self._float(self.blocks.checkpoints(T), self._height, WIDTH)] * checkpointed,
         )
-        outs, *rest = fused.split(results, len(out_types), problem.num_state)
+        outs, *rest = fused.results_of_forward(problem, results)
         pairs = zip(outs, problem.out_dtypes, strict=True)
         return tuple(pack(o, d.steps) if isinstance(d, Packed) else o.astype(d) for o, d in pairs), *rest
 
-    def backward(self, params, state, checkpoints, xs, d_outs, d_state, wanted):
+    def backward(self, params, state, checkpoints, xs, d_outs, d_state, *, wanted):
         problem, (rows, K, _), T = self.problem, self.blocks, self.problem.T
         live_outs = tuple(d is not None for d in d_outs)
         live_state = tuple(d is not None for d in d_state)
-        pullback = problem.pullback((rows, WIDTH), wanted.params, wanted.xs, live_outs)
+        pullback = problem.pullback_jaxpr((rows, WIDTH), wanted.params, wanted.xs, live_outs)
         compact = lambda leaves: tuple(leaf for leaf in leaves if leaf is not None)
         inputs = (state, checkpoints, xs, compact(d_outs), compact(d_state))
 
@@ -166,21 +170,9 @@ class MosaicKernels:
             for ref, leaf in zip((*d_param_refs, *d_state_refs), (*d_p, *d_s), strict=True):
                 ref[mine] = leaf
 
-        results = iter(
-            self._call(
-                body,
-                "snn_backward",
-                params,
-                sum(inputs, ()),
-                [self._float(self._height, WIDTH)] * (sum(wanted.params) + sum(wanted.state))
-                + [
-                    jax.ShapeDtypeStruct((T, self._height, WIDTH), x.dtype)
-                    for x, want in zip(xs, wanted.xs, strict=True)
-                    if want
-                ],
-            )
-        )
-        return tuple(tuple(next(results) if want else None for want in group) for group in vars(wanted).values())
+        rows_of = lambda a: jax.ShapeDtypeStruct((*a.shape[:-1], self._height, WIDTH), a.dtype)
+        out_types = [rows_of(a) for a in fused.shapes_of_backward(problem, xs, wanted)]
+        return fused.results_of_backward(self._call(body, "snn_backward", params, sum(inputs, ()), out_types), wanted)
 
     @property
     def _height(self):

@@ -1,5 +1,6 @@
-"""The fused kernels in Pallas, lowered through Triton."""
+"""The fused kernels in Pallas, lowered through Triton, or run by the interpreter of Pallas."""
 
+import importlib
 import math
 from dataclasses import dataclass
 
@@ -7,48 +8,61 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 from jax.experimental import pallas as pl
-from jax.experimental.pallas import triton as plt
 
 from snnfuse.ops import fused
 from snnfuse.ops.blocks import Blocks, interpreter_blocks, triton_blocks, triton_candidates
 from snnfuse.ops.device import platform
 from snnfuse.ops.packing import Packed
-from snnfuse.ops.problem import Leaves, Problem
+from snnfuse.ops.problem import Problem
+
+LOWERING = "jax.experimental.pallas.triton"  # JAX has deprecated it; a later one will come without
 
 
-def why_not(problem: Problem) -> str | None:
-    if platform() != "gpu":
-        return f"it needs a GPU, the device is a {platform()}; `interpret` runs the same kernels anywhere, slowly"
-    return _why_not_kernels(problem)
+class Pallas(fused.Fused):
+    """The implementation "pallas"."""
 
-
-blocks, candidates = triton_blocks, triton_candidates
-
-
-def kernels(problem: Problem, blocks: Blocks) -> fused.Kernels:
-    return PallasKernels(problem, blocks)
-
-
-def unroll(problem: Problem, params: Leaves, state: Leaves, xs: Leaves) -> tuple[Leaves, Leaves]:
-    return fused.unroll(kernels(problem, blocks(problem)), params, state, xs)
-
-
-class interpreted:
-    """The same kernels run by the interpreter of Pallas, on any device and slowly: for tests and debugging."""
-
-    blocks, candidates = staticmethod(interpreter_blocks), staticmethod(triton_candidates)
-
-    @staticmethod
-    def why_not(problem: Problem) -> str | None:
+    def why_not(self, problem: Problem) -> str | None:
+        if platform() != "gpu":
+            return f"it needs a GPU, the device is a {platform()}; `interpret` runs the same kernels anywhere, slowly"
+        if (why := _why_no_lowering()) is not None:
+            return why
         return _why_not_kernels(problem)
 
-    @staticmethod
-    def unroll(problem: Problem, params: Leaves, state: Leaves, xs: Leaves) -> tuple[Leaves, Leaves]:
-        return fused.unroll(interpreted.kernels(problem, interpreter_blocks(problem)), params, state, xs)
+    def blocks(self, problem: Problem) -> Blocks:
+        return triton_blocks(problem)
 
-    @staticmethod
-    def kernels(problem: Problem, blocks: Blocks) -> fused.Kernels:
+    def candidates(self, problem: Problem) -> list[Blocks]:
+        return triton_candidates(problem)
+
+    def kernels(self, problem: Problem, blocks: Blocks) -> fused.Kernels:
+        return PallasKernels(problem, blocks)
+
+
+class Interpret(fused.Fused):
+    """The implementation "interpret": the same kernels on any device, slowly, for tests and debugging."""
+
+    def why_not(self, problem: Problem) -> str | None:
+        return _why_not_kernels(problem)
+
+    def blocks(self, problem: Problem) -> Blocks:
+        return interpreter_blocks(problem)
+
+    def candidates(self, problem: Problem) -> list[Blocks]:
+        return triton_candidates(problem)
+
+    def kernels(self, problem: Problem, blocks: Blocks) -> fused.Kernels:
         return PallasKernels(problem, blocks, interpret=True)
+
+
+PALLAS, INTERPRET = Pallas(), Interpret()
+
+
+def _why_no_lowering() -> str | None:
+    try:
+        importlib.import_module(LOWERING)
+    except ImportError as e:
+        return f"JAX {jax.__version__} has no Triton lowering of Pallas ({e}); 'mosaic' and 'triton' do without it"
+    return None
 
 
 def _why_not_kernels(problem: Problem) -> str | None:
@@ -87,7 +101,7 @@ class PallasKernels:
 
             def chunk(c, s, x):
                 for ref, leaf in zip(checkpoint_refs, s, strict=bool(num_checkpoints)):
-                    plt.store(ref.at[jnp.maximum(c - 1, 0)], leaf, mask=self._where(c > 0, mask))
+                    self._store(ref.at[jnp.maximum(c - 1, 0)], leaf, mask=self._where(c > 0, mask))
                 s, outs = fused.chunk_forward(problem, p, s, x)
                 self._store_outs(out_refs, c, outs, mask)
                 return s
@@ -97,7 +111,7 @@ class PallasKernels:
             if T % K:
                 s = chunk(jnp.int32(C), s, load(jnp.int32(C), T % K))
             for ref, leaf in zip(final_refs, s, strict=True):
-                plt.store(ref.at[:], leaf, mask=mask)
+                self._store(ref.at[:], leaf, mask=mask)
 
         results = self._call(
             kernel,
@@ -108,13 +122,13 @@ class PallasKernels:
             + [self._float(problem.M)] * problem.num_state
             + [self._float(self.blocks.checkpoints(T), problem.M)] * num_checkpoints,
         )
-        return fused.split(results, len(problem.out_dtypes), problem.num_state)
+        return fused.results_of_forward(problem, results)
 
-    def backward(self, params, state, checkpoints, xs, d_outs, d_state, wanted):
+    def backward(self, params, state, checkpoints, xs, d_outs, d_state, *, wanted):
         problem, K, T = self.problem, self.blocks.chunk, self.problem.T
         live_outs = tuple(d is not None for d in d_outs)
         live_state = tuple(d is not None for d in d_state)
-        pullback = problem.pullback((self.blocks.lanes,), wanted.params, wanted.xs, live_outs)
+        pullback = problem.pullback_jaxpr((self.blocks.lanes,), wanted.params, wanted.xs, live_outs)
         inputs = (params, state, checkpoints, xs, _compact(d_outs), _compact(d_state))
 
         def kernel(*refs):
@@ -129,7 +143,7 @@ class PallasKernels:
                 s = self._initial(state_refs, self._where(c == 0, mask) if checkpoint_refs else mask)
                 if checkpoint_refs:
                     later = self._where(c > 0, mask)
-                    saved = (_load(ref.at[jnp.maximum(c - 1, 0)], later) for ref in checkpoint_refs)
+                    saved = (self._load(ref.at[jnp.maximum(c - 1, 0)], later) for ref in checkpoint_refs)
                     s = tuple(jnp.where(c > 0, b, a) for a, b in zip(s, saved, strict=True))
                 return s, self._load_steps(x_refs, c * K, k, mask), self._load_steps(d_out_refs, c * K, k, mask)
 
@@ -140,7 +154,7 @@ class PallasKernels:
 
             zero = jnp.zeros((self.blocks.lanes,), problem.dtype)
             d_final = iter(d_final_refs)
-            d_s = tuple(_load(next(d_final).at[:], mask) if live else zero for live in live_state)
+            d_s = tuple(self._load(next(d_final).at[:], mask) if live else zero for live in live_state)
             carry = (zero,) * len(d_param_refs), d_s
             C = T // K
             if T % K:
@@ -148,15 +162,12 @@ class PallasKernels:
             d_p, d_s = self._loop(C, lambda i: C - 1 - i, load, chunk, carry)
             d_s = [leaf for leaf, want in zip(d_s, wanted.state, strict=bool(wanted.state)) if want]
             for ref, leaf in zip((*d_param_refs, *d_state_refs), (*d_p, *d_s), strict=True):
-                plt.store(ref.at[:], leaf, mask=mask)
+                self._store(ref.at[:], leaf, mask=mask)
 
-        out_shape = [self._float(problem.M)] * (sum(wanted.params) + sum(wanted.state))
-        out_shape += [jax.ShapeDtypeStruct(x.shape, x.dtype) for x, want in zip(xs, wanted.xs, strict=True) if want]
-        args = sum(inputs, ())
+        out_shape = fused.shapes_of_backward(problem, xs, wanted)
         reused = self._reused(inputs, out_shape) if problem.reuse_cotangents else {}
-        results = self._call(kernel, "snn_backward", args, len(params), out_shape, reused)
-        results = iter(results)
-        return tuple(tuple(next(results) if want else None for want in group) for group in vars(wanted).values())
+        results = self._call(kernel, "snn_backward", sum(inputs, ()), len(params), out_shape, reused)
+        return fused.results_of_backward(results, wanted)
 
     @staticmethod
     def _reused(inputs, out_shape):
@@ -170,23 +181,42 @@ class PallasKernels:
         return jax.ShapeDtypeStruct(shape, self.problem.dtype)
 
     def _call(self, kernel, name, args, num_params, out_shape, reused=None):
-        lanes, warps = self.blocks.lanes, self.blocks.warps
+        lanes = self.blocks.lanes
         varies = jax.typeof(args[-1]).manual_axis_type
         out_shape = [jax.ShapeDtypeStruct(a.shape, a.dtype, manual_axis_type=varies) for a in out_shape]
         whole = lambda a: pl.BlockSpec(a.shape, lambda i: (0,) * len(a.shape))
         block = lambda a: pl.BlockSpec((*a.shape[:-1], lanes), lambda i: (0,) * (len(a.shape) - 1) + (i,))
         specs = [whole(a) if a.shape[0] != self.problem.M else block(a) for a in args[:num_params]]
+        compiler = {}
+        if not self.interpret:
+            compiler["compiler_params"] = self._triton.CompilerParams(num_warps=self.blocks.warps, num_stages=1)
         return pl.pallas_call(
             kernel,
             grid=(pl.cdiv(self.problem.M, lanes),),
             in_specs=specs + [block(a) for a in args[num_params:]],
             out_specs=[block(a) for a in out_shape],
             out_shape=out_shape,
-            compiler_params=plt.CompilerParams(num_warps=warps, num_stages=1),
+            **compiler,
             input_output_aliases=reused or {},
             interpret=self.interpret,
             name=name,
         )(*args)
+
+    @property
+    def _triton(self):
+        return importlib.import_module(LOWERING)
+
+    def _load(self, ref, mask):
+        """The lanes of `ref` in `mask`, and 0 elsewhere."""
+        if not self.interpret:
+            return self._triton.load(ref, mask=mask, other=None if mask is None else 0.0)
+        lanes = ref[...]
+        return lanes if mask is None else jnp.where(mask, lanes, jnp.zeros_like(lanes))
+
+    def _store(self, ref, lanes, mask):
+        if not self.interpret:
+            return self._triton.store(ref, lanes, mask=mask)
+        ref[...] = lanes if mask is None else jnp.where(mask, lanes, ref[...])
 
     def _loop(self, C, index, load, chunk, carry):
         """chunk(c, carry, load(c)) over c = index(0..C-1); with `prefetch` a chunk is loaded while the one before runs."""
@@ -213,7 +243,7 @@ class PallasKernels:
 
     def _initial(self, state_refs, mask):
         if self.problem.initial is None:
-            return tuple(_load(ref.at[:], mask) for ref in state_refs)
+            return tuple(self._load(ref.at[:], mask) for ref in state_refs)
         return tuple(jnp.full((self.blocks.lanes,), value, self.problem.dtype) for value in self.problem.initial)
 
     def _load_params(self, refs, mask):
@@ -223,13 +253,13 @@ class PallasKernels:
             if math.prod(ref.shape) == 1 != M:
                 return jnp.full(shape, ref[0].astype(f32))
             mine = ref.at[:] if ref.shape == shape else ref.at[self._lanes() % ref.shape[0]]
-            return _load(mine, mask).astype(f32)
+            return self._load(mine, mask).astype(f32)
 
         return tuple(load(ref) for ref in refs)
 
     def _load_steps(self, refs, start, k, mask):
         """The inputs of k steps. All loads come before any use, so that k of them are in flight, in the dtype they have."""
-        return [tuple(_load(ref.at[start + i], mask) for ref in refs) for i in range(k)]
+        return [tuple(self._load(ref.at[start + i], mask) for ref in refs) for i in range(k)]
 
     def _store_outs(self, refs, c, steps, mask):
         for i, (ref, d) in enumerate(zip(refs, self.problem.out_dtypes, strict=True)):
@@ -241,11 +271,7 @@ class PallasKernels:
     def _store_steps(self, refs, start, steps, mask):
         for i, leaves in enumerate(steps):
             for ref, leaf in zip(refs, leaves, strict=True):
-                plt.store(ref.at[start + i], leaf.astype(ref.dtype), mask=mask)
-
-
-def _load(ref, mask):
-    return plt.load(ref, mask=mask, other=None if mask is None else 0.0)
+                self._store(ref.at[start + i], leaf.astype(ref.dtype), mask=mask)
 
 
 def _compact(leaves):

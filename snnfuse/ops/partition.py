@@ -8,7 +8,8 @@ parameter lane by lane; XLA's sum over lanes reduces it, over devices too.
 `vmap` adds an axis of lanes and nothing else, so its rule calls the same kernel with one more axis in *B.
 """
 
-from dataclasses import replace
+from dataclasses import dataclass, replace
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -19,8 +20,8 @@ from jax.sharding import NamedSharding, PartitionSpec
 from snnfuse.ops.device import device_count
 
 
-def on_lanes(run, kernels, params, *groups):
-    """`run(kernels, params, *groups)`, whose arguments and results are flat lanes, on arrays that are not flat.
+def on_lanes(method, kernels, params, *groups, **options):
+    """`kernels.method(params, *groups, **options)`, which takes and returns flat lanes, for arrays that are not flat.
 
     params leaves are [*B, N], any axis 1; those of `groups` and of the results are [*B, N] or [time, *B, N]. A device
     gets the kernels of its own lanes; what `kernels` says about time stays, so that forward and backward agree on K.
@@ -32,7 +33,7 @@ def on_lanes(run, kernels, params, *groups):
             "implementation='scan' runs over some"
         )
     leaves, tree = jax.tree.flatten(varying((params, groups)))
-    call = _Lanes(run, kernels, tree, len(params), len(kernels.problem.lane_shape))
+    call = _Lanes(method, options, kernels, tree, len(params), len(kernels.problem.lane_shape))
     lanes = jax.typeof(leaves[-1]).sharding
     if not lanes.mesh.explicit_axes:
         return call(*leaves)
@@ -68,18 +69,23 @@ def like(d, primal):
     return jax.sharding.reshard(d, NamedSharding(mesh, jax.typeof(primal).sharding.spec))
 
 
+@dataclass(frozen=True)
 class _Lanes:
     """One such call, over flat leaves: `rank` is that of [*B, N], the first `num_params` leaves are params."""
 
-    def __init__(self, run, kernels, tree, num_params, rank):
-        self.run, self.kernels, self.tree, self.num_params, self.rank = run, kernels, tree, num_params, rank
+    method: str
+    options: dict
+    kernels: Any
+    tree: Any
+    num_params: int
+    rank: int
 
     def __call__(self, *leaves):
         sharded = self.on_one_device
         if device_count() > 1:  # with one there is nothing to split; and JAX 0.12 cannot lower this without a device
             sharded = custom_partitioning(self.on_one_device)
             sharded.def_partition(partition=self.partition, sharding_rule=self.sharding_rule)
-        call = custom_vmap(lambda *leaves: sharded(*leaves))
+        call = custom_vmap(sharded)
         call.def_vmap(self.vmap)
         return call(*leaves)
 
@@ -106,11 +112,8 @@ class _Lanes:
         shape = leaves[-1].shape[-self.rank :]
         problem = replace(self.kernels.problem, lane_shape=shape, param_shapes=tuple(p.shape for p in params))
         flat = lambda a: a.reshape(*a.shape[: a.ndim - self.rank], problem.M)
-        results = self.run(
-            replace(self.kernels, problem=problem),
-            tuple(periodic(p, shape) for p in params),
-            *jax.tree.map(flat, groups),
-        )
+        kernels = getattr(replace(self.kernels, problem=problem), self.method)
+        results = kernels(tuple(periodic(p, shape) for p in params), *jax.tree.map(flat, groups), **self.options)
         _, results = varying((leaves, results))  # not every kind of call says so of its results
         return jax.tree.map(lambda a: a.reshape(*a.shape[:-1], *shape), results)
 
@@ -152,7 +155,7 @@ class _Lanes:
             return jnp.moveaxis(leaf, 0, leaf.ndim - 1 - self.rank)
 
         leaves = [lead(i, leaf, mapped) for i, (leaf, mapped) in enumerate(zip(leaves, batched, strict=True))]
-        results = _Lanes(self.run, self.kernels, self.tree, self.num_params, self.rank + 1)(*leaves)
+        results = replace(self, rank=self.rank + 1)(*leaves)
         results = jax.tree.map(lambda a: jnp.moveaxis(a, a.ndim - 1 - self.rank, 0), results)
         return results, jax.tree.map(lambda _: True, results)
 

@@ -89,12 +89,12 @@ class Problem:
         return tuple((struct,) * n for n in (len(self.param_shapes), self.num_state, len(self.x_dtypes)))
 
     @lru_cache(maxsize=128)  # noqa: B019  a Problem is a value
-    def forward(self, shape) -> jex.ClosedJaxpr:
+    def step_jaxpr(self, shape) -> jex.ClosedJaxpr:
         """(*params, *state, *x) -> (*state, *outs), every leaf of `shape`."""
         return _flat_jaxpr(self.step, *self._structs(shape))
 
     @lru_cache(maxsize=128)  # noqa: B019
-    def pullback(self, shape, wanted_params, wanted_xs, live_outs) -> jex.ClosedJaxpr:
+    def pullback_jaxpr(self, shape, wanted_params, wanted_xs, live_outs) -> jex.ClosedJaxpr:
         """(*params, *state, *x, *d_state, *d_outs) -> (*d_state, *d_params, *d_x), every leaf of `shape`.
 
         The tuples of bools say which outputs have a cotangent and which gradients are returned; d_state always is.
@@ -112,18 +112,20 @@ class Problem:
 
         return _flat_jaxpr(pullback, params, state, x, state, x[:1] * sum(live_outs))
 
-    def full_pullback(self, shape) -> jex.ClosedJaxpr:
+    def full_pullback_jaxpr(self, shape) -> jex.ClosedJaxpr:
         """The pullback of all outputs to everything."""
-        return self.pullback(shape, (True,) * len(self.param_shapes), (True,) * len(self.x_dtypes), self.differentiable)
+        return self.pullback_jaxpr(
+            shape, (True,) * len(self.param_shapes), (True,) * len(self.x_dtypes), self.differentiable
+        )
 
     def why_not_lanewise(self, shape) -> str | None:
         """None if the step and its gradient treat every lane alike, so that a kernel may own any block of lanes."""
         name = type(self.step.neuron).__name__
         try:
-            for trace in (self.forward, self.full_pullback):
+            for trace in (self.step_jaxpr, self.full_pullback_jaxpr):
                 if (fault := _mixing(trace(shape).jaxpr, shape)) is not None:
                     return f"neuron {name}: its step is not pointwise over lanes, {fault}"
-            if _shapeless(self.forward(shape)) != _shapeless(self.forward(self.lane_shape)):
+            if _shapeless(self.step_jaxpr(shape)) != _shapeless(self.step_jaxpr(self.lane_shape)):
                 return f"neuron {name}: its step depends on the shape of its inputs, a kernel sees {shape} at a time"
         except (TypeError, ValueError, IndexError, NotImplementedError) as e:
             return f"neuron {name}: its step cannot be traced on lanes of shape {shape}: {e}"

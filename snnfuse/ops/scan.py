@@ -1,6 +1,7 @@
 """The baseline and oracle: the step under `jax.lax.scan`, its gradient by JAX."""
 
 from dataclasses import dataclass
+from functools import partial
 
 import jax
 import jax.numpy as jnp
@@ -10,11 +11,31 @@ from snnfuse.ops.partition import varying
 from snnfuse.ops.problem import Leaves, Problem
 
 
-def why_not(problem: Problem) -> str | None:
-    return None
+@dataclass(frozen=True)
+class Scan:
+    """The implementation "scan": it runs every valid call, on any device."""
+
+    def why_not(self, problem: Problem) -> None:
+        return None
+
+    def blocks(self, problem: Problem) -> None:
+        return None
+
+    def candidates(self, problem: Problem) -> list:
+        return []
+
+    def passes(self, problem: Problem, blocks: None = None) -> "ScanPasses":
+        return ScanPasses(problem)
+
+    def run(self, problem: Problem, params: Leaves, state: Leaves, xs: Leaves) -> tuple[Leaves, Leaves]:
+        return _scan(problem, params, state, xs)
 
 
-def unroll(problem: Problem, params: Leaves, state: Leaves, xs: Leaves) -> tuple[Leaves, Leaves]:
+SCAN = Scan()
+
+
+@partial(jax.jit, static_argnums=0, inline=True)  # outside of `jit`, an equal call finds the compiled loop again
+def _scan(problem: Problem, params: Leaves, state: Leaves, xs: Leaves) -> tuple[Leaves, Leaves]:
     params = tuple(p.astype(problem.dtype) for p in params)
     if problem.initial is not None:
         state = tuple(jnp.full(problem.lane_shape, value, problem.dtype) for value in problem.initial)
@@ -35,17 +56,17 @@ def unroll(problem: Problem, params: Leaves, state: Leaves, xs: Leaves) -> tuple
 
 @dataclass(frozen=True)
 class ScanPasses:
-    """`fused.Passes` of this file's `unroll`: what JAX makes of it."""
+    """The `fused.Passes` that JAX derives from the scan. What it keeps for the backward pass is JAX's pullback."""
 
     problem: Problem
 
     def forward(self, params, state, xs, *, save):
         def run(*args):
-            outs, final = unroll(self.problem, *args)
+            outs, final = _scan(self.problem, *args)
             return (self._differentiable(outs), final), outs
 
         if not save:
-            return *unroll(self.problem, params, state, xs), ()
+            return *_scan(self.problem, params, state, xs), ()
         (_, final), pullback, outs = jax.vjp(run, params, state, xs, has_aux=True)
         return outs, final, pullback
 

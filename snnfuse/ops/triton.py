@@ -21,15 +21,30 @@ from snnfuse.ops.device import compute_capability, platform
 from snnfuse.ops.fused import Wanted
 from snnfuse.ops.packing import Packed
 from snnfuse.ops.partition import periodic
-from snnfuse.ops.problem import Leaves, Problem
+from snnfuse.ops.problem import Problem
 
 
-def why_not(problem: Problem) -> str | None:
-    if platform() != "gpu":
-        return f"it needs a GPU, the device is a {platform()}"
-    if any(importlib.util.find_spec(name) is None for name in ("triton", "jax_triton")):
-        return 'it needs jax-triton: pip install "snnfuse[triton]"'
-    return why_not_kernels(problem)
+class Triton(fused.Fused):
+    """The implementation "triton"."""
+
+    def why_not(self, problem: Problem) -> str | None:
+        if platform() != "gpu":
+            return f"it needs a GPU, the device is a {platform()}"
+        if any(importlib.util.find_spec(name) is None for name in ("triton", "jax_triton")):
+            return 'it needs jax-triton: pip install "snnfuse[triton]"'
+        return why_not_kernels(problem)
+
+    def blocks(self, problem: Problem) -> Blocks:
+        return triton_blocks(problem)
+
+    def candidates(self, problem: Problem) -> list[Blocks]:
+        return triton_candidates(problem)
+
+    def kernels(self, problem: Problem, blocks: Blocks) -> fused.Kernels:
+        return TritonKernels(problem, blocks)
+
+
+TRITON = Triton()
 
 
 def why_not_kernels(problem: Problem) -> str | None:
@@ -50,22 +65,11 @@ _DTYPES = frozenset(
 )  # float8 is not on every GPU
 
 
-blocks, candidates = triton_blocks, triton_candidates
-
-
-def kernels(problem: Problem, blocks: Blocks) -> fused.Kernels:
-    return TritonKernels(problem, blocks)
-
-
-def unroll(problem: Problem, params: Leaves, state: Leaves, xs: Leaves) -> tuple[Leaves, Leaves]:
-    return fused.unroll(kernels(problem, blocks(problem)), params, state, xs)
-
-
 def source(problem: Problem) -> str:
     """The text of both kernels, as they are compiled for this problem."""
     shapes = [jax.ShapeDtypeStruct(s, jnp.float32) for s in problem.param_shapes]
     params = [jax.eval_shape(lambda p: periodic(p, problem.lane_shape), s) for s in shapes]
-    return triton_source.both(problem, triton_blocks(problem), _periods(params))
+    return triton_source.module_text(problem, triton_blocks(problem), _periods(params))
 
 
 def _periods(params) -> triton_source.Periods:
@@ -83,26 +87,24 @@ class TritonKernels:
         problem, T, K = self.problem, self.problem.T, self.blocks.chunk
         results = self._call(
             "snn_forward",
-            triton_source.forward(problem, self.blocks, _periods(params), save),
+            triton_source.forward_text(problem, self.blocks, _periods(params), save),
             (*params, *state, *xs),
             [problem.out_struct(d, problem.M) for d in problem.out_dtypes]
             + [self._float(problem.M)] * problem.num_state
             + [self._float(self.blocks.checkpoints(T), problem.M)] * (problem.num_state if save and T > K else 0),
         )
-        return fused.split(results, len(problem.out_dtypes), problem.num_state)
+        return fused.results_of_forward(problem, results)
 
-    def backward(self, params, state, checkpoints, xs, d_outs, d_state, wanted: Wanted):
+    def backward(self, params, state, checkpoints, xs, d_outs, d_state, *, wanted: Wanted):
         live_outs, live_state = (tuple(d is not None for d in group) for group in (d_outs, d_state))
         arrays = (*params, *state, *checkpoints, *xs, *d_outs, *d_state)
         results = self._call(
             "snn_backward",
-            triton_source.backward(self.problem, self.blocks, _periods(params), wanted, live_outs, live_state),
+            triton_source.backward_text(self.problem, self.blocks, _periods(params), wanted, live_outs, live_state),
             [a for a in arrays if a is not None],
-            [self._float(self.problem.M)] * (sum(wanted.params) + sum(wanted.state))
-            + [jax.ShapeDtypeStruct(x.shape, x.dtype) for x, want in zip(xs, wanted.xs, strict=True) if want],
+            fused.shapes_of_backward(self.problem, xs, wanted),
         )
-        results = iter(results)
-        return tuple(tuple(next(results) if want else None for want in group) for group in vars(wanted).values())
+        return fused.results_of_backward(results, wanted)
 
     def _float(self, *shape):
         return jax.ShapeDtypeStruct(shape, self.problem.dtype)

@@ -1,8 +1,13 @@
 """Triton source from a neuron's own step: the kernels around its forward and pullback jaxprs (`triton_equations`).
 
-The text has four kinds of function. `step` and `pullback` are the two jaxprs, `load_chunk` loads K steps, `forward_chunk`
-and `backward_chunk` take them, `snn_forward` and `snn_backward` are the kernels (for what these do, see `snnfuse.ops.fused`). Nothing here
-needs Triton: the text is compiled by `snnfuse.ops.triton`.
+The text has four kinds of function:
+
+    step, pullback                   the two jaxprs
+    load_chunk                       loads K steps
+    forward_chunk, backward_chunk    run them
+    snn_forward, snn_backward        the kernels; `snnfuse.ops.fused` says what they do
+
+This file needs no Triton. `snnfuse.ops.triton` compiles the text.
 """
 
 import re
@@ -23,7 +28,7 @@ Periods = tuple[int, ...]  # of each array in params: lane m reads element m % p
 def why_not(problem: Problem, lanes: int) -> str | None:
     """None if every equation of the step and its gradient has a Triton expression."""
     name = type(problem.step.neuron).__name__
-    for closed in (problem.forward((lanes,)), problem.full_pullback((lanes,))):
+    for closed in (problem.step_jaxpr((lanes,)), problem.full_pullback_jaxpr((lanes,))):
         for eqn in equations.live(closed.jaxpr):
             try:
                 equations.expression(eqn, ["0.0"] * len(eqn.invars))
@@ -32,13 +37,13 @@ def why_not(problem: Problem, lanes: int) -> str | None:
     return None
 
 
-def forward(problem: Problem, blocks: Blocks, periods: Periods, save: bool) -> str:
+def forward_text(problem: Problem, blocks: Blocks, periods: Periods, save: bool) -> str:
     """A module with the kernel `snn_forward(*params, *state, *xs, chunks, *outs, *final state, *checkpoints)`."""
     names = _Names(problem)
     return _module(problem, _step(problem, names, blocks.lanes)[0], _forward(problem, names, blocks, periods, save))
 
 
-def backward(problem: Problem, blocks: Blocks, periods: Periods, wanted: Wanted, live_outs, live_state) -> str:
+def backward_text(problem: Problem, blocks: Blocks, periods: Periods, wanted: Wanted, live_outs, live_state) -> str:
     """A module with the kernel `snn_backward(*params, *state, *checkpoints, *xs, *d_outs, *d_state, chunks,
     *d_params, *d_state, *d_xs)`, of the cotangents that are live and the gradients wanted."""
     names = _Names(problem)
@@ -47,7 +52,7 @@ def backward(problem: Problem, blocks: Blocks, periods: Periods, wanted: Wanted,
     return _module(problem, step, pullback, _backward(problem, names, blocks, periods, wanted, live_outs, live_state))
 
 
-def both(problem: Problem, blocks: Blocks, periods: Periods) -> str:
+def module_text(problem: Problem, blocks: Blocks, periods: Periods) -> str:
     """Both kernels of a training step in one module, for reading."""
     names = _Names(problem)
     wanted = Wanted((True,) * len(names.params), (problem.initial is None,) * len(names.state), (True,) * len(names.xs))
@@ -119,14 +124,14 @@ def _unique(name, taken):
 
 def _step(problem, names, lanes):
     """(the text of `step`, the name of each expression in it)."""
-    jaxpr = problem.forward((lanes,)).jaxpr
+    jaxpr = problem.step_jaxpr((lanes,)).jaxpr
     inputs = [*names.params, *names.state, *names.xs]
     outputs = [f"{s}_new" for s in names.state] + names.outs
     return equations.function("step", jaxpr, inputs, outputs, hints=equations.assigned(jaxpr))
 
 
 def _pullback(problem, names, lanes, wanted, live_outs, known):
-    jaxpr = problem.pullback((lanes,), wanted.params, wanted.xs, live_outs).jaxpr
+    jaxpr = problem.pullback_jaxpr((lanes,), wanted.params, wanted.xs, live_outs).jaxpr
     inputs = [*names.params, *names.state, *names.xs, *(f"d_{s}_new" for s in names.state)]
     inputs += [f"d_{o}" for o in _pick(names.outs, live_outs)]
     outputs = [f"d_{s}" for s in names.state]
@@ -134,68 +139,132 @@ def _pullback(problem, names, lanes, wanted, live_outs, known):
     return equations.function("pullback", jaxpr, inputs, outputs, known=known)[0]
 
 
-# ---- the kernels
+# ---- the kernels, as templates: a hole alone on its line takes any number of lines, any other hole a list of words
+
+_LOAD_CHUNK = """
+@triton.jit
+def {name}({arguments}):
+    {empty}
+    for k in tl.static_range(K):  # all loads before any use: they are in flight together
+        {load}
+    {give_back}
+"""
+
+_FORWARD = """
+@triton.jit
+def forward_chunk({chunk_arguments}):
+    for k in tl.static_range(K):
+        {step}
+        {store}
+    {give_back}
+
+
+@triton.jit
+def snn_forward({arguments}):
+    lane = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    {mask}
+    {params}
+    {initial}
+    {load_first}
+    for c in range(chunks):
+        {load_ahead}
+        {save}
+        {load}
+        {run}
+        {take_ahead}
+    {last_short_chunk}
+    {store_final}
+"""
+
+_BACKWARD = """
+@triton.jit
+def backward_chunk({chunk_arguments}):
+    {start}
+    for k in tl.static_range(K - 1):  # the state before each step, again
+        {replay}
+        {keep}
+    for k in tl.static_range(K - 1, -1, -1):
+        {pullback}
+        {add}
+        {store}
+    {give_back}
+
+
+@triton.jit
+def snn_backward({arguments}):
+    lane = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    {mask}
+    {params}
+    {zero}
+    {d_final}
+    {last_short_chunk}
+    {load_first}
+    for i in range(chunks):
+        c = chunks - 1 - i
+        {load_ahead}
+        {load}
+        {run}
+        {take_ahead}
+    {store_d_params}
+    {store_d_state}
+"""
 
 
 def _forward(problem, names, blocks, periods, save):
     T, K = problem.T, blocks.chunk
     save = save and T > K
+    ahead = blocks.prefetch and T >= 2 * K
     masked = _masked(problem, blocks)
     x_ptrs, out_ptrs = _ptrs(names.xs), _ptrs(names.outs)
     packed = {o: d for o, d in zip(names.outs, problem.out_dtypes, strict=True) if isinstance(d, Packed)}
     at = ["at", *(f"{o}_at" for o in packed)]
-    load, loaded = _load_chunk("load_chunk", names.xs, masked)
+    load_chunk, loaded = _load_chunk("load_chunk", names.xs, masked)
 
-    steps = ["for k in tl.static_range(K):"]
-    steps += [_indent(_assign((*names.state, *names.outs), "step", _args(names.params, names.state, _at_k(names.xs))))]
-    for o in names.outs:
+    def store(o):
         if o in packed:
-            steps += map(_indent, _pack(o, packed[o].steps, masked))
-        else:
-            steps += [_indent(_store(f"{o}_ptr + at + k * M", f"{o}.to({o}_ptr.dtype.element_ty)", masked))]
-    chunk = _define(
-        "forward_chunk",
-        [*names.params, *names.state, *loaded, *out_ptrs, *at, *masked, "M: tl.constexpr", "K: tl.constexpr"],
-        [*steps, *_return(names.state)],
-    )
+            return _pack(o, packed[o].steps, masked)
+        return [_store(f"{o}_ptr + at + k * M", f"{o}.to({o}_ptr.dtype.element_ty)", masked)]
 
     def checkpoint(c, *conditions):
         mask = [" & ".join([*masked, *conditions])] if masked or conditions else []
         where = f"{_row(f'({c} - 1)', 'M', problem)} + lane"
         return [_store(f"{s}_saved_ptr + {where}", s, mask) for s in names.state if save]
 
-    def loads(c, size, suffix=""):
+    def load(c, size="K", suffix=""):
         at = f"{_row(c, 'K * M', problem)} + lane"
-        return [_assign([n + suffix for n in loaded], "load_chunk", _args(x_ptrs, [at], masked, ["M", size]))]
+        return [_call([n + suffix for n in loaded], "load_chunk", x_ptrs, [at], masked, ["M", size])]
 
-    def call(c, size, suffix=""):
+    def run(c, size="K", suffix=""):
         at_here = [n + suffix for n in at]
         strides = ["K * M", *(f"(K // {d.steps}) * M" for d in packed.values())]
         lines = [f"{n} = {_row(c, stride, problem)} + lane" for n, stride in zip(at_here, strides, strict=True)]
-        loaded_here = [n + suffix for n in loaded]
-        args = _args(names.params, names.state, loaded_here, out_ptrs, at_here, masked, ["M", size])
-        return [*lines, _assign(names.state, "forward_chunk", args)]
+        groups = names.params, names.state, [n + suffix for n in loaded], out_ptrs, at_here, masked, ["M", size]
+        return [*lines, _call(names.state, "forward_chunk", *groups)]
 
-    body = [*_lanes(masked), *_load_params(problem, names, periods, masked), *_initial(problem, names, masked)]
-    if blocks.prefetch and T >= 2 * K:
-        body += [*loads("0", "K"), "for c in range(chunks):"]
-        body += map(_indent, [_AHEAD.format("tl.minimum(c + 1, chunks - 1)"), *loads("ahead", "K", "_ahead")])
-        body += map(_indent, [*checkpoint("c", "(c > 0)"), *call("c", "K"), *(f"{n} = {n}_ahead" for n in loaded)])
-    else:
-        body += [
-            "for c in range(chunks):",
-            *map(_indent, [*checkpoint("c", "(c > 0)"), *loads("c", "K"), *call("c", "K")]),
-        ]
-    if T % K:
-        body += [
-            *checkpoint("chunks"),
-            *loads("chunks", "TAIL", "_tail"),
-            *call("chunks", "TAIL", "_tail"),
-        ]  # the last, short chunk
-    body += [_store(f"{s}_end_ptr + lane", s, masked) for s in names.state]
-    args = [*_ptrs(names.params), *_start(problem, names), *x_ptrs, "chunks", *out_ptrs, *_ptrs(names.state, "_end")]
-    args += _ptrs(names.state if save else (), "_saved")
-    return "\n\n".join([load, chunk, _define("snn_forward", [*args, *_CONSTEXPRS], body)])
+    tail = checkpoint("chunks") + load("chunks", "TAIL", "_tail") + run("chunks", "TAIL", "_tail")
+    text = _fill(
+        _FORWARD,
+        chunk_arguments=[*names.params, *names.state, *loaded, *out_ptrs, *at, *masked, *_CHUNK_CONSTANTS],
+        step=[_call([*names.state, *names.outs], "step", names.params, names.state, _at_k(names.xs))],
+        store=[line for o in names.outs for line in store(o)],
+        give_back=_return(names.state),
+        arguments=[
+            *(*_ptrs(names.params), *_start(problem, names), *x_ptrs, "chunks"),
+            *(*out_ptrs, *_ptrs(names.state, "_end"), *_ptrs(names.state if save else (), "_saved"), *_CONSTANTS),
+        ],
+        mask=[f"{mask} = lane < M" for mask in masked],
+        params=_load_params(problem, names, periods, masked),
+        initial=_initial(problem, names, masked),
+        load_first=load("0") if ahead else [],
+        load_ahead=[_AHEAD.format("tl.minimum(c + 1, chunks - 1)"), *load("ahead", suffix="_ahead")] if ahead else [],
+        save=checkpoint("c", "(c > 0)"),
+        load=[] if ahead else load("c"),
+        run=run("c"),
+        take_ahead=[f"{n} = {n}_ahead" for n in loaded] if ahead else [],
+        last_short_chunk=tail if T % K else [],
+        store_final=[_store(f"{s}_end_ptr + lane", s, masked) for s in names.state],
+    )
+    return "\n\n".join([load_chunk, text])
 
 
 def _pack(out, steps, masked):
@@ -204,37 +273,23 @@ def _pack(out, steps, masked):
         f"bit = ({out} != 0).to(tl.uint{steps}) << (k % {steps})",
         f"{out}_word = bit if k % {steps} == 0 else {out}_word | bit",
         f"if k % {steps} == {steps - 1} or k == K - 1:",
-        _indent(_store(f"{out}_ptr + {out}_at + (k // {steps}) * M", f"{out}_word", masked)),
+        "    " + _store(f"{out}_ptr + {out}_at + (k // {steps}) * M", f"{out}_word", masked),
     ]
 
 
 def _backward(problem, names, blocks, periods, wanted, live_outs, live_state):
     T, K = problem.T, blocks.chunk
     saved = T > K
+    ahead = blocks.prefetch and T >= 2 * K
     masked = _masked(problem, blocks)
     d_outs, d_xs = _d(_pick(names.outs, live_outs)), _d(_pick(names.xs, wanted.xs))
     d_params, d_state = _d(_pick(names.params, wanted.params)), _d(names.state)
-    load, loaded = _load_chunk("load_chunk_backward", (*names.xs, *d_outs), masked)
-
-    steps = [f"{s}_at = ({s},)" for s in names.state]
-    steps += ["for k in tl.static_range(K - 1):  # the state before each step, again"]
-    replay = (*names.state, *("_" for _ in names.outs))
-    steps += [_indent(_assign(replay, "step", _args(names.params, _at_k(names.state), _at_k(names.xs))))]
-    steps += [_indent(f"{s}_at += ({s},)") for s in names.state]
-    steps += ["for k in tl.static_range(K - 1, -1, -1):"]
-    here = [f"{d}_here" for d in d_params]
-    args = _args(names.params, _at_k(names.state), _at_k(names.xs), d_state, _at_k(d_outs))
-    steps += [_indent(_assign((*d_state, *here, *d_xs), "pullback", args))]
-    steps += [_indent(f"{d} += {h}") for d, h in zip(d_params, here, strict=True)]
-    steps += [_indent(_store(f"{d}_ptr + at + k * M", f"{d}.to({d}_ptr.dtype.element_ty)", masked)) for d in d_xs]
+    wanted_state = _pick(d_state, wanted.state) if wanted.state else []
+    load_chunk, loaded = _load_chunk("load_chunk_backward", (*names.xs, *d_outs), masked)
     inputs = [*names.params, *names.state, *d_params, *d_state, *loaded, *_ptrs(d_xs), "at", *masked]
-    chunk = _define(
-        "backward_chunk",
-        [*inputs, "M: tl.constexpr", "K: tl.constexpr"],
-        [*steps, *_return((*d_params, *d_state))],
-    )
+    here = [f"{d}_here" for d in d_params]
 
-    def loads(c, size, suffix="", first=True):
+    def load(c, size="K", suffix="", first=True):
         """What chunk c needs: the state before it, a checkpoint or for the first one the initial state; and its inputs."""
         states = [s + suffix for s in names.state]
         lines = []
@@ -245,50 +300,57 @@ def _backward(problem, names, blocks, periods, wanted, live_outs, live_state):
             conditions = [*masked, *([f"({c} > 0)"] if first else [])]
             masking = f", mask={' & '.join(conditions)}, other={state if first else 0.0}" if conditions else ""
             lines += [f"{state} = tl.load({s}_saved_ptr + {_row(f'({c} - 1)', 'M', problem)} + lane{masking})"]
-        at = f"{_row(c, 'K * M', problem)} + lane"
-        args = _args(_ptrs(names.xs), _ptrs(d_outs), [at], masked, ["M", size])
-        return [*lines, _assign([n + suffix for n in loaded], "load_chunk_backward", args)]
+        groups = _ptrs(names.xs), _ptrs(d_outs), [f"{_row(c, 'K * M', problem)} + lane"], masked, ["M", size]
+        return [*lines, _call([n + suffix for n in loaded], "load_chunk_backward", *groups)]
 
-    def call(c, size, suffix=""):
+    def run(c, size="K", suffix=""):
         at = f"at{suffix} = {_row(c, 'K * M', problem)} + lane"
-        here = [n + suffix if n in (*names.state, *loaded, "at") else n for n in inputs]
-        return [at, _assign((*d_params, *d_state), "backward_chunk", _args(here, ["M", size]))]
+        given = [n + suffix if n in (*names.state, *loaded, "at") else n for n in inputs]
+        return [at, _call([*d_params, *d_state], "backward_chunk", given, ["M", size])]
 
-    body = [*_lanes(masked), *_load_params(problem, names, periods, masked)]
-    body += [f"{d} = tl.zeros([BLOCK], tl.float32)" for d in d_params]
-    for d, live in zip(d_state, live_state, strict=True):
-        body += [f"{d} = {_load(f'{d}_end_ptr + lane', masked)}" if live else f"{d} = tl.zeros([BLOCK], tl.float32)"]
-    if T % K:
-        body += [
-            *loads("chunks", "TAIL", "_tail", first=False),
-            *call("chunks", "TAIL", "_tail"),
-        ]  # the last, short chunk
-    if blocks.prefetch and T >= 2 * K:
-        body += [*loads("(chunks - 1)", "K", first=False), "for i in range(chunks):", "    c = chunks - 1 - i"]
-        body += map(_indent, [_AHEAD.format("tl.maximum(c - 1, 0)"), *loads("ahead", "K", "_ahead"), *call("c", "K")])
-        body += [f"    {n} = {n}_ahead" for n in (*names.state, *loaded)]
-    else:
-        body += ["for i in range(chunks):", *map(_indent, ["c = chunks - 1 - i", *loads("c", "K"), *call("c", "K")])]
-    body += [_store(f"{d}_ptr + lane", d, masked) for d in d_params]
-    wanted_state = _pick(d_state, wanted.state) if wanted.state else []
-    body += [_store(f"{d}_start_ptr + lane", d, masked) for d in wanted_state]
-    args = [*_ptrs(names.params), *_start(problem, names), *_ptrs(names.state if saved else (), "_saved")]
-    args += [*_ptrs(names.xs), *_ptrs(d_outs), *_ptrs(_pick(d_state, live_state), "_end"), "chunks"]
-    args += [*_ptrs(d_params), *_ptrs(wanted_state, "_start"), *_ptrs(d_xs)]
-    return "\n\n".join([load, chunk, _define("snn_backward", [*args, *_CONSTEXPRS], body)])
+    def zero_or(live, d):
+        return f"{d} = {_load(f'{d}_end_ptr + lane', masked) if live else 'tl.zeros([BLOCK], tl.float32)'}"
+
+    before_step = names.params, _at_k(names.state), _at_k(names.xs)
+    text = _fill(
+        _BACKWARD,
+        chunk_arguments=[*inputs, *_CHUNK_CONSTANTS],
+        start=[f"{s}_at = ({s},)" for s in names.state],
+        replay=[_call([*names.state, *("_" for _ in names.outs)], "step", *before_step)],
+        keep=[f"{s}_at += ({s},)" for s in names.state],
+        pullback=[_call([*d_state, *here, *d_xs], "pullback", *before_step, d_state, _at_k(d_outs))],
+        add=[f"{d} += {h}" for d, h in zip(d_params, here, strict=True)],
+        store=[_store(f"{d}_ptr + at + k * M", f"{d}.to({d}_ptr.dtype.element_ty)", masked) for d in d_xs],
+        give_back=_return([*d_params, *d_state]),
+        arguments=[
+            *(*_ptrs(names.params), *_start(problem, names), *_ptrs(names.state if saved else (), "_saved")),
+            *(*_ptrs(names.xs), *_ptrs(d_outs), *_ptrs(_pick(d_state, live_state), "_end"), "chunks"),
+            *(*_ptrs(d_params), *_ptrs(wanted_state, "_start"), *_ptrs(d_xs), *_CONSTANTS),
+        ],
+        mask=[f"{mask} = lane < M" for mask in masked],
+        params=_load_params(problem, names, periods, masked),
+        zero=[zero_or(False, d) for d in d_params],
+        d_final=[zero_or(live, d) for d, live in zip(d_state, live_state, strict=True)],
+        last_short_chunk=load("chunks", "TAIL", "_tail", first=False) + run("chunks", "TAIL", "_tail") if T % K else [],
+        load_first=load("(chunks - 1)", first=False) if ahead else [],
+        load_ahead=[_AHEAD.format("tl.maximum(c - 1, 0)"), *load("ahead", suffix="_ahead")] if ahead else [],
+        load=[] if ahead else load("c"),
+        run=run("c"),
+        take_ahead=[f"{n} = {n}_ahead" for n in (*names.state, *loaded)] if ahead else [],
+        store_d_params=[_store(f"{d}_ptr + lane", d, masked) for d in d_params],
+        store_d_state=[_store(f"{d}_start_ptr + lane", d, masked) for d in wanted_state],
+    )
+    return "\n\n".join([load_chunk, text])
 
 
 _AHEAD = "ahead = {}  # loaded while chunk c is computed"
-_CONSTEXPRS = [f"{name}: tl.constexpr" for name in ("M", "K", "TAIL", "BLOCK")]
+_CHUNK_CONSTANTS = ["M: tl.constexpr", "K: tl.constexpr"]
+_CONSTANTS = [f"{name}: tl.constexpr" for name in ("M", "K", "TAIL", "BLOCK")]
 
 
 def _masked(problem, blocks):
     """["mask"] if some program has lanes beyond M, else []."""
     return ["mask"] if problem.M % blocks.lanes else []
-
-
-def _lanes(masked):
-    return ["lane = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)", *(f"{mask} = lane < M" for mask in masked)]
 
 
 def _row(index, stride, problem):
@@ -323,11 +385,15 @@ def _start(problem, names):
 def _load_chunk(function, names, masked):
     """(a function that loads K steps of some sequences, the names of what it returns)."""
     at = [f"{n}_at" for n in names]
-    lines = [f"{n} = ()" for n in at]
-    lines += ["for k in tl.static_range(K):  # all loads before any use: they are in flight together"]
-    lines += [f"    {n}_at += ({_load(f'{n}_ptr + at + k * M', masked)}.to(tl.float32),)" for n in names]
-    args = [*_ptrs(names), "at", *masked, "M: tl.constexpr", "K: tl.constexpr"]
-    return _define(function, args, [*lines, *_return(at)]), at
+    text = _fill(
+        _LOAD_CHUNK,
+        name=[function],
+        arguments=[*_ptrs(names), "at", *masked, *_CHUNK_CONSTANTS],
+        empty=[f"{n} = ()" for n in at],
+        load=[f"{n}_at += ({_load(f'{n}_ptr + at + k * M', masked)}.to(tl.float32),)" for n in names],
+        give_back=_return(at),
+    )
+    return text, at
 
 
 def _load(where, masked):
@@ -338,36 +404,41 @@ def _store(where, what, mask):
     return f"tl.store({where}, {what}{f', mask={mask[0]}' if mask else ''})"
 
 
-def _define(name, args, lines):
-    return f"@triton.jit\n{_wrapped(f'def {name}(', args, '):')}\n" + "\n".join(map(_indent, lines)) + "\n"
+def _call(targets, function, *groups):
+    """`targets = function(...)`, with the words of all groups as arguments."""
+    call = f"{function}({', '.join(word for group in groups for word in group)})"
+    return f"{', '.join(targets)} = {call}" if targets else call
 
 
-def _assign(targets, function, args):
-    return _wrapped(f"{', '.join(targets)} = {function}(" if targets else f"{function}(", args, ")")
+def _fill(template: str, **holes: list[str]) -> str:
+    """The template with its holes filled. A line whose only hole is filled with no lines vanishes."""
+    lines = []
+    for line in template.strip("\n").splitlines():
+        indent = line[: len(line) - len(line.lstrip())]
+        if (hole := re.fullmatch(r"\s*\{(\w+)\}", line)) is not None:
+            filled = [indent + one for one in holes[hole[1]]]
+        else:
+            filled = [line.format(**{name: ", ".join(words) for name, words in holes.items()})]
+        lines += [part for one in filled for part in _wrapped(one)]
+    return "\n".join(lines) + "\n"
 
 
-def _wrapped(opening, args, closing, width=110):
-    """A call or a signature, on one line if that is not too long."""
-    if len(line := opening + ", ".join(args) + closing) <= width:
-        return line
+def _wrapped(line: str, width: int = 110) -> list[str]:
+    """A call or a signature on several lines if it is long: its arguments stand between the outermost brackets."""
+    indent = line[: len(line) - len(line.lstrip())]
+    if len(line) - len(indent) <= width or (call := re.fullmatch(r"(.*?\()(.*)(\):?)", line)) is None:
+        return [line]
+    opening, arguments, closing = call.groups()
     lines = [""]
-    for arg in args:
-        if len(lines[-1]) + len(arg) > width:
+    for argument in arguments.split(", "):
+        if len(lines[-1]) + len(argument) > width:
             lines.append("")
-        lines[-1] += f"{arg}, "
-    return "\n".join([opening, *(_indent(line.rstrip()) for line in lines), closing])
-
-
-def _args(*groups):
-    return [a for group in groups for a in group]
+        lines[-1] += f"{argument}, "
+    return [opening, *(f"{indent}    {line.rstrip()}" for line in lines), indent + closing]
 
 
 def _return(names):
     return [f"return {', '.join(names)}"] if names else []
-
-
-def _indent(lines):
-    return textwrap.indent(lines, "    ")
 
 
 def _ptrs(names, suffix=""):

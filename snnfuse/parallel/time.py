@@ -30,7 +30,9 @@ from jax import Array, lax
 
 from snnfuse import nn
 from snnfuse.core.neuron import Neuron, PyTree
-from snnfuse.ops import api, fused
+from snnfuse.ops import fused, implementations
+from snnfuse.ops.api import unroll
+from snnfuse.ops.check import check_call
 from snnfuse.ops.problem import Leaves
 from snnfuse.parallel.step import TIME, axes_here
 
@@ -53,17 +55,18 @@ def unroll_over_time(
     """
     if axis not in axes_here():
         raise ValueError(f"axis must be one of those that the code runs on, {axes_here()}; got {axis!r}")
-    problem, *leaves = api._check(neuron, params, state, xs, out_dtype, reuse_cotangents)
+    problem, *leaves = check_call(neuron, params, state, xs, out_dtype, reuse_cotangents)
     if (G := lax.axis_size(axis)) == 1 or not problem.num_state:
         options = dict(implementation=implementation, out_dtype=out_dtype, reuse_cotangents=reuse_cotangents)
-        return api.unroll(neuron, params, state, xs, **options)
+        return unroll(neuron, params, state, xs, **options)
     if problem.T % problem.chunk_unit:
         raise ValueError(f"packed outputs need a multiple of {problem.chunk_unit} steps a device; got {problem.T}")
     params, state, xs = leaves
     if problem.initial is not None:  # where this device starts is not constant
         state = tuple(jnp.full(problem.lane_shape, value, problem.dtype) for value in problem.initial)
         problem = replace(problem, initial=None)
-    whole, state_only = (api.passes(p, implementation) for p in (problem, problem.state_only))
+    passes = lambda p: implementations.get(implementations.choose(p, implementation)).passes(p)
+    whole, state_only = passes(problem), passes(problem.state_only)
     outs, end = fused.run(Rounds(whole, state_only, axis), params, state, xs)
     final = [lax.psum(jnp.where(lax.axis_index(axis) == G - 1, leaf, 0), axis) for leaf in end]
     return problem.out_tree.unflatten(outs), problem.step.state_tree.unflatten(final)

@@ -1,0 +1,67 @@
+"""The table of implementations: what each one offers, where it lives, and which one a call runs.
+
+An implementation is imported when somebody asks for it by name, or when `None` comes to it. So a JAX that lacks what one
+of them needs still imports snnfuse and runs the others.
+"""
+
+import importlib
+from functools import cache
+from typing import Protocol
+
+from snnfuse.ops.fused import Passes
+from snnfuse.ops.problem import Leaves, Problem
+
+
+class Implementation(Protocol):
+    """One way to run a neuron over time. `snnfuse.ops.fused.Fused` implements all but three methods of a fused one."""
+
+    def why_not(self, problem: Problem) -> str | None:
+        """The reason why this implementation cannot run `problem` on this device, or None if it can."""
+
+    def blocks(self, problem: Problem) -> tuple | None:
+        """The block sizes that a call runs with; None for an implementation without blocks."""
+
+    def candidates(self, problem: Problem) -> list[tuple]:
+        """The block sizes that `autotune` tries; empty for an implementation without blocks."""
+
+    def passes(self, problem: Problem, blocks: tuple | None = None) -> Passes:
+        """The forward and the backward pass, with `blocks` or else with those that a call runs with."""
+
+    def run(self, problem: Problem, params: Leaves, state: Leaves, xs: Leaves) -> tuple[Leaves, Leaves]:
+        """(outs, final state), differentiable."""
+
+
+# name: (module, the implementation in it)
+_TABLE = {
+    "pallas": ("snnfuse.ops.pallas_triton", "PALLAS"),
+    "mosaic": ("snnfuse.ops.pallas_mosaic", "MOSAIC"),
+    "triton": ("snnfuse.ops.triton", "TRITON"),
+    "scan": ("snnfuse.ops.scan", "SCAN"),
+    "interpret": ("snnfuse.ops.pallas_triton", "INTERPRET"),
+}
+NAMES = tuple(_TABLE)
+# What `implementation=None` tries, in this order. On an H100 the Triton lowering is faster than Mosaic GPU (LIF, T = 32,
+# M = 2^20: 0.93 and 0.87 of the copy rate in float32, 0.84 and 0.82 in bfloat16), while JAX has it.
+PREFERENCE = ("pallas", "mosaic", "triton", "scan")
+
+
+@cache
+def get(name: str) -> Implementation:
+    """The implementation called `name`, one of `NAMES`."""
+    module, attribute = _TABLE[name]
+    return getattr(importlib.import_module(module), attribute)
+
+
+def choose(problem: Problem, name: str | None) -> str:
+    """`name` if that implementation can run `problem`; the first of `PREFERENCE` that can, if `name` is None.
+
+    Raises ValueError for an unknown name, and NotImplementedError with every reason if none can run.
+    """
+    if name is not None and name not in NAMES:
+        raise ValueError(f"implementation must be None or one of {sorted(NAMES)}; got {name!r}")
+    reasons = []
+    for candidate in (name,) if name else PREFERENCE:
+        if (why := get(candidate).why_not(problem)) is None:
+            return candidate
+        reasons.append(f"implementation {candidate!r}: {why}")
+    raise NotImplementedError("; ".join(reasons))

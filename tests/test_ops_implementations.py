@@ -1,0 +1,93 @@
+"""The table of implementations: imported when asked for, reached in few calls, compiled once for equal eager calls."""
+
+import subprocess
+import sys
+import traceback
+from pathlib import Path
+
+import cases
+import jax
+import numpy as np
+import pytest
+from jax.experimental import pallas as pl
+
+import snnfuse as sf
+from snnfuse import nn
+from snnfuse.ops import implementations
+
+WITHOUT_THE_TRITON_LOWERING = """
+import sys
+sys.modules["jax.experimental.pallas.triton"] = None  # an import of it raises ImportError
+import jax, jax.numpy as jnp, numpy as np
+import snnfuse as sf
+
+xs = 2 * jax.random.normal(jax.random.key(0), (9, 2, 40))
+args = sf.LIF(), sf.LIFParams(jnp.full(40, 0.7), 1.0), None, xs
+outs = {}
+for name in ("scan", "interpret"):
+    outs[name], vjp = jax.vjp(lambda xs: sf.unroll(*args[:3], xs, implementation=name)[0], xs)
+    outs["d_" + name] = vjp(jnp.cos(xs))[0]
+assert outs["scan"].mean() > 0.02
+np.testing.assert_array_equal(outs["scan"], outs["interpret"])
+np.testing.assert_allclose(outs["d_scan"], outs["d_interpret"], rtol=1e-5, atol=1e-6)
+
+device = jax.sharding.AbstractDevice("NVIDIA H100 80GB HBM3", None, "gpu")
+with jax.sharding.use_abstract_mesh(jax.sharding.AbstractMesh((1,), ("x",), abstract_device=device)):
+    said = sf.explain(*args)
+print(said.implementation, "|", said.why_not["pallas"])
+"""
+
+
+def test_a_jax_without_the_triton_lowering_of_pallas_runs_the_others_and_explain_says_why():
+    run = subprocess.run([sys.executable, "-c", WITHOUT_THE_TRITON_LOWERING], capture_output=True, text=True)
+    assert run.returncode == 0, run.stderr
+    name, why = run.stdout.strip().split(" | ")
+    assert name in ("mosaic", "triton", "scan")
+    assert "has no Triton lowering of Pallas" in why
+
+
+def test_importing_snnfuse_imports_no_kernels():
+    code = "import sys, snnfuse, snnfuse.nn; print([m for m in sys.modules if m.startswith('snnfuse.ops.pallas')])"
+    run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert run.stdout.strip() == "[]"
+
+
+@pytest.mark.parametrize("name", implementations.NAMES)
+def test_every_implementation_has_the_methods_of_the_protocol(name):
+    neuron, params, state, xs, _ = cases.make("lif")
+    problem, *_ = sf.ops.check.check_call(neuron, params, state, xs, None)
+    implementation = implementations.get(name)
+    assert implementation.why_not(problem) is None or isinstance(implementation.why_not(problem), str)
+    blocks = implementation.blocks(problem)
+    assert (blocks is None) == (implementation.candidates(problem) == []) == (name == "scan")
+    assert implementation.passes(problem, blocks).problem is problem
+
+
+def test_an_array_passes_eleven_calls_from_the_module_to_the_kernel(monkeypatch):
+    calls = []
+
+    def pallas_call(*args, **kwargs):
+        stack = [(Path(f.filename).parts, f.name) for f in traceback.extract_stack()[:-1]]
+        ours = [name for parts, name in stack if "snnfuse" in parts and "tests" not in parts]
+        calls.append(ours)
+        return real(*args, **kwargs)
+
+    real = pl.pallas_call
+    monkeypatch.setattr(pl, "pallas_call", pallas_call)
+    layer = nn.LIF(tau=2.0, implementation="interpret")
+    layer(jax.random.normal(jax.random.key(0), (3, 2, 17)))
+    assert calls and all(ours[0] == "__call__" for ours in calls)
+    assert max(map(len, calls)) <= 11, calls
+
+
+@pytest.mark.parametrize("name", ["scan", "interpret"])
+def test_equal_eager_calls_compile_once(name, caplog):
+    layer = nn.LIF(tau=2.0, implementation=name)
+    xs = np.random.default_rng(0).normal(size=(5, 2, 19)).astype(np.float32)
+    layer(xs)
+    with jax.log_compiles(), caplog.at_level("WARNING"):
+        for i in range(3):
+            layer(xs + i)
+        assert [r.getMessage() for r in caplog.records if "Compiling" in r.getMessage()] == []
+        layer(xs[1:])
+        assert any("Compiling" in r.getMessage() for r in caplog.records), "the log does not show a compilation"
