@@ -7,6 +7,7 @@ import sys
 import types
 
 import pytest
+from test_ops_contract import CASES, check
 
 ROOT = pathlib.Path(__file__).parents[1]
 RECIPES = dict(re.findall(r"^## (.*?)\n(.*?)(?=^## |\Z)", (ROOT / "CONTRIBUTING.md").read_text(), re.DOTALL | re.M))
@@ -21,10 +22,11 @@ def follow(monkeypatch):
         modules = {}
         for file, block in re.findall(r"```python\n# (\S+)\n(.*?)```", RECIPES[recipe], re.DOTALL):
             module = modules[file] = _module(file, monkeypatch)
-            names = dict(vars(module))
+            before = dict(vars(module))
+            names = {name: dict(v) if type(v) is dict and name != "__builtins__" else v for name, v in before.items()}
             exec(compile(block, file, "exec"), names)
             for name, value in names.items():
-                if name not in vars(module):
+                if value is not before.get(name):  # defined by the block, or a table that it may have added to
                     monkeypatch.setattr(module, name, value, raising=False)
         return modules
 
@@ -41,14 +43,15 @@ def _module(file, monkeypatch):
     return module
 
 
-def test_a_neuron(follow, monkeypatch):
-    import cases
-
-    monkeypatch.setattr(cases, "NEURONS", dict(cases.NEURONS))
+def test_a_neuron(follow):
     follow("A neuron")
-    from test_ops_contract import CASES, check
-
     check("qif", "interpret", **CASES["plain"])
+
+
+@pytest.mark.parametrize(("name", "case"), [("lif", "short_chunk"), ("affine", "bfloat16")])
+def test_a_fused_implementation(follow, name, case):
+    follow("A fused implementation")
+    check(name, "unrolled", **CASES[case])
 
 
 def test_a_layer_along_time(follow):
@@ -56,9 +59,16 @@ def test_a_layer_along_time(follow):
     modules["tests/test_nn.py"].test_a_trace_is_the_weighted_sum_of_its_past()
 
 
+def test_a_data_set(follow, tmp_path):
+    pytest.importorskip("tensorflow_datasets", reason="preparing a data set needs the extra `data`")
+    pytest.importorskip("tonic", reason="tests/test_data_builders.py needs tonic")
+    modules = follow("A data set")
+    modules["tests/test_data_builders.py"].test_stripes_run_along_the_rows_or_the_columns(tmp_path)
+
+
 def test_every_file_and_make_target_exists():
     text = (ROOT / "CONTRIBUTING.md").read_text()
-    created = {"snnfuse/nn/trace.py"}
+    created = {"snnfuse/nn/trace.py", "snnfuse/ops/unrolled.py", "snnfuse/data/builders/stripes.py"}
     for file in re.findall(r"`((?:snnfuse|tests|benchmarks|notebooks|experiments)/[\w./-]+\.\w+)`", text):
         assert file in created or (ROOT / file).exists(), file
     (targets,) = re.findall(r"^.PHONY: (.*)$", (ROOT / "Makefile").read_text(), re.M)
