@@ -122,12 +122,14 @@ def small_net(implementation):
     """Float32, where all meshes must agree to rounding."""
     layers, features = [], 2
     for width in (32, 64):
-        layers += [nn.Conv(features, width, 3, stride=2, rngs=nnx.Rngs(width))]
+        options = dict(use_bias=False, precision="highest", rngs=nnx.Rngs(width))
+        layers += [nn.Conv(features, width, (3, 3), 2, padding=1, **options)]
         layers += [
             nn.NormSpiking(nn.LIF(tau=2.0, implementation=implementation), nn.BatchNorm(width, rngs=nnx.Rngs(0)))
         ]
         features = width
-    return nn.Sequential(*layers, nn.mean_pool, nn.Linear(features, 10, rngs=nnx.Rngs(1))), nn.membrane_mean
+    head = nn.Linear(features, 10, precision="highest", rngs=nnx.Rngs(1))
+    return nn.Sequential(*layers, nn.mean_pool, head), nn.membrane_mean
 
 
 MODELS = {  # the network, and the shape of a sample

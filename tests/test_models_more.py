@@ -166,7 +166,9 @@ def test_a_transposed_sequence_would_be_seen():
     rngs = nnx.Rngs(0)
     spiking = nn.NormSpiking(nn.IF(implementation="pallas"), nn.BatchNorm(4, rngs=rngs))
     head = nn.Sequential(nn.mean_pool, nn.Linear(4, 2, rngs=rngs))
-    model = nn.Sequential(nn.Conv(3, 4, precision="bfloat16", rngs=rngs), channels_first, spiking, head)
+    model = nn.Sequential(
+        nn.Conv(3, 4, (3, 3), use_bias=False, dtype="bfloat16", rngs=rngs), channels_first, spiking, head
+    )
     assert transposed(model, B=11) != []
 
 

@@ -159,8 +159,10 @@ def test_fused_normalisation_bits_and_rematerialisation():
     """Layers of snnfuse.nn: a neuron within a kernel with its normalisation, spikes kept as bits, blocks that run twice."""
     rngs = nnx.Rngs(0)
     first = nn.NormSpiking(nn.LIF(tau=2.0), nn.BatchNorm(3, rngs=rngs), pack=True)
-    block = nn.Sequential(nn.Conv(3, 4, rngs=rngs, precision="bfloat16"), nn.IF())
-    model = nn.Sequential(nn.Conv(2, 3, rngs=rngs), first, nn.Remat(block), nn.mean_pool, nn.Linear(4, 5, rngs=rngs))
+    block = nn.Sequential(nn.Conv(3, 4, (3, 3), rngs=rngs, dtype="bfloat16"), nn.IF())
+    model = nn.Sequential(
+        nn.Conv(2, 3, (3, 3), rngs=rngs), first, nn.Remat(block), nn.mean_pool, nn.Linear(4, 5, rngs=rngs)
+    )
     xs = inputs(5, 6, 2)
     (outs, _), spikes = nnx.jit(lambda model, xs: monitor.record(model, xs))(model, xs)
     np.testing.assert_array_equal(outs, nnx.jit(lambda model, xs: model(xs)[0])(nnx.clone(model), xs))

@@ -240,14 +240,15 @@ def test_there_and_back_with_residual_blocks(connect):
     norm = lambda: nn.BatchNorm(4, gain=1.5, rngs=rngs)
     block = Residual(
         nn.Sequential(
-            nn.Conv(2, 4, rngs=rngs), nn.NormSpiking(nn.LIF(tau=2.0), norm()), nn.Conv(4, 4, stride=2, rngs=rngs)
+            nn.Conv(2, 4, (3, 3), rngs=rngs),
+            nn.NormSpiking(nn.LIF(tau=2.0), norm()),
+            nn.Conv(4, 4, (3, 3), 2, padding=1, rngs=rngs),
         ),
         nn.NormSpiking(nn.IF(), norm(), connect=connect, shortcut_norm=norm() if connect == "sum" else None),
-        nn.Sequential(nn.Conv(2, 4, 1, stride=2, rngs=rngs)),
+        nn.Sequential(nn.Conv(2, 4, (1, 1), 2, rngs=rngs)),
     )
-    model = nn.Sequential(
-        nn.Remat(block), nn.PackSpikes(), nn.mean_pool, nn.Linear(4, 3, rngs=rngs), nn.IF(threshold=0.3)
-    )
+    head = nn.Linear(4, 3, bias_init=nnx.initializers.uniform(0.3), rngs=rngs)
+    model = nn.Sequential(nn.Remat(block), nn.PackSpikes(), nn.mean_pool, head, nn.IF(threshold=0.3))
     xs = inputs(6, 8, 2)
     run(model, xs)  # in training, for statistics
     model.eval()
@@ -484,7 +485,7 @@ def test_a_signal_summed_with_itself(layers, sources, where):
         (nnx.Linear(3, 2, rngs=nnx.Rngs(0)), (4,), r"be such that layer 0 \(Linear\) is given \(3\); got \(4,\)"),
         (nnx.Conv(3, 2, 4, rngs=nnx.Rngs(0)), (3,), r"be such that layer 0 \(Conv\) is given \(L, 3\); got \(3,\)"),
         (
-            nn.Conv(3, 2, rngs=nnx.Rngs(0)),
+            nn.Conv(3, 2, (3, 3), rngs=nnx.Rngs(0)),
             (8, 8, 2),
             r"be such that layer 0 \(Conv\) is given \(H, W, 3\); got \(8, 8, 2\)",
         ),

@@ -16,7 +16,7 @@ from jax import lax
 import snnfuse as sf
 from snnfuse import nn
 from snnfuse.core.compose import CONNECTIONS
-from snnfuse.nn.conv import conv
+from snnfuse.nn.convolution import convolve
 from snnfuse.nn.spikes import values
 
 strict = pytest.mark.usefixtures("strict")
@@ -195,15 +195,16 @@ def random_spikes(*shape, seed=0, dtype=jnp.float32):
 
 
 @strict
-@pytest.mark.parametrize("precision", ["float32", "bfloat16"])
-@pytest.mark.parametrize("layer", ["conv", "linear", "dense conv"])
-def test_layers_on_spikes_keep_bits_and_give_the_same(layer, precision):
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("layer", ["conv", "linear", "dense conv", "circular conv"])
+def test_layers_on_spikes_keep_bits_and_give_the_same(layer, dtype):
     rngs = nnx.Rngs(0)
     if layer == "linear":
-        layer, xs = nn.Linear(5, 4, precision=precision, rngs=rngs), random_spikes(40, B, 5)
+        layer, xs = nn.Linear(5, 4, dtype=dtype, rngs=rngs), random_spikes(40, B, 5)
     else:
         size = 2 if layer == "dense conv" else 6
-        layer = nn.Conv(5, 4, 3, stride=2, use_bias=True, precision=precision, rngs=rngs)
+        padding = "CIRCULAR" if layer == "circular conv" else 1
+        layer = nn.Conv(5, 4, (3, 3), 2, padding=padding, dtype=dtype, rngs=rngs)
         xs = random_spikes(9, B, size, size, 5)
     graphdef, params, rest = nnx.split(layer, nnx.Param, ...)
 
@@ -213,7 +214,7 @@ def test_layers_on_spikes_keep_bits_and_give_the_same(layer, precision):
         return (out, *vjp(cases.cotangents(out))), vjp
 
     (want, _), (got, vjp) = run(params, xs, lambda xs: xs), run(params, xs, lambda xs: nn.Spikes(xs, sf.pack(xs, 8)))
-    assert want[0].dtype == precision and float(jnp.abs(want[2]).max()) > 0
+    assert want[0].dtype == dtype and float(jnp.abs(want[2]).max()) > 0
     assert_close(got, want, 0.0)
     assert all(leaf.size < xs.size for leaf in jax.tree.leaves(vjp)), "the values are kept"
 
@@ -223,7 +224,7 @@ def block(memory, implementation):
     rngs, pack = nnx.Rngs(0), memory != "fast"
     lif = lambda: nn.LIF(decay=0.5, threshold=0.6, learn="decay", implementation=implementation)
     spiking = lambda: nn.NormSpiking(lif(), nn.BatchNorm(4, rngs=rngs), pack=pack)
-    layers = [layer for _ in range(2) for layer in (nn.Conv(4, 4, rngs=rngs), spiking())]
+    layers = [layer for _ in range(2) for layer in (nn.Conv(4, 4, (3, 3), use_bias=False, rngs=rngs), spiking())]
     layer = nn.Sequential(*layers)
     return nn.Remat(layer) if memory == "lean" else layer
 
@@ -280,42 +281,89 @@ def conv_and_gradients(f, x, kernel):
 @given(
     sizes=st.tuples(st.integers(1, 9), st.integers(1, 9)),
     taps=st.tuples(st.integers(1, 5), st.integers(1, 5)),
-    stride=st.integers(1, 3),
-    padding=st.integers(0, 3),
+    strides=st.tuples(st.integers(1, 3), st.integers(1, 3)),
+    pads=st.tuples(*2 * [st.tuples(st.integers(0, 3), st.integers(0, 3))]),
     inputs=st.integers(1, 4),
 )
-@example(sizes=(2, 2), taps=(3, 3), stride=1, padding=1, inputs=3)  # a matrix
-@example(sizes=(1, 2), taps=(5, 3), stride=2, padding=2, inputs=2)
-@example(sizes=(5, 4), taps=(1, 1), stride=2, padding=0, inputs=7)  # 1 x 1
-@example(sizes=(8, 12), taps=(7, 7), stride=2, padding=3, inputs=3)  # pixels to channels
-@example(sizes=(9, 6), taps=(2, 4), stride=3, padding=1, inputs=1)
-@example(sizes=(7, 6), taps=(3, 3), stride=2, padding=1, inputs=5)  # as it is
-def test_each_form_of_conv_is_the_convolution(sizes, taps, stride, padding, inputs):
+@example(sizes=(2, 2), taps=(3, 3), strides=(1, 1), pads=((1, 1), (1, 1)), inputs=3)  # a matrix
+@example(sizes=(1, 2), taps=(5, 3), strides=(2, 2), pads=((2, 2), (2, 2)), inputs=2)
+@example(sizes=(1, 2), taps=(5, 3), strides=(1, 2), pads=((2, 3), (0, 1)), inputs=2)
+@example(sizes=(5, 4), taps=(1, 1), strides=(2, 2), pads=((0, 0), (0, 0)), inputs=7)  # 1 x 1
+@example(sizes=(8, 12), taps=(7, 7), strides=(2, 2), pads=((3, 3), (3, 3)), inputs=3)  # pixels to channels
+@example(sizes=(8, 12), taps=(3, 3), strides=(2, 2), pads=((0, 1), (0, 1)), inputs=3)  # "SAME"
+@example(sizes=(9, 6), taps=(2, 4), strides=(3, 1), pads=((1, 0), (1, 2)), inputs=1)
+@example(sizes=(7, 6), taps=(3, 3), strides=(2, 2), pads=((1, 1), (1, 1)), inputs=5)  # as it is
+@example(sizes=(7, 6), taps=(3, 3), strides=(1, 1), pads=((-1, 1), (1, 0)), inputs=5)
+def test_each_form_of_a_convolution_gives_the_same(sizes, taps, strides, pads, inputs):
     x = jax.random.normal(jax.random.key(0), (2, *sizes, inputs))
     kernel = jax.random.normal(jax.random.key(1), (3, *taps, inputs))
     highest = lax.Precision.HIGHEST
-    if any(size + 2 * padding < t for size, t in zip(sizes, taps, strict=True)):
+    if any(size + sum(pad) < t for size, pad, t in zip(sizes, pads, taps, strict=True)):
         with pytest.raises(ValueError, match="kernel.*map of"):
-            conv(x, kernel, stride=stride, padding=padding)
+            convolve(x, kernel, strides, pads)
         return
 
     def reference(x, kernel):
         numbers = ("NHWC", "OHWI", "NHWC")
-        pads, strides = ((padding, padding),) * 2, (stride, stride)
         return lax.conv_general_dilated(x, kernel, strides, pads, dimension_numbers=numbers, precision=highest)
 
-    ours = partial(conv, stride=stride, padding=padding, precision=highest)
+    ours = partial(convolve, strides=strides, pads=pads, precision=highest)
     got, want = jax.jit(lambda *args: [conv_and_gradients(f, *args) for f in (ours, reference)])(x, kernel)
     scale = max(1.0, float(jnp.abs(want[2]).max()))
     for a, b in zip(got, want, strict=True):
         np.testing.assert_allclose(a, b, rtol=0, atol=2e-6 * scale)
 
 
+FLAX = [
+    (nnx.Conv, nn.Conv, (4, 6, (3, 3)), {}, (2, 3, 5, 6, 4)),
+    (nnx.Conv, nn.Conv, (4, 6, 3), dict(padding="CAUSAL", kernel_dilation=2), (2, 5, 4)),
+    (nnx.Conv, nn.Conv, (4, 6, (3, 2), 2), dict(padding="CIRCULAR", use_bias=False), (2, 3, 5, 6, 4)),
+    (nnx.Conv, nn.Conv, (4, 6, (3, 3), (2, 1)), dict(padding="REFLECT", dtype="bfloat16"), (1, 5, 6, 4)),
+    (nnx.Conv, nn.Conv, (4, 6, (3, 3)), dict(padding=[(0, 1), 2], feature_group_count=2), (1, 5, 6, 4)),
+    (nnx.Conv, nn.Conv, (4, 6, (3, 3)), dict(padding=1, input_dilation=2, param_dtype="bfloat16"), (1, 5, 6, 4)),
+    (nnx.Conv, nn.Conv, (4, 6, (3, 3), None), dict(padding="VALID", kernel_dilation=(1, 2)), (5, 6, 4)),
+    (nnx.Conv, nn.Conv, (2, 3, (2, 2, 2)), dict(strides=2), (1, 4, 4, 5, 2)),
+    (
+        nnx.Conv,
+        nn.Conv,
+        (1, 2, (2, 2)),
+        dict(mask=jnp.eye(2).reshape(2, 2, 1, 1) * jnp.ones((1, 1, 1, 2))),
+        (1, 4, 4, 1),
+    ),
+    (nnx.Conv, nn.Conv, (4, 6, (1, 1)), dict(bias_init=nnx.initializers.ones, dtype="float16"), (1, 5, 6, 4)),
+    (nnx.Linear, nn.Linear, (4, 6), {}, (2, 3, 4)),
+    (nnx.Linear, nn.Linear, (4, 6), dict(use_bias=False, dtype="bfloat16"), (4,)),
+    (nnx.Linear, nn.Linear, (4, 6), dict(bias_init=nnx.initializers.normal(), param_dtype="bfloat16"), (3, 4)),
+]
+
+
+@pytest.mark.parametrize("flax, ours, args, options, shape", FLAX)
+def test_conv_and_linear_are_those_of_flax(flax, ours, args, options, shape):
+    """The same arguments give the same variables, values, dtype and gradients; so do bits in place of spikes."""
+    a, b = (make(*args, **options, precision="highest", rngs=nnx.Rngs(3)) for make in (flax, ours))
+    jax.tree.map(np.testing.assert_array_equal, nnx.to_pure_dict(nnx.state(a)), nnx.to_pure_dict(nnx.state(b)))
+    spikes = random_spikes(*shape)
+
+    def run(layer, x):
+        graphdef, params, rest = nnx.split(layer, nnx.Param, ...)
+        y, vjp = jax.vjp(lambda params: nnx.merge(graphdef, params, rest)(x), params)
+        return y, *jax.tree.leaves(vjp(cases.cotangents(y)))
+
+    want, *others = run(a, spikes), run(b, spikes), run(b, nn.Spikes.of(spikes))
+    for got in others:
+        assert [leaf.dtype for leaf in got] == [leaf.dtype for leaf in want]
+        tolerance = 1e-5 if want[0].dtype == jnp.float32 else 0.05
+        for g, w in zip(got, want, strict=True):
+            np.testing.assert_allclose(
+                *(np.asarray(leaf, np.float32) for leaf in (g, w)), atol=tolerance, rtol=tolerance
+            )
+
+
 @strict
 def test_of_spikes_as_bool_no_more_is_kept():
     """By the stem of a ResNet: neither the values in the dtype of the products, nor the pixels made channels."""
     xs = random_spikes(2, 3, 8, 8, 3)
-    stem = nn.Conv(3, 4, 7, stride=2, precision="bfloat16", rngs=nnx.Rngs(0))
+    stem = nn.Conv(3, 4, (7, 7), 2, padding=3, use_bias=False, dtype="bfloat16", rngs=nnx.Rngs(0))
     graphdef, params = nnx.split(stem)
     run = lambda xs: jax.vjp(lambda params: nnx.merge(graphdef, params)(xs), params)
     (got, vjp), (want, vjp_of_floats) = run(xs > 0), run(xs)
@@ -328,15 +376,15 @@ def test_of_spikes_as_bool_no_more_is_kept():
 
 
 @strict
-@pytest.mark.parametrize("precision", ["float32", "bfloat16"])
+@pytest.mark.parametrize("computed_in", ["float32", "bfloat16"])
 @pytest.mark.parametrize("dtype", [bool, jnp.uint8, jnp.int32, jnp.float16])
-def test_what_layers_take_in_place_of_floats(dtype, precision):
-    """Small numbers of any dtype, in each form of a convolution and in a dense layer."""
+def test_layers_take_small_numbers_of_any_dtype(dtype, computed_in):
+    """In each form of a convolution, and in a dense layer."""
     xs = jax.random.randint(jax.random.key(0), (2, 3, 4, 4, 3), 0, 2)
     for size, stride in ((7, 2), (3, 2), (3, 1), (1, 2)):
-        layer = nn.Conv(3, 4, size, stride=stride, precision=precision, rngs=nnx.Rngs(0))
+        layer = nn.Conv(3, 4, (size, size), stride, padding=(size - 1) // 2, dtype=computed_in, rngs=nnx.Rngs(0))
         np.testing.assert_array_equal(layer(xs.astype(dtype)), layer(xs.astype(jnp.float32)))
-    layer = nn.Linear(3, 4, precision=precision, rngs=nnx.Rngs(0))
+    layer = nn.Linear(3, 4, dtype=computed_in, rngs=nnx.Rngs(0))
     np.testing.assert_array_equal(layer(xs.astype(dtype)), layer(xs.astype(jnp.float32)))
 
 
@@ -363,6 +411,7 @@ def norm_spiking(neuron=None, norm=None, **options):
     return nn.NormSpiking(neuron or nn.IF(implementation="scan"), norm or nn.BatchNorm(4, rngs=rngs), **options)
 
 
+conv = partial(nn.Conv, rngs=nnx.Rngs(0))
 ones = jnp.ones((3, 2, 4))
 image = jnp.ones((1, 4, 4, 1))
 
@@ -396,9 +445,16 @@ image = jnp.ones((1, 4, 4, 1))
         (lambda: norm_spiking(connect="add", pack=True), ValueError, "pack must be False.*got connect='add'"),
         (lambda: norm_spiking(nn.LI(tau=2.0), pack=True), ValueError, "pack must be False.*neuron LI"),
         (lambda: nn.BatchNorm(4, momentum=3, rngs=nnx.Rngs(0)), ValueError, r"momentum must be in \[0, 1\]; got 3"),
-        (lambda: nn.Conv(1, 1, (3, 3), rngs=nnx.Rngs(0)), ValueError, r"size must be an integer.*got \(3, 3\)"),
-        (lambda: nn.Conv(1, 1, 3, stride=0, rngs=nnx.Rngs(0)), ValueError, "stride must be an integer.*got 0"),
-        (lambda: nn.Conv(1, 1, 3, padding=3, rngs=nnx.Rngs(0)), ValueError, r"padding must be .* 0..2.*got 3"),
+        (lambda: conv(1, 1, (3, 0)), ValueError, r"kernel_size must be a positive integer.*2 axes; got \(3, 0\)"),
+        (lambda: conv(1, 1, (3, 3), 0), ValueError, "strides must be a positive integer.*got 0"),
+        (lambda: conv(1, 1, (3, 3), (1, 1, 1)), ValueError, r"strides must be .*2 axes; got \(1, 1, 1\)"),
+        (lambda: conv(1, 1, (3, 3), padding="same"), ValueError, "padding must be SAME.*got 'same'"),
+        (lambda: conv(1, 1, (3, 3), padding="CAUSAL"), ValueError, r"padding 'CAUSAL' is for 1-D.*got .*\(3, 3\)"),
+        (lambda: conv(1, 1, (3, 3), padding=(1, 1, 1)), ValueError, r"Invalid padding format: \(1, 1, 1\)"),
+        (lambda: conv(1, 1, (3, 3), input_dilation=2), ValueError, "padding must be numbers.*got 'SAME'"),
+        (lambda: conv(4, 6, (3, 3), feature_group_count=4), ValueError, "feature_group_count must divide.*got 4"),
+        (lambda: conv(1, 1, (3, 3), mask=ones), ValueError, r"mask .*kernel, \(3, 3, 1, 1\); got \(3, 2, 4\)"),
+        (lambda: conv(1, 1, (3, 3), promote_dtype=None), TypeError, "unexpected keyword argument 'promote_dtype'"),
         (lambda: nn.max_pool(jnp.ones((1, 20, 20, 1)), window=16), ValueError, "max_pool: .*window <= 15.*window 16"),
         (lambda: norm_spiking(connect="or"), ValueError, "must be one of .*add, and, iand; got 'or'"),
         (
@@ -406,9 +462,9 @@ image = jnp.ones((1, 4, 4, 1))
             ValueError,
             "shortcut_norm goes with connect='sum'; got connect='add'",
         ),
-        (lambda: nn.Conv(1, 1, precision="fp16", rngs=nnx.Rngs(0)), ValueError, "policy must be one of.*got 'fp16'"),
-        (lambda: nn.Conv(3, 1, rngs=nnx.Rngs(0))(image), ValueError, r"x must be \[..., H, W, 3\].*got \(1, 4, 4, 1\)"),
-        (lambda: nn.Conv(1, 1, 7, padding=0, rngs=nnx.Rngs(0))(image), ValueError, r"kernel, \[7, 7\].*map of 4 x 4"),
+        (lambda: nn.PrecisionPolicy("fp16"), ValueError, "policy must be one of.*got 'fp16'"),
+        (lambda: conv(3, 1, (3, 3))(image), ValueError, r"x must be \[..., H, W, 3\].*got \(1, 4, 4, 1\)"),
+        (lambda: conv(1, 1, (7, 7), padding=0)(image), ValueError, r"kernel, \(7, 7\).*map of \(4, 4\)"),
         (lambda: nn.Linear(3, 1, rngs=nnx.Rngs(0))(image), ValueError, r"x must be \[..., 3\]; got \(1, 4, 4, 1\)"),
         (lambda: nn.max_pool(image, window=5, padding=0), ValueError, "max_pool: x must be.*window 5"),
         (lambda: nn.max_pool(image, window=2, padding=2), ValueError, "max_pool: .*padding < window.*padding 2"),

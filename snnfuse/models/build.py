@@ -4,11 +4,16 @@ from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any
 
+import jax
 from flax import nnx
 
 from snnfuse import nn
 
 MEMORY = ("fast", "packed", "lean")
+_he_normal = nnx.initializers.variance_scaling(
+    2.0, "fan_out", "normal"
+)  # convolutions of PyTorch's and SpikingJelly's ResNets
+_torch_uniform = nnx.initializers.variance_scaling(1 / 3, "fan_in", "uniform")  # dense layers of PyTorch
 
 
 def check_option(name: str, value: Any, known: Sequence) -> None:
@@ -38,11 +43,29 @@ class Build:
         rngs: nnx.Rngs,
     ):
         check_option("memory", memory, MEMORY)
-        self.memory, self.policy = memory, nn.PrecisionPolicy(policy)
+        self.memory, self.policy, self.rngs = memory, nn.PrecisionPolicy(policy), rngs
         self.neuron = partial(neuron, implementation=implementation)
-        self.conv = partial(nn.Conv, precision=self.policy, rngs=rngs)
-        self.linear = partial(nn.Linear, precision=self.policy, rngs=rngs)
         self.norm = partial(nn.BatchNorm, rngs=rngs)
+
+    def conv(self, features: int, width: int, size: int, *, stride: int = 1, **options: Any) -> nn.Conv:
+        """A size x size convolution without bias, padded like PyTorch's with padding=size // 2."""
+        options = self._precision(self.policy) | dict(kernel_init=_he_normal) | options
+        return nn.Conv(features, width, (size, size), stride, padding=(size - 1) // 2, use_bias=False, **options)
+
+    def linear(self, features: int, width: int, **options: Any) -> nn.Linear:
+        """A dense layer without bias."""
+        options = self._precision(self.policy) | dict(kernel_init=_torch_uniform) | options
+        return nn.Linear(features, width, use_bias=False, **options)
+
+    def head(self, features: int, classes: int) -> nn.Linear:
+        """The last layer, with a bias, in float32 whatever the policy."""
+        bound = features**-0.5
+        bias = lambda key, shape, dtype: jax.random.uniform(key, shape, dtype, -bound, bound)
+        options = self._precision(nn.PrecisionPolicy.FLOAT32)
+        return nn.Linear(features, classes, kernel_init=_torch_uniform, bias_init=bias, **options)
+
+    def _precision(self, policy):
+        return dict(dtype=policy.dtype, precision=policy.lax, rngs=self.rngs)
 
     def spiking(self, width: int, *, pack: bool = True, **options: Any) -> nn.NormSpiking:
         """Normalisation and neuron of `width` channels; `pack` where spikes are kept as bits at all."""

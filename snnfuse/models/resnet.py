@@ -79,8 +79,7 @@ def spiking_resnet(
             blocks.append(block(width, middle, stride))
             width = middle * (4 if depth >= 50 else 1)
     first, *others = map(build.block, blocks)
-    classify = nn.Linear(width, classes, rngs=rngs)
-    return nn.Sequential(first, *build.packed(), *others, nn.mean_pool, classify)
+    return nn.Sequential(first, *build.packed(), *others, nn.mean_pool, build.head(width, classes))
 
 
 def sew_resnet(depth: int, in_features: int, classes: int, *, connect: str = "add", **options: Any) -> nn.Sequential:

@@ -44,8 +44,8 @@ def torch_variables(model: nn.Sequential) -> Iterator[tuple[str, nnx.Variable]]:
     for block in blocks:
         convs = [layer for layer in block.main.layers if isinstance(layer, nn.Conv)]
         spiking = [layer for layer in block.main.layers if isinstance(layer, nn.NormSpiking)] + [block.join]
-        stage, index = (stage, index + 1) if convs[0].kernel.shape[0] == width else (stage + 1, 0)
-        width = convs[0].kernel.shape[0]
+        stage, index = (stage, index + 1) if convs[0].kernel.shape[-1] == width else (stage + 1, 0)
+        width = convs[0].kernel.shape[-1]
         for i, (conv, norm) in enumerate(zip(convs, spiking, strict=True), 1):
             yield from _conv_norm(f"layer{stage}.{index}.conv{i}", f"layer{stage}.{index}.bn{i}", conv, norm)
         if block.shortcut is not None:
@@ -72,10 +72,10 @@ def _conv_norm(conv_name, norm_name, conv, norm):
 
 
 def from_torch(value: np.ndarray) -> np.ndarray:
-    """OIHW to OHWI, and a dense [O, I] to [I, O]."""
-    return {4: lambda v: v.transpose(0, 2, 3, 1), 2: lambda v: v.T}.get(value.ndim, lambda v: v)(value)
+    """OIHW to HWIO, and a dense [O, I] to [I, O]."""
+    return {4: lambda v: v.transpose(2, 3, 1, 0), 2: lambda v: v.T}.get(value.ndim, lambda v: v)(value)
 
 
 def to_torch(value: np.ndarray) -> np.ndarray:
     """The inverse of `from_torch`, for a parameter or its gradient."""
-    return {4: lambda v: v.transpose(0, 3, 1, 2), 2: lambda v: v.T}.get(value.ndim, lambda v: v)(value)
+    return {4: lambda v: v.transpose(3, 2, 0, 1), 2: lambda v: v.T}.get(value.ndim, lambda v: v)(value)

@@ -90,7 +90,7 @@ def spikformer(
     build = Build(neuron, policy, memory, implementation, rngs)
     normal = nnx.initializers.normal(0.02)
     conv = partial(build.conv, kernel_init=normal)
-    linear = partial(build.linear, use_bias=False, kernel_init=normal)
+    linear = partial(build.linear, kernel_init=normal)
 
     def add(*main):
         """x + neuron(norm(main(x)))"""
@@ -107,9 +107,11 @@ def spikformer(
     layers, features, pools = [], in_features, patch.bit_length() - 1
     for i, out in enumerate((width // 8, width // 4, width // 2, width)):
         pool = i >= 4 - pools
-        stage = nn.Sequential(conv(features, out), build.spiking(out, pack=not pool), *([nn.max_pool] if pool else []))
+        stage = nn.Sequential(
+            conv(features, out, 3), build.spiking(out, pack=not pool), *([nn.max_pool] if pool else [])
+        )
         layers += [build.block(stage), *build.packed()]
         features = out
-    layers.append(build.block(add(conv(width, width))))
+    layers.append(build.block(add(conv(width, width, 3))))
     layers += [build.block(encoder()) for _ in range(depth)]
-    return nn.Sequential(*layers, nn.mean_pool, nn.Linear(width, classes, rngs=rngs))
+    return nn.Sequential(*layers, nn.mean_pool, build.head(width, classes))

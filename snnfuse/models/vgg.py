@@ -46,6 +46,6 @@ def spiking_vgg11(
         layers += [build.block(nn.Sequential(*stage, half)), *build.packed()]
     layers.append(nn.mean_pool)
     for _ in range(2):
-        layers += [build.linear(features, hidden, use_bias=False), build.spiking(hidden)]
+        layers += [build.linear(features, hidden), build.spiking(hidden)]
         features = hidden
-    return nn.Sequential(*layers, nn.Linear(features, classes, rngs=rngs))
+    return nn.Sequential(*layers, build.head(features, classes))

@@ -1,7 +1,7 @@
 """Flax NNX modules: thin ones that hold the parameters of the neurons and fold time for everything else."""
 
 from snnfuse.nn import monitor as monitor
-from snnfuse.nn.conv import Conv, Linear
+from snnfuse.nn.linear import Conv, Linear
 from snnfuse.nn.norm import BatchNorm, NormSpiking
 from snnfuse.nn.pool import max_pool, mean_pool
 from snnfuse.nn.precision import PrecisionPolicy

@@ -18,8 +18,6 @@ from jax import Array
 from snnfuse.core import neurons
 from snnfuse.core.compose import Twice
 from snnfuse.core.neuron import PyTree, WithState
-from snnfuse.nn.conv import Conv, Linear
-from snnfuse.nn.precision import PrecisionPolicy
 from snnfuse.nn.spikes import values
 from snnfuse.nn.spiking import Spiking
 from snnfuse.nn.temporal import Remat
@@ -106,7 +104,7 @@ def operations(model: nnx.Module, *args: Any, **kwargs: Any) -> dict[str, Operat
     """
     copy = _copy(model)
     counts = {}
-    for path, layer in _layers(copy, nnx.Linear | nnx.Conv | Linear | Conv).items():
+    for path, layer in _layers(copy, nnx.Linear | nnx.Conv).items():
         counts[path] = []
         _intercept(layer, _counting(layer, counts[path].append))
     copy(*args, **kwargs)
@@ -159,8 +157,8 @@ def _counting(layer: nnx.Module, keep: Callable) -> Callable:
     """Keeps (acs, macs) of each call. With weights of 1 the gradient of the sum of all outputs is the fan-out."""
     ones = nnx.clone(layer)
     ones.kernel[...] = jnp.ones_like(ones.kernel[...], jnp.float32)
-    ones.dtype, ones.precision = jnp.float32, PrecisionPolicy("float32") if isinstance(ones, Conv | Linear) else None
-    axes = 1 if isinstance(layer, nnx.Linear | Linear) else ones.kernel[...].ndim - 1  # of one sample
+    ones.dtype, ones.precision = jnp.float32, "highest"
+    axes = 1 if isinstance(layer, nnx.Linear) else ones.kernel[...].ndim - 1  # of one sample
 
     def counted(call, x, *args, **kwargs):
         sample = jnp.zeros((1, *values(x).shape[-axes:]))

@@ -140,7 +140,7 @@ def _node(nir, layer, signal, dialect, where):
     shape, order = signal.shape, signal.order
     if isinstance(layer, nn.Spiking):
         return _neuron_node(nir, layer, signal, dialect, where), order
-    if isinstance(layer, nnx.Linear | nn.Linear):
+    if isinstance(layer, nnx.Linear):
         return _linear_node(nir, layer, signal, where), None
     if isinstance(layer, Scale):
         return nir.Scale(_nir_layout(layer.scale[...], signal)), order
@@ -155,9 +155,6 @@ def _node(nir, layer, signal, dialect, where):
         return nir.Flatten(_shape(shape), layer.start_dim, layer.end_dim), order
     if isinstance(layer, nnx.Conv) and len(shape) in (2, 3):
         return _conv_node(nir, layer, shape, where), None
-    if isinstance(layer, nn.Conv):
-        weight = np.moveaxis(np.array(layer.kernel[...], np.float32), -1, 1)
-        return nir.Conv2d(shape[:2], weight, layer.stride, layer.padding, 1, 1, _bias(layer, len(weight))), None
     if layer is _mean:
         return nir.AvgPool2d(np.array(shape[:2]), np.ones(2, int), np.zeros(2, int)), None
     if isinstance(layer, Pool):
@@ -317,10 +314,8 @@ def _check_shape(input_shape):
 
 
 def _check_fits(layer, shape, input_shape, where):
-    if isinstance(layer, nnx.Linear | nn.Linear):
+    if isinstance(layer, nnx.Linear):
         axes, features = "", layer.kernel.shape[0]
-    elif isinstance(layer, nn.Conv):
-        axes, features = "H, W, ", layer.kernel.shape[-1]
     elif isinstance(layer, nnx.Conv) and len(layer.kernel_size) < 3:
         axes, features = "L, " if len(layer.kernel_size) == 1 else "H, W, ", layer.in_features
     else:

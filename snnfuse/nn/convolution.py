@@ -1,0 +1,107 @@
+"""The convolution algorithms: `convolve` computes one convolution in the cheapest of four equal forms."""
+
+from collections.abc import Sequence
+from functools import partial
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax import Array, lax
+
+
+def convolve(
+    x: Array,
+    kernel: Array,
+    strides: Sequence[int],
+    pads: Sequence[tuple[int, int]],
+    *,
+    input_dilation: Sequence[int] | None = None,
+    kernel_dilation: Sequence[int] | None = None,
+    groups: int = 1,
+    precision: Any = None,
+) -> Array:
+    """x [n, *space, I], kernel [O, *taps, I / groups] -> [n, *space', O]; one stride and one (low, high) padding per axis.
+
+    The four forms:
+    * a product of matrices, for a 1 x 1 kernel;
+    * a product of matrices, for a map so small that most taps of the kernel meet padding;
+    * pixels moved into channels, for few input channels (images) and a stride: three channels do not fill the matrix units;
+    * `lax.conv_general_dilated`, for everything else, and always with dilation, groups, or other than two axes of space.
+
+    The kernel is laid out as cuDNN reads it beside channels-last inputs.
+    """
+    features, *taps, inputs = kernel.shape
+    space, ones = x.shape[1:-1], (1,) * len(taps)
+    input_dilation, kernel_dilation = tuple(input_dilation or ones), tuple(kernel_dilation or ones)
+    outs = []
+    for size, t, stride, pad, d, k in zip(space, taps, strides, pads, input_dilation, kernel_dilation, strict=True):
+        outs.append(((size - 1) * d + sum(pad) - (t - 1) * k) // stride + 1)
+    if min(outs) < 1:
+        raise ValueError(
+            f"x must be as large as the kernel, {tuple(taps)}, with padding {list(pads)}; got a map of {space}"
+        )
+    spec = (0, x.ndim - 1, *range(1, x.ndim - 1))
+    slide = partial(
+        lax.conv_general_dilated,
+        lhs_dilation=input_dilation,
+        rhs_dilation=kernel_dilation,
+        dimension_numbers=lax.ConvDimensionNumbers(spec, spec, spec),
+        feature_group_count=groups,
+        precision=precision,
+    )
+    dilated = input_dilation + kernel_dilation != 2 * ones
+    if len(taps) != 2 or dilated or groups > 1 or min(map(min, pads)) < 0:
+        return slide(x.astype(kernel.dtype), kernel, strides, pads)
+    (H, W), low = space, [pad[0] for pad in pads]
+    small = 2 * H * W <= taps[0] * taps[1] and all(pad < t for pad, t in zip(low, taps, strict=True))
+    blocks = strides[0] * strides[1]
+    whole = all(size % stride == 0 for size, stride in zip(space, strides, strict=True))
+    if blocks > 1 and inputs * blocks <= 16 and whole and not small and max(taps) > 1:
+
+        @jax.checkpoint  # the backward pass stores x, not the larger array that is made from it here
+        def of_blocks(x, kernel):
+            x, kernel, pads = _space_to_depth(x.astype(kernel.dtype), kernel, strides, low, outs)
+            return slide(x, kernel, ones, pads)
+
+        return of_blocks(x, kernel)
+    x = x.astype(kernel.dtype)
+    if small:
+        matrix = _dense(kernel, space, outs, strides, low)
+        return jnp.matmul(x.reshape(len(x), -1), matrix.T, precision=precision).reshape(len(x), *outs, features)
+    if taps == [1, 1] and not any(map(any, pads)):
+        x = x[:, :: strides[0], :: strides[1]]
+        return jnp.matmul(x, kernel.reshape(features, inputs).T, precision=precision)
+    return slide(x, kernel, strides, pads)
+
+
+def _dense(kernel, space, outs, strides, low):
+    """The convolution as a matrix [H' W' O, H W I]: each output's row holds the taps that lie over the map."""
+    (H, W), (h, w), (down, right) = space, outs, strides
+    wide = jnp.pad(kernel, ((0, 0), (down * h, H), (right * w, W), (0, 0)))
+    rows = []
+    for i in range(h):
+        for j in range(w):
+            top, left = down * (h - i) + low[0], right * (w - j) + low[1]
+            rows.append(wide[:, top : top + H, left : left + W])
+    return jnp.stack(rows).reshape(h * w * len(kernel), -1)
+
+
+def _space_to_depth(x, kernel, strides, low, outs):
+    """(x [n, H / stride, W / stride, I stride^2], kernel, pads) of the same convolution with stride 1."""
+    features, *taps, inputs = kernel.shape
+    down, right = strides
+    before = [-pad % s for pad, s in zip(low, strides, strict=True)]  # taps of zero make the padding whole blocks
+    blocks = [-(-(t + b) // s) for t, b, s in zip(taps, before, strides, strict=True)]
+    fill = [(b, n * s - t - b) for n, s, t, b in zip(blocks, strides, taps, before, strict=True)]
+    kernel = jnp.pad(kernel, ((0, 0), *fill, (0, 0)))
+    kernel = kernel.reshape(features, blocks[0], down, blocks[1], right, inputs).transpose(0, 1, 3, 2, 4, 5)
+    channels = inputs * down * right
+    spare = ((0, 0),) * 3 + ((0, -channels % 8),)  # the matrix units take 8 channels at a time
+    kernel = jnp.pad(kernel.reshape(features, *blocks, channels), spare)
+    parts = [x[:, a::down, b::right] for a in range(down) for b in range(right)]
+    x = jnp.pad(jnp.concatenate(parts, -1), spare)
+    pads = []
+    for pad, b, s, out, n, size in zip(low, before, strides, outs, blocks, x.shape[1:3], strict=True):
+        first = (pad + b) // s
+        pads.append((first, out - 1 + n - size - first))
+    return x, kernel, pads

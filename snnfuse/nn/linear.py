@@ -1,0 +1,242 @@
+"""`nn.Conv` and `nn.Linear`: Flax's layers, which also take `Spikes`, and run convolutions in their fastest form.
+
+Both take the arguments of `nnx.Conv` and `nnx.Linear`, hold the same variables and return the same values. When to use which:
+
+* `nn.Conv` and `nn.Linear` between spiking layers. On [T, B, ...] they need no `Folded`. Called on `Spikes` they store one
+  bit a spike for the backward pass, where Flax's store the values. Small or strided convolutions are faster.
+* `nnx.Conv` and `nnx.Linear` for a function of your own in place of `lax.conv_general_dilated`, `lax.dot_general` or Flax's
+  `promote_dtype`, or for `preferred_element_type`: ours do not take these four.
+"""
+
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
+from types import MappingProxyType
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+from flax.nnx.nn import dtypes
+from flax.nnx.nn.linear import canonicalize_padding
+from jax import Array, lax
+
+from snnfuse.nn.convolution import convolve
+from snnfuse.nn.spikes import Spikes, values
+from snnfuse.nn.temporal import Timeless
+from snnfuse.ops.packing import unpack
+
+_lecun_normal, _zeros = nnx.initializers.lecun_normal(), nnx.initializers.zeros_init()
+
+
+class Conv(Timeless, nnx.Conv):
+    """A convolution, [..., *space, I] -> [..., *space', O], with any axes before: `nnx.Conv` that also takes `Spikes`.
+
+    Args:
+      in_features, out_features: I and O.
+      kernel_size: one size per axis of space: (3, 3) for images. As in Flax, an integer is a 1-D convolution.
+      strides: an integer, or one per axis; default 1.
+      padding: "SAME" (the default), "VALID", "CIRCULAR", "REFLECT", "CAUSAL" (1-D), an integer, or a (low, high) pair per axis.
+      input_dilation, kernel_dilation, feature_group_count, mask: as in `nnx.Conv`.
+      use_bias: True by default.
+      dtype: of the computation and the output; default: what x and the parameters promote to.
+      param_dtype: of the parameters, float32 by default.
+      precision: that of `lax.Precision`, for the products.
+      kernel_init, bias_init: initializers; by default `lecun_normal` and zeros.
+
+    `kernel` is [*kernel_size, I / feature_group_count, O]. Called on `Spikes`, the layer stores their bits for the backward pass,
+    not their values; the gradients are the same. The module's docstring says when to use `nnx.Conv` instead.
+    """
+
+    def __init__(
+        self,
+        in_features: int,
+        out_features: int,
+        kernel_size: int | Sequence[int],
+        strides: int | Sequence[int] | None = 1,
+        *,
+        padding: Any = "SAME",
+        input_dilation: int | Sequence[int] | None = 1,
+        kernel_dilation: int | Sequence[int] | None = 1,
+        feature_group_count: int = 1,
+        use_bias: bool = True,
+        mask: Array | None = None,
+        dtype: Any = None,
+        param_dtype: Any = jnp.float32,
+        precision: Any = None,
+        kernel_init: Callable = _lecun_normal,
+        bias_init: Callable = _zeros,
+        rngs: nnx.Rngs,
+        kernel_metadata: Mapping[str, Any] = MappingProxyType({}),
+        bias_metadata: Mapping[str, Any] = MappingProxyType({}),
+    ):
+        groups = feature_group_count
+        if groups < 1 or in_features % groups or out_features % groups:
+            raise ValueError(
+                f"feature_group_count must divide in_features {in_features} and out_features {out_features}; got {groups}"
+            )
+        rank = 1 if isinstance(kernel_size, int) else len(kernel_size)
+        sizes = dict(kernel_size=kernel_size, strides=strides)
+        for name, value in (sizes | dict(input_dilation=input_dilation, kernel_dilation=kernel_dilation)).items():
+            _per_axis(name, value, rank)
+        if isinstance(padding, str) and padding not in ("SAME", "VALID", "CIRCULAR", "REFLECT", "CAUSAL"):
+            raise ValueError(f"padding must be SAME, VALID, CIRCULAR, REFLECT, CAUSAL or numbers; got {padding!r}")
+        if padding == "CAUSAL" and rank > 1:
+            raise ValueError(f"padding 'CAUSAL' is for 1-D convolutions; got kernel_size {tuple(kernel_size)}")
+        if isinstance(padding, str) and set(_per_axis("input_dilation", input_dilation, rank)) != {1}:
+            raise ValueError(f"padding must be numbers where input_dilation is not 1; got {padding!r}")
+        canonicalize_padding(padding, rank)  # checks it
+        super().__init__(
+            in_features,
+            out_features,
+            kernel_size,
+            strides,
+            padding=padding,
+            input_dilation=input_dilation,
+            kernel_dilation=kernel_dilation,
+            feature_group_count=groups,
+            use_bias=use_bias,
+            mask=mask,
+            dtype=dtype,
+            param_dtype=param_dtype,
+            precision=precision,
+            kernel_init=kernel_init,
+            bias_init=bias_init,
+            rngs=rngs,
+            kernel_metadata=kernel_metadata,
+            bias_metadata=bias_metadata,
+        )
+        if mask is not None and mask.shape != self.kernel_shape:
+            raise ValueError(f"mask must have the shape of the kernel, {self.kernel_shape}; got {mask.shape}")
+
+    def __call__(self, x: Array | Spikes) -> Array:
+        shape, rank = values(x).shape, len(self.kernel_size)
+        if len(shape) <= rank or shape[-1] != self.in_features:
+            space = {1: "L", 2: "H, W", 3: "D, H, W"}.get(rank, "*space")
+            raise ValueError(f"x must be [..., {space}, {self.in_features}]; got {shape}")
+        kernel = self.kernel[...] if self.mask is None else self.kernel[...] * self.mask
+        dtype = _dtype(self, x)
+        return _with_bias(self, bilinear(self._convolve, x, jnp.moveaxis(kernel.astype(dtype), -1, 0)))
+
+    def _convolve(self, x, kernel):
+        rank = len(self.kernel_size)
+        axes = lambda name: _per_axis(name, getattr(self, name), rank)
+        strides, dilation, padding = axes("strides"), axes("kernel_dilation"), self.padding
+        before, x = x.shape[: x.ndim - rank - 1], x.reshape(-1, *x.shape[-rank - 1 :])
+        spans = [(k - 1) * d for k, d in zip(self.kernel_size, dilation, strict=True)]
+        if padding in ("CIRCULAR", "REFLECT"):
+            around = [(s // 2, s - s // 2) for s in spans]
+            x = jnp.pad(x, [(0, 0), *around, (0, 0)], mode="wrap" if padding == "CIRCULAR" else "reflect")
+            padding = "VALID"
+        if padding == "CAUSAL":
+            padding = [(spans[0], 0)]
+        if isinstance(padding, str):
+            pads = lax.padtype_to_pads(x.shape[1:-1], [s + 1 for s in spans], strides, padding)
+        else:
+            pads = canonicalize_padding(padding, rank)
+        y = convolve(
+            x,
+            kernel,
+            strides,
+            pads,
+            input_dilation=axes("input_dilation"),
+            kernel_dilation=dilation,
+            groups=self.feature_group_count,
+            precision=self.precision,
+        )
+        return y.reshape(*before, *y.shape[1:])
+
+
+class Linear(Timeless, nnx.Linear):
+    """A dense layer, [..., I] -> [..., O]: `nnx.Linear` that also takes `Spikes`.
+
+    Args:
+      in_features, out_features: I and O.
+      use_bias: True by default.
+      dtype: of the computation and the output; default: what x and the parameters promote to.
+      param_dtype: of the parameters, float32 by default.
+      precision: that of `lax.Precision`, for the products.
+      kernel_init, bias_init: initializers; by default `lecun_normal` and zeros.
+
+    `kernel` is [I, O]. Called on `Spikes`, the layer stores their bits for the backward pass, not their values.
+    """
+
+    def __init__(
+        self,
+        in_features: int,
+        out_features: int,
+        *,
+        use_bias: bool = True,
+        dtype: Any = None,
+        param_dtype: Any = jnp.float32,
+        precision: Any = None,
+        kernel_init: Callable = _lecun_normal,
+        bias_init: Callable = _zeros,
+        rngs: nnx.Rngs,
+        kernel_metadata: Mapping[str, Any] = MappingProxyType({}),
+        bias_metadata: Mapping[str, Any] = MappingProxyType({}),
+    ):
+        super().__init__(
+            in_features,
+            out_features,
+            use_bias=use_bias,
+            dtype=dtype,
+            param_dtype=param_dtype,
+            precision=precision,
+            kernel_init=kernel_init,
+            bias_init=bias_init,
+            rngs=rngs,
+            kernel_metadata=kernel_metadata,
+            bias_metadata=bias_metadata,
+        )
+
+    def __call__(self, x: Array | Spikes) -> Array:
+        shape = values(x).shape
+        if shape[-1:] != (self.in_features,):
+            raise ValueError(f"x must be [..., {self.in_features}]; got {shape}")
+        product = lambda x, kernel: jnp.matmul(x.astype(kernel.dtype), kernel, precision=self.precision)
+        return _with_bias(self, bilinear(product, x, self.kernel[...].astype(_dtype(self, x))))
+
+
+def bilinear(f: Callable, x: Array | Spikes, kernel: Array) -> Array:
+    """f(x, kernel), in the dtype of the kernel; for `Spikes` the backward pass stores their bits, and not their values.
+
+    f is linear in each argument. An x of a smaller dtype (bool, uint8) reaches f as it is: f must cast it where it needs it.
+    """
+    if not isinstance(x, Spikes):
+        return f(x if x.dtype.itemsize < kernel.dtype.itemsize else x.astype(kernel.dtype), kernel)
+    return _of_spikes(f, x.values.shape[0], x.values.astype(kernel.dtype), x.bits, kernel)
+
+
+@partial(jax.custom_vjp, nondiff_argnums=(0, 1))
+def _of_spikes(f, T, x, bits, kernel):
+    return f(x, kernel)
+
+
+def _of_spikes_forward(f, T, x, bits, kernel):
+    return f(x, kernel), (bits, kernel)
+
+
+def _of_spikes_backward(f, T, residuals, d_y):
+    bits, kernel = residuals
+    d_x, d_kernel = jax.vjp(f, unpack(bits, T, kernel.dtype), kernel)[1](d_y)
+    return d_x, np.zeros(bits.shape, jax.dtypes.float0), d_kernel
+
+
+_of_spikes.defvjp(_of_spikes_forward, _of_spikes_backward)
+
+
+def _dtype(layer, x):
+    bias = None if layer.bias is None else layer.bias[...]
+    return dtypes.canonicalize_dtype(values(x), layer.kernel[...], bias, dtype=layer.dtype)
+
+
+def _with_bias(layer, y):
+    return y if layer.bias is None else y + jnp.broadcast_to(layer.bias[...].astype(y.dtype), y.shape)
+
+
+def _per_axis(name, value, rank):
+    sizes = (1 if value is None else value,) * rank if isinstance(value, int | None) else tuple(value)
+    if len(sizes) != rank or not all(isinstance(n, int) and n > 0 for n in sizes):
+        raise ValueError(f"{name} must be a positive integer, or one for each of {rank} axes; got {value!r}")
+    return sizes
