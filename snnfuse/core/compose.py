@@ -1,4 +1,4 @@
-"""Neurons made of neurons: what stands before or after a neuron in a layer, inside the same kernel."""
+"""Neurons that wrap a neuron: a normalisation or residual before it, a shortcut after it, all in the same kernel."""
 
 from dataclasses import dataclass
 from typing import NamedTuple
@@ -9,7 +9,7 @@ from snnfuse.core.neuron import Neuron, PyTree
 
 
 class AffineParams(NamedTuple):
-    """Of `Affine`: those of its neuron, a scale an input ([N], float32; None is 1), and one shift [N]."""
+    """Parameters of `Affine`: those of the inner neuron, one scale [N] for each input (None means 1), and one shift [N]."""
 
     inner: PyTree
     scales: tuple[Array | None, ...]
@@ -18,11 +18,11 @@ class AffineParams(NamedTuple):
 
 @dataclass(frozen=True)
 class Affine:
-    """A neuron driven by a weighted sum of its inputs: x is a tuple (x_1, x_2, ...), as many as `params.scales`.
+    """A neuron driven by a weighted sum of its inputs. x is a tuple (x_1, x_2, ...), one entry for each of `params.scales`.
 
         s[t] = inner(scale_1 * x_1[t] + shift + scale_2 * x_2[t] + ...)
 
-    Normalisation is this, with scale and shift made of the statistics; a residual is a second input.
+    Batch normalisation has this form: its scale and shift come from the statistics. A residual is a second input.
     """
 
     inner: Neuron
@@ -47,7 +47,7 @@ CONNECTIONS = {
 
 @dataclass(frozen=True)
 class Connect:
-    """A neuron and a shortcut after it: x is (x of inner, r), out = g(inner's spike, r).
+    """A neuron whose spike s meets a shortcut r: x is (x of inner, r), and out = g(s, r).
 
     g(s, r) is s + r ("add"), s r ("and") or (1 - s) r ("iand"). Fang et al. 2021, https://arxiv.org/abs/2102.04159.
     """
@@ -70,7 +70,7 @@ class Connect:
 
 @dataclass(frozen=True)
 class Twice:
-    """The same neuron with its output given twice, so that a kernel can store it in two dtypes: as numbers and as bits."""
+    """The same neuron with its output returned twice, so that a kernel can store it as numbers and as bits."""
 
     inner: Neuron
 
@@ -84,7 +84,7 @@ class Twice:
 
 @dataclass(frozen=True)
 class StateOnly:
-    """The same neuron without its output, which a kernel then does not store."""
+    """The same neuron without outputs: a kernel then computes the final state and stores nothing else."""
 
     inner: Neuron
 

@@ -1,9 +1,9 @@
-"""What a neuron is, and the words used for its shapes.
+"""What a neuron is, and the letters used for its shapes.
 
 T   time steps, always the first axis of a sequence
 *B  any number of batch (and space) axes
 N   neurons or channels, always the last axis
-M   lanes: the product of *B and N, once a kernel has flattened them
+M   the number of lanes: the product of *B and N. A lane is one neuron of one sample.
 """
 
 from dataclasses import dataclass
@@ -13,12 +13,15 @@ PyTree = Any
 
 
 class Neuron(Protocol):
-    """A pure step. Any hashable object with these two methods is a neuron; a frozen dataclass is the natural one.
+    """A pure step. Any hashable object with these two methods is a neuron; a frozen dataclass is the usual choice.
 
         state[t], out[t] = step(params, state[t-1], x[t])
 
-    `step` must treat every element alike: it may not reduce, reorder or index over *B or N, nor look at a shape.
-    All its leaves are float32 (float64 if the inputs are), whatever the dtype of the sequences.
+    `step` must treat every lane alike: it may not reduce, reorder or index over *B or N, and may not depend on a shape.
+    The leaves that it gets are float32 whatever the dtype of the sequences (float64 if the inputs are float64).
+
+    `step` returns the state first because it is the body of a `lax.scan`; `unroll` and the modules return the outputs
+    first because that is what their callers want.
     """
 
     def init_state(self, shape: tuple[int, ...]) -> PyTree:
@@ -30,7 +33,7 @@ class Neuron(Protocol):
 
 @dataclass(frozen=True)
 class WithState:
-    """The same neuron, with its state as a second output: out[t] = (inner out[t], state[t]). For traces and plots."""
+    """The same neuron with its state as a second output, for traces and plots: out[t] = (inner out[t], state[t])."""
 
     inner: Neuron
 

@@ -1,8 +1,10 @@
 """The neuron equations, each written once: the baseline, both fused kernels and every gradient trace these steps.
 
-In all of them x is the input current, v the membrane potential, u the potential before a spike is taken out of it, and
-a neuron spikes at u >= threshold. `params` leaves broadcast against [*B, N]: a scalar, one a channel, one a neuron. A
-Python number in `params` is a constant, compiled in; an array gets a gradient. Time constants are in steps.
+In all of them x is the input current, v the membrane potential, and u the membrane potential before the reset. A neuron
+spikes where u >= threshold. Each parameter broadcasts against [*B, N]: a scalar, one value a channel, or one a neuron. A
+Python number in `params` is compiled in as a constant; an array gets a gradient. Time constants are in steps.
+
+The defaults of a neuron's parameters are those of its `Params`; `reset`, `surrogate` and the other choices are fields.
 """
 
 from dataclasses import dataclass
@@ -71,8 +73,8 @@ class LIF:
 
         u[t] = v_rest + decay (v[t-1] - v_rest) + gain x[t];   s[t] = u[t] >= threshold;   v[t] = reset(u[t], s[t])
 
-    `decay`, in (0, 1), is what one step leaves of v: 1 - 1 / tau for the Euler step, exp(-1 / tau) for the exact one.
-    `gain` is 1 - decay with `decay_input` and 1 without. The defaults of other codes:
+    `decay`, in (0, 1), is the factor by which v shrinks in a step: 1 - 1 / tau for the Euler step, exp(-1 / tau) exactly.
+    `gain` is 1 - decay with `decay_input` and 1 without. How to get the neurons of other codes:
 
     SpikingJelly LIFNode(tau): decay 1 - 1 / tau, decay_input, v_rest = v_reset (0 for a soft reset).
     Temporal fusion paper, v = decay v (1 - s) + rest s + x: HardReset(v_reset=rest / decay), decay 0.2, threshold 0.3,
@@ -218,13 +220,13 @@ class IzhikevichState(NamedTuple):
 
 @dataclass(frozen=True)
 class Izhikevich:
-    """Izhikevich's neuron, v and its parameters in mV, the step `dt` in ms; the defaults are a regular spiking cell.
+    """Izhikevich's neuron. v and its parameters are in mV, the step `dt` in ms; the defaults are a regular spiking cell.
 
         u[t] = v[t-1] + dt (0.04 v[t-1]^2 + 5 v[t-1] + 140 - w[t-1] + x[t])
         r[t] = w[t-1] + dt a (b v[t-1] - w[t-1])
         s[t] = u[t] >= threshold;   v[t] = (1 - s[t]) u[t] + s[t] c;   w[t] = r[t] + d s[t]
 
-    The surrogate sees (u - threshold) / scale. Izhikevich 2003, https://doi.org/10.1109/TNN.2003.820440.
+    The surrogate is given (u - threshold) / scale. Izhikevich 2003, https://doi.org/10.1109/TNN.2003.820440.
     """
 
     dt: float = 0.5
@@ -254,7 +256,7 @@ class LIState(NamedTuple):
 
 @dataclass(frozen=True)
 class LI:
-    """Leaky integrator, the usual readout: it never spikes, its output is v.
+    """Leaky integrator, the usual readout: it never spikes; its output is v.
 
     v[t] = v_rest + decay (v[t-1] - v_rest) + gain x[t];   out[t] = v[t]
     """

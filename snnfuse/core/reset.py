@@ -1,6 +1,6 @@
-"""What a spike does to the membrane: v = reset(u, s, threshold), u the membrane potential before the spike s.
+"""What a spike does to the membrane: v = reset(u, s, threshold), where u is the membrane potential before the spike s.
 
-`detach` keeps the spike out of the reset's gradient, so that dv/du does not see the surrogate.
+With `detach` the reset treats the spike as a constant: dv/du then does not contain the surrogate gradient.
 """
 
 from dataclasses import dataclass
@@ -20,7 +20,7 @@ class HardReset:
         s = lax.stop_gradient(s) if self.detach else s
         kept = (1 - s) * u
         if isinstance(self.v_reset, Real) and self.v_reset == 0:
-            return kept  # no compiler would drop a product with zero: it may be NaN
+            return kept  # compilers keep a product with zero, since it may be NaN
         return kept + s * self.v_reset
 
 

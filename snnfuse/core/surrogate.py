@@ -1,7 +1,8 @@
-"""The spike, its surrogate gradients, and the smooth relaxation that each surrogate is the derivative of.
+"""The spike, its surrogate gradients, and a smooth relaxation for each of them.
 
-A surrogate is any hashable callable u -> ds/du, where u = v - threshold. Those below also have `relaxation`, a smooth
-step whose exact derivative they are, so that finite differences can check a whole network (see `Relaxed`).
+A surrogate is any hashable callable u -> ds/du, where u = v - threshold. Each surrogate below also has a method
+`relaxation`: a smooth step function whose exact derivative is the surrogate. With it, finite differences can check the
+gradient of a whole network (see `Relaxed`).
 """
 
 from collections.abc import Callable
@@ -17,7 +18,7 @@ Surrogate = Callable[[Array], Array]
 
 @partial(jax.custom_jvp, nondiff_argnums=(1,))
 def spike(u: Array, surrogate: Surrogate) -> Array:
-    """1 where u >= 0 and 0 elsewhere, in the dtype of u; its derivative is taken to be surrogate(u).
+    """1 where u >= 0 and 0 elsewhere, in the dtype of u. Its gradient is surrogate(u) instead of zero.
 
     Neftci, Mostafa and Zenke 2019, https://arxiv.org/abs/1901.09948.
     """
@@ -36,7 +37,7 @@ def _spike_jvp(surrogate, primals, tangents):
 
 @dataclass(frozen=True)
 class Relaxed:
-    """Turns the spike into the relaxation of `surrogate`, so that value and gradient agree. For tests, not for training."""
+    """Replaces the spike by the relaxation of `surrogate`, so that value and gradient agree. Use it in tests, not to train."""
 
     surrogate: Surrogate
 
@@ -60,7 +61,7 @@ class ATan:
 
 @dataclass(frozen=True)
 class Sigmoid:
-    """ds/du = alpha sigma(alpha u) (1 - sigma(alpha u)), sigma the logistic function; written so that it never overflows."""
+    """ds/du = alpha sigma(alpha u) (1 - sigma(alpha u)), where sigma is the logistic function. The code never overflows."""
 
     alpha: float = 4.0
 

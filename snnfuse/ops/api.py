@@ -21,21 +21,21 @@ def unroll(
 
     Args:
       neuron: the step; any hashable object with `init_state` and `step` (see `snnfuse.Neuron`).
-      params: a tree of arrays, each broadcasting from the right against [*B, N], and of Python numbers, which are
-        compiled in and get no gradient.
-      state: a tree of float32 [*B, N] like `neuron.init_state([*B, N])`, or None for just that (a constant one is then
-        compiled in, and costs no memory traffic). A sequence run in pieces, each from the final state of the one
-        before, equals the whole.
-      xs: a tree of [T, *B, N], T >= 1, in float32, bfloat16 or float16. float64 works with "scan" alone.
+      params: a tree of arrays and Python numbers. An array broadcasts from the right against [*B, N] and gets a
+        gradient; a number is compiled in and gets none.
+      state: a tree of float32 [*B, N] like `neuron.init_state([*B, N])`, or None for exactly that (a constant initial
+        state is then compiled in, and is not read from memory). A sequence may be run in pieces, each from the final
+        state of the piece before: the result equals that of the whole sequence.
+      xs: a tree of [T, *B, N], T >= 1, in float32, bfloat16 or float16. float64 works only with "scan".
       implementation: "pallas" (one fused GPU kernel forward, one backward, by Pallas through Triton), "mosaic" (the same
         through Mosaic GPU, for compute capability 9.0 and later), "triton" (the same, as Triton source called through
         jax-triton), "scan" (`jax.lax.scan`, the baseline), "interpret" (the "pallas" kernels in the interpreter of
-        Pallas). A named one runs or raises; None takes the first of "pallas", "mosaic", "triton", "scan" that can run.
-        `snnfuse.explain` says which, and why.
-      out_dtype: the dtype of the outputs, one for all or a tree like the outputs; None is that of xs (float32 if its
+        Pallas). A named one runs or raises. None picks the first of "pallas", "mosaic", "triton", "scan" that can
+        run; `snnfuse.explain` says which, and why.
+      out_dtype: the dtype of the outputs, one for all or a tree like the outputs. None means that of xs (float32 if its
         leaves differ). Outputs in an integer dtype or bool carry no gradient.
-      reuse_cotangents: "pallas" writes the gradient of an input over the cotangent of an output of the same dtype, so that
-        the two share a buffer; where something else needs that cotangent XLA copies it first.
+      reuse_cotangents: "pallas" may write the gradient of an input into the buffer of an output's cotangent, if the two
+        have one dtype. Where something else needs that cotangent, XLA copies it first.
 
     Returns:
       (outs, final_state): outs is a tree of [T, *B, N]; final_state is float32.
@@ -46,8 +46,8 @@ def unroll(
       NotImplementedError: the call is valid, but not for this implementation, or not on this device.
 
     State and arithmetic are float32 whatever the dtype of xs. Reverse-mode gradients reach params, state and xs.
-    The fused kernels keep for the backward pass xs and one float32 state every K steps, K about 8 to 32 (for how, see
-    `snnfuse.ops.fused`). Temporal fusion: Li et al., ICANN 2024, https://arxiv.org/abs/2408.00280.
+    For the backward pass the fused kernels store xs and one float32 state every K steps, with K from about 8 to 32
+    (`snnfuse.ops.fused` says how). Temporal fusion: Li et al., ICANN 2024, https://arxiv.org/abs/2408.00280.
     """
     problem, params, state, xs = check_call(neuron, params, state, xs, out_dtype, reuse_cotangents)
     chosen = implementations.get(implementations.choose(problem, implementation))

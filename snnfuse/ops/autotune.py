@@ -1,4 +1,4 @@
-"""Times block sizes for one call and keeps the best for later ones."""
+"""Times block sizes for one call and stores the fastest for later calls."""
 
 import time
 
@@ -21,11 +21,12 @@ def autotune(
     out_dtype=None,
     seconds: float = 60.0,
 ) -> list[tuple[float, tuple]]:
-    """Time forward + backward of `unroll` on these arguments with block after block size, and keep the fastest.
+    """Time forward + backward of `unroll` on these arguments with different block sizes, and store the fastest.
 
-    Takes what `unroll` takes. The result goes to a file in the user's cache directory (`snnfuse.ops.tuning`); later
-    calls with this neuron, these shapes and dtypes on this device use it, and `explain` shows it. Block sizes change no
-    result. Sizes that need more memory than the device has are passed over. It stops after `seconds`, and returns [(milliseconds, blocks)], the fastest first.
+    It takes the arguments of `unroll`. The result goes to a file in the user's cache directory (`snnfuse.ops.tuning`);
+    later calls with this neuron, these shapes and dtypes on this device use it, and `explain` shows it. Block sizes
+    change no result. Sizes that need more memory than the device has are skipped. It stops after `seconds`, and returns
+    [(milliseconds, blocks)], the fastest first.
 
     Raises: what `unroll` raises; NotImplementedError for scan, which has no blocks.
     """
@@ -40,7 +41,7 @@ def autotune(
         try:
             timed.append((_milliseconds(chosen.passes(problem, blocks), params, state, xs), blocks))
         except Exception as e:
-            if not timed:  # what would have run without tuning must run
+            if not timed:  # the blocks that run without tuning must run
                 raise
             if "memory" not in str(e) and "resource" not in str(e).lower():
                 raise
@@ -68,5 +69,5 @@ def _milliseconds(passes, params, state, xs, calls=5):
 
 def _random(out):
     if not jnp.issubdtype(out.dtype, jnp.floating):
-        return np.zeros(out.shape, jax.dtypes.float0)  # what JAX takes for the cotangent of an integer
+        return np.zeros(out.shape, jax.dtypes.float0)  # the cotangent of an integer, for JAX
     return jax.random.normal(jax.random.key(0), out.shape, out.dtype)

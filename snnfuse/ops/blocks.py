@@ -1,9 +1,8 @@
-"""Lanes a program owns, warps that run it, steps it takes at a time: the heuristic, each number with its measurement.
+"""Block sizes: the lanes that a program owns, the warps that run it, and the steps of a chunk.
 
-What `snnfuse.autotune` has found for a call on this device goes before the heuristic.
-
-Measured on an H100, rows in benchmarks/results/tune.jsonl; `size` is the length of the step's pullback, which bounds what
-a chunk costs in registers and in compile time.
+If `snnfuse.autotune` has timed a call on this device, its result is used; otherwise a heuristic decides. Each number of
+the heuristic carries its measurement on an H100; the rows are in benchmarks/results/tune.jsonl. `size` is the number of
+equations of the step's pullback; it bounds the registers and the compile time of a chunk.
 """
 
 from typing import NamedTuple
@@ -16,7 +15,7 @@ from snnfuse.ops.problem import Problem
 
 
 class Blocks(NamedTuple):
-    """`lanes` must be a power of two; `chunk` is K, the steps between two checkpoints; `prefetch`, load a chunk ahead."""
+    """`lanes` is a power of two; `chunk` is K, the steps between two checkpoints; with `prefetch` the next chunk is loaded early."""
 
     lanes: int
     warps: int
@@ -24,19 +23,19 @@ class Blocks(NamedTuple):
     prefetch: bool = False
 
     def checkpoints(self, T: int) -> int:
-        """States kept for the backward pass: those before each chunk but the first."""
+        """The number of checkpoints: the states before each chunk, without the first."""
         return -(-T // self.chunk) - 1
 
 
 class MosaicBlocks(NamedTuple):
-    """`rows` of 256 lanes a program owns, `chunk` is K (it divides T), `stages` the chunks in flight."""
+    """A program owns `rows` of 256 lanes; `chunk` is K, which divides T; `stages` chunks are in flight at once."""
 
     rows: int
     chunk: int
     stages: int
 
     def checkpoints(self, T: int) -> int:
-        """States kept for the backward pass: those before each chunk, if there are several."""
+        """The number of checkpoints: the states before each chunk, if there is more than one chunk."""
         return T // self.chunk if T > self.chunk else 0
 
 
@@ -103,9 +102,9 @@ def _tuned(problem: Problem, kind: type):
 
 
 def _chunk(problem: Problem, most: int) -> int:
-    """The longest chunk up to `most` that divides T, so that no short chunk is compiled beside it; `most` if all are short.
+    """The longest chunk up to `most` that divides T, or `most` if only short chunks divide it.
 
-    With packed outputs it is a whole number of words.
+    If K divides T, no second kernel for a shorter last chunk is compiled. With packed outputs K is a whole number of words.
     """
     T, unit = problem.T, problem.chunk_unit
     if max(most, unit) >= T:

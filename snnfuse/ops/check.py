@@ -90,14 +90,14 @@ def check_params(params, shape):
             if len(padded) != len(shape) or any(p not in (1, s) for p, s in zip(padded, shape, strict=True)):
                 raise ValueError(f"{name} must broadcast from the right against [*B, N] = {shape}; got {leaf.shape}")
             arrays.append(leaf.reshape(padded))
-        if not isinstance(given, jax.core.Tracer) and np.isnan(given).any():  # under jit there is no value to look at
+        if not isinstance(given, jax.core.Tracer) and np.isnan(given).any():  # a traced value cannot be looked at
             raise ValueError(f"{name} must not be NaN; got {given}")
         constants.append(leaf if constant else None)
     return tuple(arrays), tree, tuple(constants)
 
 
 def check_state(neuron, state, shape, dtype):
-    """(leaves, tree, None), or ((), tree, values) if the state is not given and each leaf of the initial one is constant."""
+    """(leaves, tree, None); or ((), tree, values) if no state is given and each leaf of the initial state is one number."""
     jaxpr, like = jax.make_jaxpr(lambda: neuron.init_state(shape), return_shape=True)()
     for path, leaf in jax.tree_util.tree_leaves_with_path(like):
         if leaf.shape != shape or not jnp.issubdtype(leaf.dtype, jnp.floating):
@@ -146,7 +146,7 @@ def check_step(step, params, xs, shape, dtype):
     lanes = (jax.ShapeDtypeStruct(shape, dtype),)
     try:
         returned = jax.eval_shape(step.trees, structs, lanes * step.state_tree.num_leaves, lanes * len(xs))
-    except Exception as e:  # the neuron's own error goes on as it is, and says what its step was given
+    except Exception as e:  # the neuron's own error is raised, with a note on what its step was given
         e.add_note(
             f"in neuron {name}.step(params, state, x), given params {step.params_tree}, state {step.state_tree} "
             f"and x {step.x_tree}"
@@ -193,5 +193,5 @@ def check_out_dtype(out_dtype, out, xs):
         if not (jnp.issubdtype(d, jnp.floating) or jnp.issubdtype(d, jnp.integer) or d == jnp.bool_):
             raise TypeError(f"out_dtype must be a floating, integer or bool dtype; got {d}")
         if jax.dtypes.canonicalize_dtype(d) != d:
-            raise TypeError(f"out_dtype {d} needs 64-bit types (jax.enable_x64); here it would be cut to 32")
+            raise TypeError(f"out_dtype {d} needs 64-bit types (jax.enable_x64); without them it would become 32-bit")
     return dtypes

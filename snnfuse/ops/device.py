@@ -4,7 +4,7 @@ import jax
 
 
 def _device():
-    """That of the abstract mesh in scope if it names one, else JAX's default."""
+    """The device of the abstract mesh in scope if it names one, else JAX's default device."""
     abstract = getattr(jax.sharding.get_abstract_mesh(), "abstract_device", None)
     return abstract or jax.config.jax_default_device or jax.devices()[0]
 
@@ -22,17 +22,17 @@ def kind() -> str:
 
 
 def device_count() -> int:
-    """How many devices an array may be spread over: those of the abstract mesh in scope if it names any, else all."""
+    """How many devices an array may be spread over: all devices of the abstract mesh in scope, or else of JAX."""
     mesh = jax.sharding.get_abstract_mesh()
     return jax.device_count() if getattr(mesh, "abstract_device", None) is None else mesh.size
 
 
-# What an abstract device does not say of itself.
+# An abstract device does not know its compute capability.
 _CAPABILITIES = {"A100": 8.0, "RTX 30": 8.6, "RTX 40": 8.9, "L4": 8.9, "H100": 9.0, "H200": 9.0, "B200": 10.0}
 
 
 def compute_capability() -> float:
-    """Of the GPU, such as 9.0; 0.0 where it is not known."""
+    """The compute capability of the GPU, such as 9.0, or 0.0 if it is not known."""
     device = _device()
     if (capability := getattr(device, "compute_capability", None)) is not None:
         return float(capability)

@@ -1,4 +1,4 @@
-"""What `unroll` would do with a call, and what that costs."""
+"""Says which implementation `unroll` would run for a call, why, and how many bytes it would move."""
 
 from dataclasses import dataclass, replace
 
@@ -16,10 +16,10 @@ from snnfuse.ops.problem import Problem
 class Explanation:
     """What `explain` returns; print it.
 
-    `implementation` would run; `why_not` says of each of the others why not, None if it could; `blocks` are the sizes of
-    its kernels (None for scan). `forward_bytes` and `backward_bytes` are what fused kernels move through memory, at
-    training; `kept_bytes` is kept from forward to backward, without the inputs themselves. `source` is the Triton text of
-    both kernels, if it was asked for.
+    `implementation`: the one that would run. `why_not`: the reason for each other one, None if it could run too.
+    `blocks`: the block sizes of the kernels, None for scan. `forward_bytes`, `backward_bytes`: what the fused kernels move
+    through memory in training. `kept_bytes`: what is stored from forward to backward, besides the inputs. `source`: the
+    Triton text of both kernels, if it was asked for.
     """
 
     implementation: str
@@ -33,7 +33,7 @@ class Explanation:
 
     @property
     def milliseconds(self) -> float | None:
-        """Of forward and backward at `bandwidth`; None for scan, which moves more than is counted here."""
+        """Time of forward and backward at `bandwidth`. None for scan, which moves more bytes than are counted here."""
         return None if self.blocks is None else (self.forward_bytes + self.backward_bytes) / self.bandwidth * 1e3
 
     def __str__(self):
@@ -43,7 +43,7 @@ class Explanation:
         if self.blocks:
             lines += [
                 f"forward moves {mega(self.forward_bytes)}, backward {mega(self.backward_bytes)}, "
-                f"{mega(self.kept_bytes)} are kept between them beside the inputs",
+                f"{mega(self.kept_bytes)} are stored between them besides the inputs",
                 f"at {self.bandwidth / 1e12:.2f} TB/s that takes {self.milliseconds:.4f} ms",
             ]
         return "\n".join(lines + ([self.source] if self.source else []))
@@ -62,9 +62,10 @@ def explain(
 ) -> Explanation:
     """What `unroll` would run for these arguments on this device, why, and the bytes it would move.
 
-    Takes what `unroll` takes, and raises what it raises; arrays may be `jax.ShapeDtypeStruct`. `bandwidth`, in bytes a
-    second, is what a copy reaches: about 2.9e12 on an H100. With `source` the answer holds the kernels that "triton" would
-    compile, to read how a step and its gradient became code, whatever implementation runs. Nothing is run or compiled.
+    It takes the arguments of `unroll` and raises the same errors; an array may be a `jax.ShapeDtypeStruct`. `bandwidth`
+    is in bytes a second; a copy reaches about 2.9e12 on an H100. With `source` the result also holds the text of the
+    kernels that "triton" would compile, whichever implementation runs, so that you can read the generated code. Nothing
+    is run or compiled.
     """
     leaves, tree = jax.tree.flatten((params, state, xs))
     arrays = [leaf for leaf in leaves if hasattr(leaf, "shape")]

@@ -1,14 +1,15 @@
 """Temporal fusion: the parts common to every fused implementation.
 
-A sequence [T, *B, N] is flattened to [T, M] lanes; a kernel owns a block of lanes and takes them through time in chunks
-of K steps. In training the forward kernel also stores the state at the start of each chunk. The backward kernel walks
-the chunks in reverse: it reloads the chunk's inputs, recomputes its states from the checkpoint, and pulls the
-cotangents back step by step. The residuals are the inputs themselves and the checkpoints, 1/K of a float32 tensor for
-each state leaf, and nothing else. What nobody asks for, a cotangent that is zero or a gradient not wanted, is neither
-read nor written, and a constant initial state is compiled in.
+A sequence [T, *B, N] is flattened to [T, M] lanes (a lane is one neuron of one sample). A program of the kernel owns a
+block of lanes and runs them over time in chunks of K steps. In training the forward kernel also stores a checkpoint: the
+state at the start of each chunk. The backward kernel visits the chunks in reverse. It loads the inputs of a chunk again,
+recomputes its states from the checkpoint, and pulls the cotangents back step by step. So two things are stored for the
+backward pass: the inputs, and the checkpoints, which take 1/K of a float32 tensor for each leaf of the state. A
+cotangent that is zero is not read, a gradient that is not wanted is not written, and a constant initial state is
+compiled in.
 
-Bytes per element and step, forward + backward, one input and one output: x and s forward, x, ds and dx backward, so
-5 x itemsize (20 in float32, 10 in bfloat16), and the checkpoints, written and read once, 8 / K.
+Bytes per element and step, forward + backward, one input and one output: x and s forward, x, ds and dx backward. That is
+5 x itemsize (20 in float32, 10 in bfloat16), plus 8 / K for the checkpoints, which are written once and read once.
 """
 
 from dataclasses import dataclass
@@ -27,7 +28,7 @@ from snnfuse.ops.problem import Leaves, Problem
 @jax.tree_util.register_static
 @dataclass(frozen=True)
 class Wanted:
-    """Which of the arguments somebody differentiates with respect to; nothing is computed for the others."""
+    """Which arguments need a gradient. No gradient is computed for the others."""
 
     params: tuple[bool, ...]
     state: tuple[bool, ...]
@@ -35,10 +36,11 @@ class Wanted:
 
 
 class Kernels(Protocol):
-    """A pair of kernels over lanes. Hashable; `params` are [P] with P dividing M (lane m reads element m % P).
+    """A forward and a backward kernel over flat lanes. Hashable.
 
-    `state` is () where the initial state is constant (`problem.initial`). Checkpoints are the states before the chunks,
-    as many as `blocks.checkpoints(T)`. Where a cotangent is zero, or a gradient is not wanted, None stands for the array.
+    `params` are [P], where P divides M: lane m reads element m % P. `state` is () if the initial state is constant
+    (`problem.initial`). There are `blocks.checkpoints(T)` checkpoints. None stands for a cotangent that is zero and for
+    a gradient that is not wanted.
     """
 
     problem: Problem
@@ -47,7 +49,7 @@ class Kernels(Protocol):
         """(outs [T, M], final state [M], checkpoints [_, M], none unless `save`)."""
 
     def backward(self, params, state, checkpoints, xs, d_outs, d_state, *, wanted: Wanted):
-        """(d_params, a float32 [M] each; d_state [M]; d_xs [T, M])."""
+        """(d_params, float32 [M] each; d_state [M]; d_xs [T, M])."""
 
 
 class Passes(Protocol):
@@ -59,10 +61,10 @@ class Passes(Protocol):
     problem: Problem
 
     def forward(self, params: Leaves, state: Leaves, xs: Leaves, *, save: bool) -> tuple[Leaves, Leaves, Any]:
-        """(outs, final state, kept), the last one nothing unless `save`."""
+        """(outs, final state, kept). `kept` is empty unless `save`."""
 
     def backward(self, params, state, kept, xs, d_outs, d_state, wanted: Wanted):
-        """(d_params, d_state, d_xs), None for what is not wanted."""
+        """(d_params, d_state, d_xs), with None for each gradient that is not wanted."""
 
 
 @dataclass(frozen=True)
@@ -126,7 +128,7 @@ _run.__wrapped__.defvjp(_run_forward, _run_backward, symbolic_zeros=True)
 
 
 def chunk_forward(problem: Problem, params: Leaves, state: Leaves, xs: list[Leaves]) -> tuple[Leaves, list[Leaves]]:
-    """K steps; `xs` holds the inputs of each. (state after the chunk, the outputs of each step)."""
+    """Run K steps; `xs` holds the inputs of each. Returns (state after the chunk, the outputs of each step)."""
     outs = []
     for x in xs:
         state, out = _step(problem, params, state, x)
@@ -137,9 +139,10 @@ def chunk_forward(problem: Problem, params: Leaves, state: Leaves, xs: list[Leav
 def chunk_backward(
     problem: Problem, pullback, params, state, xs: list[Leaves], d_outs: list[Leaves], d_params, d_state
 ):
-    """K steps in reverse, from the state before the chunk: (d_params, d_state before the chunk, the d_x of each step).
+    """Pull cotangents back through K steps, given the state before the chunk.
 
-    `pullback` is `problem.pullback_jaxpr` of the gradients wanted; `d_params` and the d_x are those.
+    Returns (d_params, d_state before the chunk, the d_x of each step). `pullback` is `problem.pullback_jaxpr` for the
+    wanted gradients; `d_params` and each d_x hold only those.
     """
     pullback = jex.jaxpr_as_fun(pullback)
     states = [state]
@@ -159,7 +162,7 @@ def _step(problem, params, state, x):
 
 
 def _float(problem, leaves):
-    """In the dtype of the arithmetic. Only here, at use: a chunk in 16 bits takes half the registers until then."""
+    """Cast to the dtype of the arithmetic. The cast comes at the last moment: until then 16-bit inputs take half the registers."""
     return tuple(leaf.astype(problem.dtype) for leaf in leaves)
 
 

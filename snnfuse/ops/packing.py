@@ -9,9 +9,10 @@ from jax import Array
 
 @dataclass(frozen=True)
 class Packed:
-    """An `out_dtype`: bit k of word w is 1 where the output at t = steps w + k is not 0; words [ceil(T / steps), *B, N].
+    """An `out_dtype` that stores spikes as bits: words [ceil(T / steps), *B, N].
 
-    `steps` is 8 (uint8) or 32 (uint32). A packed output carries no gradient. `unpack` is the way back.
+    Bit k of word w is 1 where the output at t = steps w + k is not 0. `steps` is 8 (uint8) or 32 (uint32). A packed output
+    carries no gradient. `unpack` reverses it.
     """
 
     steps: int = 8
@@ -25,7 +26,7 @@ class Packed:
         return jnp.dtype(f"uint{self.steps}")
 
     def words(self, outs: list[Array]) -> list[Array]:
-        """Successive outputs, from a step that is a multiple of `steps` on, as words."""
+        """Words made of successive outputs; the first output belongs to a step that is a multiple of `steps`."""
         bits = [jax.lax.select(s != 0, jnp.full_like(s, 1, self.word), jnp.zeros_like(s, self.word)) for s in outs]
         words = []
         for start in range(0, len(bits), self.steps):
@@ -37,7 +38,7 @@ class Packed:
 
 
 def pack(spikes: Array, steps: int = 8) -> Array:
-    """[T, *B, N] of anything that is 0 or not, to words [ceil(T / steps), *B, N]."""
+    """Words [ceil(T / steps), *B, N] of [T, *B, N]; a bit is 1 where the value is not 0."""
     packed = Packed(steps)
     padded = jnp.pad(spikes != 0, [(0, -len(spikes) % steps)] + [(0, 0)] * (spikes.ndim - 1))
     shift = jnp.arange(steps, dtype=packed.word).reshape(1, steps, *(1,) * (spikes.ndim - 1))
@@ -45,7 +46,7 @@ def pack(spikes: Array, steps: int = 8) -> Array:
 
 
 def unpack(words: Array, T: int, dtype=jnp.bool_) -> Array:
-    """Words of packed spikes back to [T, *B, N] of 0 and 1 in `dtype`."""
+    """Packed spikes back to [T, *B, N], 0 and 1 in `dtype`. Raises ValueError if the words do not hold T steps."""
     steps = jnp.iinfo(words.dtype).bits
     if not 0 <= len(words) * steps - T < steps:
         raise ValueError(

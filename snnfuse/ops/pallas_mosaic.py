@@ -1,8 +1,8 @@
 """The fused kernels in Pallas, lowered through Mosaic GPU: for compute capability 9.0 and later.
 
 Lanes are seen as rows of 256, [T, M / 256, 256], because a tile of an asynchronous copy has at most 256 elements a side.
-A program, one warpgroup, owns a few rows; its chunks of K steps are streamed through shared memory by the copy engine,
-several in flight, while the state stays in registers.
+A program is one warpgroup and owns a few rows. The copy engine streams its chunks of K steps through shared memory,
+several at a time, while the state stays in registers.
 """
 
 from dataclasses import dataclass
@@ -22,7 +22,7 @@ from snnfuse.ops.problem import Problem
 WIDTH = 256
 
 
-# The primitives of a step that Mosaic GPU of JAX 0.11.2 lowers.
+# The primitives that Mosaic GPU of JAX 0.11.2 can lower.
 _LOWERED = frozenset(
     """abs add and atan2 broadcast_in_dim clamp convert_element_type copy cos div eq erf exp exp2 ge gt le log
     log2 logistic lt max min mul ne neg not or rem round rsqrt select_n sign sin sqrt square sub tanh xor""".split()
@@ -71,7 +71,7 @@ class MosaicKernels:
     def forward(self, params, state, xs, *, save):
         problem, (rows, K, _), T = self.problem, self.blocks, self.problem.T
         checkpointed = problem.num_state if save and T > K else 0
-        # it stores floating dtypes; others are made of float32 afterwards
+        # the kernel stores floating dtypes; an integer or packed output is made from float32 afterwards
         out_dtypes = [d if f else jnp.float32 for d, f in zip(problem.out_dtypes, problem.differentiable, strict=True)]
         out_types = [jax.ShapeDtypeStruct((T, self._height, WIDTH), d) for d in out_dtypes]
 
@@ -176,12 +176,12 @@ class MosaicKernels:
 
     @property
     def _height(self):
-        """Rows of the padded lanes: a multiple of those a program owns."""
+        """Rows of the padded lanes: a multiple of the rows of one program."""
         return pl.cdiv(self.problem.M, WIDTH * self.blocks.rows) * self.blocks.rows
 
     def _call(self, body, name, params, args, out_types):
         M, padded = self.problem.M, self._height * WIDTH
-        # a scalar stays one; any other parameter is repeated over the lanes, for there is no gather here
+        # a scalar stays a scalar; any other parameter is repeated over the lanes, because this kernel cannot gather
         params = [p if p.shape == (1,) and M > 1 else jnp.tile(p, M // p.shape[0]) for p in params]
         rows_of = lambda a: jnp.pad(a, [(0, 0)] * (a.ndim - 1) + [(0, padded - M)]).reshape(*a.shape[:-1], -1, WIDTH)
         args = [p if p.shape == (1,) and M > 1 else rows_of(p.astype(jnp.float32)) for p in params] + [
@@ -220,7 +220,7 @@ class MosaicKernels:
         return plgpu.load(ref, layout=self._layout(), optimized=False).astype(jnp.float32)
 
     def _load_once(self, ref, mine):
-        """A state to begin with. Times one: in a `shard_map` it is typed as varying, and what steps make of it is not."""
+        """Load an initial state. The product with one changes its type: in a `shard_map` the load is typed as varying, the carry not."""
         return self._load(ref.at[mine]) * 1.0
 
     def _full(self, value):

@@ -73,7 +73,7 @@ def _why_not_kernels(problem: Problem) -> str | None:
         and problem.T * problem.M >= 2**31
     ):
         return "an 8-bit output of 2^31 or more elements overflows the 32-bit offsets of the Pallas Triton lowering"
-    # first on some lanes: the blocks depend on the traced step, which may not trace
+    # first on 32 lanes: the block sizes depend on the traced step, and tracing may fail
     return problem.why_not_lanewise((32,)) or problem.why_not_lanewise((triton_blocks(problem).lanes,))
 
 
@@ -171,7 +171,7 @@ class PallasKernels:
 
     @staticmethod
     def _reused(inputs, out_shape):
-        """{argument: result} of one cotangent and one d_x written over it: a chunk is read before it is written."""
+        """{argument: result}: one d_x is written over one cotangent. That is safe, as a chunk is read before it is written."""
         like = lambda a: (a.shape, a.dtype)
         first = sum(map(len, inputs[:4]))
         pairs = [(first + i, o) for i, d in enumerate(inputs[4]) for o, a in enumerate(out_shape) if like(a) == like(d)]
@@ -219,7 +219,7 @@ class PallasKernels:
         ref[...] = lanes if mask is None else jnp.where(mask, lanes, ref[...])
 
     def _loop(self, C, index, load, chunk, carry):
-        """chunk(c, carry, load(c)) over c = index(0..C-1); with `prefetch` a chunk is loaded while the one before runs."""
+        """Run chunk(c, carry, load(c)) for c = index(0..C-1). With `prefetch` the next chunk is loaded while this one runs."""
         if not self.blocks.prefetch or C < 2:
             return lax.fori_loop(0, C, lambda i, carry: chunk(index(i), carry, load(index(i))), carry)
 
@@ -237,7 +237,7 @@ class PallasKernels:
         return None if self.problem.M % self.blocks.lanes == 0 else self._lanes() < self.problem.M
 
     def _where(self, condition, mask):
-        """The lanes of `mask`, all or none of them."""
+        """`mask` if the condition holds, else no lane."""
         mine = jnp.full((self.blocks.lanes,), condition)
         return mine if mask is None else mine & mask
 
@@ -258,7 +258,7 @@ class PallasKernels:
         return tuple(load(ref) for ref in refs)
 
     def _load_steps(self, refs, start, k, mask):
-        """The inputs of k steps. All loads come before any use, so that k of them are in flight, in the dtype they have."""
+        """The inputs of k steps in their own dtype. All loads come before any use, so that k of them are in flight."""
         return [tuple(self._load(ref.at[start + i], mask) for ref in refs) for i in range(k)]
 
     def _store_outs(self, refs, c, steps, mask):

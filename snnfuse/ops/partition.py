@@ -1,11 +1,11 @@
 """The fused kernels at the caller's shapes, [T, *B, N]: on lanes sharded over any devices, and under `vmap`.
 
-A kernel knows one device and flat lanes [M]. `jit` cannot split it, and would gather its operands; so each call is
-wrapped in `custom_partitioning`, whose rule says that every axis of [*B, N] may be sharded and that time may not. A
-device then runs the same kernel on its own lanes, and nothing is communicated. The kernels return the gradient of a
-parameter lane by lane; XLA's sum over lanes reduces it, over devices too.
+A kernel knows one device and flat lanes [M]. `jit` cannot split a kernel: it would gather the operands. So each call is
+wrapped in `custom_partitioning`. Its rule says that every axis of [*B, N] may be sharded, and that time may not. Each
+device then runs the same kernel on its own lanes, without communication. The kernels return the gradient of a parameter
+lane by lane, and XLA sums it over lanes and devices.
 
-`vmap` adds an axis of lanes and nothing else, so its rule calls the same kernel with one more axis in *B.
+`vmap` only adds an axis of lanes, so its rule calls the same kernel with one more axis in *B.
 """
 
 from dataclasses import dataclass, replace
@@ -23,8 +23,8 @@ from snnfuse.ops.device import device_count
 def on_lanes(method, kernels, params, *groups, **options):
     """`kernels.method(params, *groups, **options)`, which takes and returns flat lanes, for arrays that are not flat.
 
-    params leaves are [*B, N], any axis 1; those of `groups` and of the results are [*B, N] or [time, *B, N]. A device
-    gets the kernels of its own lanes; what `kernels` says about time stays, so that forward and backward agree on K.
+    Leaves of `params` are [*B, N], where any axis may be 1. Leaves of `groups` and results are [*B, N] or [time, *B, N].
+    Each device runs the kernels for its own lanes. The block sizes stay the same, so forward and backward agree on K.
     """
     mesh = jax.sharding.get_abstract_mesh()
     if left := [a for a in mesh.axis_names if mesh.manual_axes and a not in mesh.manual_axes and mesh.shape[a] > 1]:
@@ -46,7 +46,7 @@ def on_lanes(method, kernels, params, *groups, **options):
 
 
 def varying(tree):
-    """In `jax.shard_map`: every leaf typed as varying over all the axes that any varies over, as a kernel must see them."""
+    """In `jax.shard_map`, give all leaves one type: varying over every axis that any of them varies over. A kernel needs that."""
     axes = {a for leaf in jax.tree.leaves(tree) for a in _varies(leaf)}
 
     def cast(leaf):
@@ -61,7 +61,7 @@ def _varies(leaf):
 
 
 def like(d, primal):
-    """A cotangent in the type of its primal: summed over the lanes that the primal broadcasts over, and sharded as it."""
+    """Give a cotangent the type of its primal: sum it over broadcast lanes, cast it, and shard it like the primal."""
     axes = [i for i, (n, m) in enumerate(zip(d.shape, primal.shape, strict=True)) if n != m]
     d = (d.sum(axes, keepdims=True) if axes else d).astype(primal.dtype)
     if not (mesh := jax.typeof(d).sharding.mesh).explicit_axes:
@@ -71,7 +71,7 @@ def like(d, primal):
 
 @dataclass(frozen=True)
 class _Lanes:
-    """One such call, over flat leaves: `rank` is that of [*B, N], the first `num_params` leaves are params."""
+    """One such call over a flat list of leaves. `rank` is the rank of [*B, N]; the first `num_params` leaves are params."""
 
     method: str
     options: dict
@@ -82,7 +82,7 @@ class _Lanes:
 
     def __call__(self, *leaves):
         sharded = self.on_one_device
-        if device_count() > 1:  # with one there is nothing to split; and JAX 0.12 cannot lower this without a device
+        if device_count() > 1:  # one device needs no split, and JAX 0.12 cannot lower a split without a device
             sharded = custom_partitioning(self.on_one_device)
             sharded.def_partition(partition=self.partition, sharding_rule=self.sharding_rule)
         call = custom_vmap(sharded)
@@ -90,7 +90,7 @@ class _Lanes:
         return call(*leaves)
 
     def with_explicit_axes(self, like):
-        """The same under a mesh whose axes are part of types: what comes out is sharded as the lanes of `like` are."""
+        """The same under a mesh with explicit axes: the results are sharded like the lanes of `like`."""
         lanes = like.spec[-self.rank :]
 
         def sharding(struct):
@@ -114,11 +114,11 @@ class _Lanes:
         flat = lambda a: a.reshape(*a.shape[: a.ndim - self.rank], problem.M)
         kernels = getattr(replace(self.kernels, problem=problem), self.method)
         results = kernels(tuple(periodic(p, shape) for p in params), *jax.tree.map(flat, groups), **self.options)
-        _, results = varying((leaves, results))  # not every kind of call says so of its results
+        _, results = varying((leaves, results))  # some kinds of call do not type their results
         return jax.tree.map(lambda a: a.reshape(*a.shape[:-1], *shape), results)
 
     def sharding_rule(self, mesh, operands, results):
-        """Axes of lanes share their factors across all arrays; a time axis, or a 1 in params, has a factor of its own."""
+        """An axis of lanes has one factor in all arrays; a time axis and an axis of length 1 in params have their own."""
         lanes = [f"lane{i}" for i in range(self.rank)]
         times, terms = [], []
         for i, t in enumerate((*operands, *results)):
@@ -161,7 +161,7 @@ class _Lanes:
 
 
 def periodic(p, shape):
-    """A parameter flattened to one period of the lanes: [1], [M], or the trailing axes that it covers whole."""
+    """A parameter flattened to one period of the lanes: [1], [M], or the trailing axes that it covers completely."""
     covered = p.shape
     while covered and covered[0] == 1:
         covered = covered[1:]

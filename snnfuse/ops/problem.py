@@ -1,4 +1,4 @@
-"""One checked call of `unroll`, and its step as flat, lanewise jaxprs: what every implementation is given."""
+"""One checked call of `unroll`, and its step as flat jaxprs over lanes. Every implementation is given this."""
 
 import math
 from dataclasses import dataclass, replace
@@ -41,7 +41,7 @@ class Step:
 
 @dataclass(frozen=True)
 class Problem:
-    """All that is static about one call. It is hashable: compiled code is cached by it."""
+    """Everything static about one call. It is hashable, and compiled code is cached by it."""
 
     step: Step
     T: int
@@ -64,24 +64,24 @@ class Problem:
 
     @property
     def chunk_unit(self) -> int:
-        """What a chunk of steps must be a multiple of, unless it holds all T: the steps in a word of packed spikes."""
+        """The chunk length must be a multiple of this, unless one chunk covers all T: the steps in a word of packed spikes."""
         return max((d.steps for d in self.out_dtypes if isinstance(d, Packed)), default=1)
 
     @property
     def state_only(self) -> "Problem":
-        """The same without its outputs: what is left is the final state."""
+        """The same call without outputs: it computes only the final state."""
         step = replace(self.step, neuron=StateOnly(self.step.neuron))
         return replace(self, step=step, out_dtypes=(), out_tree=jax.tree.structure(()))
 
     def out_struct(self, d, *lanes) -> jax.ShapeDtypeStruct:
-        """The whole of an output of dtype `d`."""
+        """The shape and dtype of an output of dtype `d`, over all T."""
         if isinstance(d, Packed):
             return jax.ShapeDtypeStruct((-(-self.T // d.steps), *lanes), d.word)
         return jax.ShapeDtypeStruct((self.T, *lanes), d)
 
     @property
     def differentiable(self) -> tuple[bool, ...]:
-        """Which outputs carry a cotangent: those of a floating dtype."""
+        """Which outputs carry a cotangent: those with a floating dtype."""
         return tuple(not isinstance(d, Packed) and bool(jnp.issubdtype(d, jnp.floating)) for d in self.out_dtypes)
 
     def _structs(self, shape):
@@ -97,7 +97,7 @@ class Problem:
     def pullback_jaxpr(self, shape, wanted_params, wanted_xs, live_outs) -> jex.ClosedJaxpr:
         """(*params, *state, *x, *d_state, *d_outs) -> (*d_state, *d_params, *d_x), every leaf of `shape`.
 
-        The tuples of bools say which outputs have a cotangent and which gradients are returned; d_state always is.
+        The tuples of bools say which outputs have a cotangent, and which gradients are returned. d_state always is.
         """
         params, state, x = self._structs(shape)
 
@@ -119,7 +119,7 @@ class Problem:
         )
 
     def why_not_lanewise(self, shape) -> str | None:
-        """None if the step and its gradient treat every lane alike, so that a kernel may own any block of lanes."""
+        """None if the step and its gradient treat every lane alike, so that a kernel may split the lanes into blocks."""
         name = type(self.step.neuron).__name__
         try:
             for trace in (self.step_jaxpr, self.full_pullback_jaxpr):
@@ -141,7 +141,7 @@ def _put(leaves, which, values):
     return tuple(next(values) if w else leaf for leaf, w in zip(leaves, which, strict=True))
 
 
-# What a step may be made of: primitives whose output element depends only on the input elements at the same place.
+# A step may use these primitives: an element of the output depends only on the input elements at the same place.
 _POINTWISE = frozenset(
     """abs acos acosh add and asin asinh atan atan2 atanh broadcast_in_dim cbrt ceil clamp convert_element_type copy cos
     cosh digamma div eq erf erf_inv erfc exp exp2 expm1 floor ge gt integer_pow is_finite le lgamma log log1p logistic
@@ -189,7 +189,7 @@ def _scalar(const):
 
 
 def _power(x, y):
-    """x to an integer power, by squaring: kernel compilers differ in what they make of it."""
+    """x to an integer power, by repeated squaring, because kernel compilers compile `integer_pow` differently."""
     if y < 0:
         return 1.0 / _power(x, -y)
     if y == 0:
@@ -199,7 +199,10 @@ def _power(x, y):
 
 
 def _evaluate(jaxpr, consts, *args, traceback=None):
-    """Equation by equation, each remembering the line of the neuron's source that made it; in a call, that of the call."""
+    """Evaluate a jaxpr equation by equation, with all calls inlined.
+
+    Each equation keeps the source line of the neuron that made it; an equation inside a call keeps the line of the call.
+    """
     env = dict(zip((*jaxpr.constvars, *jaxpr.invars), (*consts, *args), strict=True))
     for eqn in jaxpr.eqns:
         here = traceback or eqn.source_info.traceback

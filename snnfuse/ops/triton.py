@@ -1,7 +1,7 @@
-"""The fused kernels in Triton, called through jax-triton, from source generated of the neuron's step.
+"""The fused kernels in Triton, called through jax-triton. Their source is generated from the neuron's step.
 
-This is the way that stays for GPUs of compute capability 8.x. jax-triton 0.3.1 (Triton 3.6) and 0.4 (Triton 3.7 and
-later) both do. Neither is imported before a kernel is called.
+GPUs of compute capability 8.x will need this one when JAX drops the Triton lowering of Pallas. jax-triton 0.3.1 (with
+Triton 3.6) and 0.4 (with Triton 3.7 and later) both work. Neither is imported before a kernel is called.
 """
 
 import hashlib
@@ -54,7 +54,7 @@ def why_not_kernels(problem: Problem) -> str | None:
     dtypes = [d for d in problem.out_dtypes if not isinstance(d, Packed)]
     if unknown := [str(d) for d in dtypes if jnp.dtype(d).name not in _DTYPES]:
         return f"it has no output dtype {', '.join(unknown)}"
-    if (why := problem.why_not_lanewise((32,))) is not None:  # before the blocks, which depend on the traced step
+    if (why := problem.why_not_lanewise((32,))) is not None:  # first: the block sizes depend on the traced step
         return why
     lanes = triton_blocks(problem).lanes
     return problem.why_not_lanewise((lanes,)) or triton_source.why_not(problem, lanes)
@@ -66,7 +66,7 @@ _DTYPES = frozenset(
 
 
 def source(problem: Problem) -> str:
-    """The text of both kernels, as they are compiled for this problem."""
+    """The text of both kernels that are compiled for this problem."""
     shapes = [jax.ShapeDtypeStruct(s, jnp.float32) for s in problem.param_shapes]
     params = [jax.eval_shape(lambda p: periodic(p, problem.lane_shape), s) for s in shapes]
     return triton_source.module_text(problem, triton_blocks(problem), _periods(params))
@@ -114,7 +114,7 @@ class TritonKernels:
 
         lanes, K = self.blocks.lanes, self.blocks.chunk
         known = inspect.signature(jax_triton.triton_call).parameters
-        fusion = {"enable_fp_fusion": True}  # multiply-adds, as XLA has them; the default changes with Triton 3.10
+        fusion = {"enable_fp_fusion": True}  # fused multiply-adds, as in XLA; Triton 3.10 changes the default
         return jax_triton.triton_call(
             *args,
             self.problem.T // K,
@@ -135,7 +135,7 @@ class TritonKernels:
 
 @cache
 def kernel(text: str, name: str):
-    """The kernel `name` of a module's text: one function, and so one compilation, for equal texts."""
+    """The kernel `name` in a module's text. Equal texts give the same function, so it is compiled once."""
     filename = f"<snnfuse {name} {hashlib.sha256(text.encode()).hexdigest()[:16]}>"
     linecache.cache[filename] = (len(text), None, text.splitlines(True), filename)  # Triton asks for the source
     module = {"__name__": f"snnfuse.ops.{name}"}

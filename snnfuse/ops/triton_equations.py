@@ -1,4 +1,4 @@
-"""Equations as Triton: a flat, lanewise jaxpr as the text of one function, read from one table."""
+"""Turns a flat jaxpr over lanes into the text of one Triton function. One table maps primitives to expressions."""
 
 import linecache
 import os
@@ -12,8 +12,8 @@ from jax.extend import core as jex
 
 _NAN_WINS = "propagate_nan=tl.PropagateNan.ALL"
 
-# JAX primitive: Triton expression of its operands; lanes are float32 or bool. Where there is a choice, it is what XLA
-# does on a GPU: `/` is div.full (2 ulp), exp and its like are those of libdevice (tl.exp is exp2 of a rounded product).
+# JAX primitive: Triton expression of its operands; lanes are float32 or bool. Where Triton offers a choice, we take what
+# XLA does on a GPU: `/` is div.full (2 ulp), exp and its like are those of libdevice (tl.exp is exp2 of a rounded product).
 TABLE = {
     "add": "{0} + {1}",
     "sub": "{0} - {1}",
@@ -52,7 +52,10 @@ TABLE = {
         atanh""".split()
     },
 }
-_COMPUTED, _ROUNDED = {"float32", "bool"}, {"bfloat16", "float16"}  # what lanes may be; and be rounded to, on the way
+_COMPUTED, _ROUNDED = (
+    {"float32", "bool"},
+    {"bfloat16", "float16"},
+)  # the dtypes of lanes, and those that a step may round to
 RESERVED = frozenset(
     """ahead at at_tail bit c chunks i k lane mask step pullback load_chunk load_chunk_backward forward_chunk backward_chunk snn_forward snn_backward M K TAIL BLOCK tl triton
     libdevice float range and as assert break class continue def del elif else except finally for from global if import in
@@ -61,10 +64,11 @@ RESERVED = frozenset(
 
 
 def function(name, jaxpr, inputs, outputs, *, known=(), hints=()):
-    """A jaxpr as a function; each equation under the line of the neuron's source that it came from.
+    """(the text of a jaxpr as a function, the name of each expression in it).
 
-    An equation is named as the same expression in `known`, or by `hints`, or as the output that it is; equal ones are
-    one.
+    A comment above each equation quotes the line of the neuron's source that it came from. The name of a value is that of
+    the same expression in `known`, or else comes from `hints`, or is the name of the output. Equal expressions are written
+    once.
     """
     known, hints = dict(known), dict(hints)
     taken = {*RESERVED, *inputs}
@@ -80,7 +84,7 @@ def function(name, jaxpr, inputs, outputs, *, known=(), hints=()):
             env[var] = _fold(eqn, [_read(env, v) for v in eqn.invars])
             continue
         text = expression(eqn, [literal(_read(env, v)) for v in eqn.invars])
-        if text in written or text in taken:  # the same again, or a plain copy
+        if text in written or text in taken:  # written before, or a plain copy
             env[var] = written.get(text, text)
             continue
         wish = known.get(text) or hints.get(var)
@@ -196,7 +200,7 @@ def _source_line(eqn):
 
 
 def assigned(jaxpr):
-    """Names for the values that the neuron's code assigns: of the last equation under each line `name = ...`."""
+    """Names for values: the last equation that comes from a line `name = ...` of the neuron's code gets that name."""
     last = {frame: eqn.outvars[0] for eqn in jaxpr.eqns for frame in _frames(eqn)}
     names = {}
     for frame, var in last.items():

@@ -45,7 +45,7 @@ def forward_text(problem: Problem, blocks: Blocks, periods: Periods, save: bool)
 
 def backward_text(problem: Problem, blocks: Blocks, periods: Periods, wanted: Wanted, live_outs, live_state) -> str:
     """A module with the kernel `snn_backward(*params, *state, *checkpoints, *xs, *d_outs, *d_state, chunks,
-    *d_params, *d_state, *d_xs)`, of the cotangents that are live and the gradients wanted."""
+    *d_params, *d_state, *d_xs)`. It has only the cotangents that are not zero and the gradients that are wanted."""
     names = _Names(problem)
     step, known = _step(problem, names, blocks.lanes)
     pullback = _pullback(problem, names, blocks.lanes, wanted, live_outs, known)
@@ -77,7 +77,7 @@ def _module(problem, *functions):
 
 
 class _Names:
-    """The neuron's own names for its leaves, made unique."""
+    """Names for the leaves of params, state, xs and outs: those that the neuron uses, made unique."""
 
     def __init__(self, problem: Problem):
         step, taken = problem.step, set(equations.RESERVED)
@@ -100,7 +100,7 @@ def _leaf_names(tree, root, full=False):
 
 
 def _unique(name, taken):
-    """A name none of whose relatives in the text is taken."""
+    """The name, with underscores until neither it nor a name derived from it is taken."""
     relatives = (
         "{0}",
         "d_{0}",
@@ -290,7 +290,7 @@ def _backward(problem, names, blocks, periods, wanted, live_outs, live_state):
     here = [f"{d}_here" for d in d_params]
 
     def load(c, size="K", suffix="", first=True):
-        """What chunk c needs: the state before it, a checkpoint or for the first one the initial state; and its inputs."""
+        """Load what chunk c needs: its inputs, and the state before it (a checkpoint, or the initial state for chunk 0)."""
         states = [s + suffix for s in names.state]
         lines = []
         if first:
@@ -349,12 +349,12 @@ _CONSTANTS = [f"{name}: tl.constexpr" for name in ("M", "K", "TAIL", "BLOCK")]
 
 
 def _masked(problem, blocks):
-    """["mask"] if some program has lanes beyond M, else []."""
+    """["mask"] if the last program has lanes beyond M, else []."""
     return ["mask"] if problem.M % blocks.lanes else []
 
 
 def _row(index, stride, problem):
-    """An offset, in 64 bits where 32 would not do."""
+    """An offset; in 64 bits if 32 could overflow."""
     return f"tl.cast({index}, tl.int64) * {stride}" if problem.T * problem.M >= 2**31 else f"{index} * {stride}"
 
 

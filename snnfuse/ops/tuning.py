@@ -15,7 +15,7 @@ def path() -> pathlib.Path:
 
 
 def key(problem: Problem, kernels: str) -> str:
-    """All that the best sizes depend on: the device, the neuron, the shapes and the dtypes."""
+    """Everything that the best sizes depend on: the device, the neuron, the shapes and the dtypes."""
     names = [getattr(d, "name", repr(d)) for d in (*problem.x_dtypes, *problem.out_dtypes)]
     state = "constant state" if problem.initial is not None else "state"
     parts = device_kind(), kernels, problem.step.neuron, f"T={problem.T}", f"M={problem.M}", names, state
@@ -36,7 +36,7 @@ def write(key: str, blocks: tuple) -> None:
     read.cache_clear()
     found = read() | {key: blocks}
     path().parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.NamedTemporaryFile("w", dir=path().parent, delete=False) as f:  # never half a file under the name
+    with tempfile.NamedTemporaryFile("w", dir=path().parent, delete=False) as f:  # a reader never sees half a file
         json.dump(found, f, indent=1)
     os.replace(f.name, path())
     read.cache_clear()
