@@ -36,6 +36,11 @@ def axes_here() -> tuple[str, ...]:
     return tuple(jax.sharding.get_abstract_mesh().manual_axes)
 
 
+def data_axes() -> tuple[str, ...]:
+    """Those of `axes_here` whose devices hold different samples: all but "time"."""
+    return tuple(axis for axis in axes_here() if axis != TIME)
+
+
 # Bytes of a sum, not searched for: one of 4 MB is little more than its latency, of 64 MB little more than its bytes.
 LAST = 2**22  # of the one that only the update can hide, see `flatten_optimizer`
 PIECE = 2**26  # of each of the others, about
@@ -213,17 +218,26 @@ def _on_each_device(step, axes):
     def run(state, data, *rest):
         mine = lambda tree: jax.tree.map(lambda x: fold_key(x, apart) if apart and _is_key(x) else x, tree)
         new, metrics = step(mine(state), data, *mine(rest))
-        return _same_everywhere(new, state, axes), jax.tree.map(lambda x: _reduce(x, axes, apart), metrics)
+        return _same_everywhere(new, state, axes, apart), jax.tree.map(lambda x: _reduce(x, axes, apart), metrics)
 
     return run
 
 
-def _same_everywhere(new, old, axes):
+def _same_everywhere(new, old, axes, apart):
+    """Keys as they were; nnx.BatchStat averaged; what an nnx.Metric gained on each device, added up."""
     keys = {p: x for p, x in jax.tree_util.tree_leaves_with_path(old) if _is_key(x)}
     new = jax.tree_util.tree_map_with_path(lambda p, x: keys.get(p, x) if _is_key(x) else x, new)
-    variables, treedef = jax.tree.flatten(new, is_leaf=lambda v: isinstance(v, nnx.Variable))
+    is_variable = lambda v: isinstance(v, nnx.Variable)
+    variables, treedef = jax.tree.flatten(new, is_leaf=is_variable)
     statistics = iter(mean_gradients([v for v in variables if isinstance(v, nnx.BatchStat)], axes))
-    return treedef.unflatten([next(statistics) if isinstance(v, nnx.BatchStat) else v for v in variables])
+    gained = lambda now, was: was + lax.psum(now - was, apart) if apart else now
+
+    def joined(now, was):
+        if isinstance(now, nnx.BatchStat):
+            return next(statistics)
+        return jax.tree.map(gained, now, was) if isinstance(now, nnx.metrics.MetricState) else now
+
+    return treedef.unflatten(map(joined, variables, jax.tree.leaves(old, is_leaf=is_variable)))
 
 
 def _reduce(x, axes, apart):

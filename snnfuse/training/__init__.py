@@ -1,0 +1,18 @@
+"""Training steps: `nnx.jit`'s way of writing one, at the cost of a call to a flat `jax.jit`; batches that live on the device.
+
+    @training.compiled_step
+    def train_step(model, optimizer, xs, labels):
+        loss, grads = nnx.value_and_grad(loss_of)(model, xs, labels)
+        optimizer.update(model, grads)
+        return loss
+
+    loss = train_step(model, optimizer, xs, labels)              # one step
+    losses = train_step.scan(model, optimizer, xs_K, labels_K)   # K steps in one call: xs_K [K, ...], losses [K]
+
+After each call the model and the optimizer hold the new arrays: read, print, save and evaluate them at any time.
+"""
+
+from snnfuse.training.compiled import CompiledStep, compiled_step
+from snnfuse.training.device_data import DeviceData
+
+__all__ = ["CompiledStep", "DeviceData", "compiled_step"]
