@@ -12,7 +12,7 @@ import snnfuse
 
 PAGES = Path(__file__).parents[1] / "notebooks" / "docs" / "pages"
 RUN = sorted(path for path in PAGES.rglob("*.md") if "```python" in path.read_text())
-PARTS = ("snnfuse", "snnfuse.nn", "snnfuse.models", "snnfuse.interop.nir", "snnfuse.parallel")
+PARTS = ("snnfuse", "snnfuse.nn", "snnfuse.models", "snnfuse.interop.nir", "snnfuse.parallel", "snnfuse.training")
 
 
 def run(path):

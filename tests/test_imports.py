@@ -13,6 +13,7 @@ import pytest
 import snnfuse
 import snnfuse.interop.nir
 import snnfuse.nn
+import snnfuse.training
 
 ROOT = Path(snnfuse.__file__).parents[1]
 SEEN_BY = {  # the parts of snnfuse, each with those it may import; "" is snnfuse/__init__.py
@@ -184,7 +185,9 @@ def test_imports_and_runs_with_jax_flax_and_optax_alone():
 
 
 PUBLIC = {
-    f"{m.__name__}.{name}": getattr(m, name) for m in (snnfuse, snnfuse.nn, snnfuse.interop.nir) for name in m.__all__
+    f"{m.__name__}.{name}": getattr(m, name)
+    for m in (snnfuse, snnfuse.nn, snnfuse.training, snnfuse.interop.nir)
+    for name in m.__all__
 }
 
 
