@@ -1,66 +1,176 @@
-"""What changed between two commits' rows of a results file: `make bench-compare A=<revision> B=<revision>`.
+"""Is one version of the library slower than another? Times two checkouts on one machine, in turn, in one run.
 
-    python benchmarks/compare.py HEAD~5 HEAD                        results/core.jsonl as each of them has it
-    python benchmarks/compare.py A B --rows peers --tolerance 0.03
+    python benchmarks/compare.py OLD NEW                  two folders, each with a `snnfuse` package
+    python benchmarks/compare.py HEAD~5 HEAD --rounds 9   two git revisions of this repository
+    python benchmarks/compare.py OLD NEW --tiny           small shapes on a CPU; checks that it runs
 
-A row is known by all of it that is not measured. Fails if one got slower than the tolerance, or has no time any more.
+Times a LIF layer (T = 32, 2^20 lanes, float32 and bfloat16; T = 500, 2^13 lanes) forward and backward, and a training step
+of Spiking-ResNet-18 (bfloat16, T = 32, B = 100, 28 x 28). Each checkout runs in a process of its own. In every round both
+are timed on each case, one right after the other; the order alternates. It prints the median of the rounds and the ratio
+new / old with its quartiles, and exits with 1 if a median ratio is above 1 + tolerance. About two minutes on an H100.
 """
 
 import argparse
+import contextlib
 import json
-import pathlib
+import os
+import re
+import statistics
 import subprocess
 import sys
+import tempfile
+from pathlib import Path
 
-HERE = pathlib.Path(__file__).parent
-KNOWN_BY = ("case", "model", "T", "M", "C", "B", "size", "input", "dtype", "precision", "memory")
-KNOWN_BY += ("library", "implementation", "how", "device")
-
-
-def rows(text):
-    """{what a row is known by: row}; of several, the last."""
-    parsed = [json.loads(line) for line in text.splitlines()]
-    return {tuple((k, str(row[k])) for k in KNOWN_BY if k in row): row for row in parsed}
-
-
-def compare(before, after, tolerance):
-    """(a line for each row that changed by more than the tolerance, whether one of them is a regression)"""
-    lines, regressed = [], False
-    for key, old in before.items():
-        new, name = after.get(key), " ".join(value for _, value in key)
-        if not old.get("ms"):
-            continue
-        if new is None or not new.get("ms"):
-            lines.append(f"GONE     {name}: {old['ms']:.4g} ms, now {new['status'] if new else 'no row'}")
-            regressed = True
-        elif abs(ratio := new["ms"] / old["ms"] - 1) > tolerance:
-            word = "SLOWER" if ratio > 0 else "faster"
-            lines.append(f"{word:8} {name}: {old['ms']:.4g} -> {new['ms']:.4g} ms ({ratio:+.0%})")
-            regressed |= ratio > 0
-    for key, new in after.items():
-        if new.get("ms") and not before.get(key, {}).get("ms"):
-            lines.append(f"new      {' '.join(value for _, value in key)}: {new['ms']:.4g} ms")
-    return lines, regressed
+CASES = {  # T and lanes, or T, B and the size of the images
+    "lif T=32 2^20 float32": (32, 2**20),
+    "lif T=32 2^20 bfloat16": (32, 2**20),
+    "lif T=500 2^13 float32": (500, 2**13),
+    "resnet18 bfloat16": (32, 100, 28),
+}
+TINY = {2: (4, 256), 3: (2, 2, 16)}
 
 
-def main():
+def lif(T, M, dtype):
+    """A call of forward and backward on several inputs in one program, and the number of them."""
+    import jax
+
+    import snnfuse as sf
+
+    draw = lambda seed: jax.random.normal(jax.random.key(seed), (T, M)).astype(dtype)
+    sets = [(draw(2 * i) + 0.3, draw(2 * i + 1)) for i in range(4)]
+
+    def both(x, cotangent):
+        out, vjp = jax.vjp(lambda x: sf.unroll(sf.LIF(), sf.LIFParams(), None, x)[0], x)
+        return out, vjp(cotangent)
+
+    run = jax.jit(lambda sets: [both(*args) for args in sets])
+    return lambda: run(sets), len(sets)
+
+
+def resnet18(T, B, size):
+    """A call of a training step. The code of the step is here, so that both checkouts run the same."""
+    import inspect
+    from functools import partial
+
+    import jax
+    import optax
+    from flax import nnx
+
+    from snnfuse import models, nn
+
+    names = inspect.signature(models.spiking_resnet).parameters
+    policy = "policy" if "policy" in names else "precision"  # its name until commit ab62cdc
+    model = models.spiking_resnet(18, 3, 10, **{policy: "bfloat16"}, rngs=nnx.Rngs(0))
+    model.train()
+    graphdef, state = nnx.split((model, nnx.Optimizer(model, optax.adam(1e-3), wrt=nnx.Param)))
+    leaves, tree = jax.tree.flatten(state)
+
+    @partial(jax.jit, donate_argnums=0)
+    def step(leaves, xs, labels):
+        model, optimizer = nnx.merge(graphdef, tree.unflatten(leaves))
+
+        def loss_of(model):
+            logits = nn.membrane_mean(model(xs)[0])
+            return optax.softmax_cross_entropy_with_integer_labels(logits, labels).mean()
+
+        loss, grads = nnx.value_and_grad(loss_of)(model)
+        optimizer.update(model, grads)
+        return jax.tree.leaves(nnx.state((model, optimizer))), loss
+
+    xs = jax.random.bernoulli(jax.random.key(0), 0.5, (T, B, size, size, 3))
+    labels = jax.random.randint(jax.random.key(1), (B,), 0, 10)
+
+    def call():
+        nonlocal leaves
+        leaves, loss = step(leaves, xs, labels)
+        return loss
+
+    return call, 1
+
+
+def worker(tiny):
+    """Answers each line of the input, the name of a case, with its milliseconds; the first answer is the location of snnfuse."""
+    import snnfuse  # isort: skip  (before runner, which puts its own checkout on the path)
+    import jax
+    from runner import time_ms
+
+    print(json.dumps(snnfuse.__file__), flush=True)
+    calls = {}
+    for name in map(str.strip, sys.stdin):
+        if name not in calls:
+            shape = TINY[len(CASES[name])] if tiny else CASES[name]
+            calls[name] = resnet18(*shape) if "resnet" in name else lif(*shape, name.split()[-1])
+            for _ in range(6):
+                jax.block_until_ready(calls[name][0]())
+        call, count = calls[name]
+        ms = time_ms(call, jax.block_until_ready, repeats=5, seconds=0.05)[0] / count
+        print(json.dumps(ms), flush=True)
+
+
+class Checkout:
+    def __init__(self, folder, tiny, cache):
+        # Both processes take the same choice of algorithms, which XLA otherwise makes by timing them in each process.
+        flags = os.environ.get("XLA_FLAGS", "") + f" --xla_gpu_per_fusion_autotune_cache_dir={cache}"
+        env = os.environ | dict(XLA_FLAGS=flags, XLA_PYTHON_CLIENT_PREALLOCATE="false")
+        env["PYTHONPATH"] = os.pathsep.join([str(folder), os.environ.get("PYTHONPATH", "")])
+        command = [sys.executable, __file__, "--worker", *["--tiny"] * tiny]
+        self.process = subprocess.Popen(command, env=env, text=True, stdin=subprocess.PIPE, stdout=subprocess.PIPE)
+        found = Path(json.loads(self.process.stdout.readline() or '""'))
+        if folder.resolve() not in found.resolve().parents:
+            sys.exit(f"{folder}: this folder's snnfuse was wanted, {found} was imported")
+
+    def ms(self, case):
+        print(case, file=self.process.stdin, flush=True)
+        line = self.process.stdout.readline()
+        return json.loads(line) if line else sys.exit(f"{case}: the process died, see above")
+
+
+@contextlib.contextmanager
+def folder_of(given):
+    """A folder, or a git revision checked out into a temporary one."""
+    if Path(given).is_dir():
+        yield Path(given).resolve()
+        return
+    here = Path(__file__).parent
+    with tempfile.TemporaryDirectory() as folder:
+        archive = subprocess.run(["git", "archive", given, "../snnfuse"], cwd=here, capture_output=True)
+        if archive.returncode:
+            sys.exit(f"{given}: neither a folder nor a git revision: {archive.stderr.decode().strip()}")
+        subprocess.run(["tar", "-x", "-C", folder], input=archive.stdout, check=True)
+        yield Path(folder)
+
+
+def main(argv=None):
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("before")
-    parser.add_argument("after")
-    parser.add_argument("--rows", default="core", help="the name of a file in results/")
-    parser.add_argument("--tolerance", type=float, default=0.05, help="of a time: what does not count as a change")
-    args = parser.parse_args()
-    texts = []
-    for revision in (args.before, args.after):
-        show = ["git", "show", f"{revision}:./results/{args.rows}.jsonl"]
-        got = subprocess.run(show, capture_output=True, text=True, cwd=HERE)
-        if got.returncode:
-            sys.exit(got.stderr.strip())
-        texts.append(rows(got.stdout))
-    lines, regressed = compare(*texts, args.tolerance)
-    print("\n".join(lines) or f"no time changed by more than {args.tolerance:.0%}")
-    sys.exit(regressed)
+    parser.add_argument("old", help="a folder or a git revision")
+    parser.add_argument("new", help="a folder or a git revision")
+    parser.add_argument("--rounds", type=int, default=9, help="an odd number; default 9")
+    parser.add_argument("--tolerance", type=float, default=0.02, help="the largest slowdown that passes; default 0.02")
+    parser.add_argument("--only", default="", help="only the cases whose name matches this regular expression")
+    parser.add_argument("--tiny", action="store_true", help="small shapes, also without a GPU")
+    args = parser.parse_args(argv)
+    slower = []
+    with folder_of(args.old) as old, folder_of(args.new) as new, tempfile.TemporaryDirectory() as cache:
+        checkouts = [Checkout(folder, args.tiny, cache) for folder in (old, new)]
+        print(f"{'case':24} {'old ms':>9} {'new ms':>9}   new / old (quartiles)")
+        for case in filter(re.compile(args.only).search, CASES):
+            rounds = []
+            for checkout in checkouts:  # compiles, one after the other
+                checkout.ms(case)
+            for i in range(args.rounds):
+                pair = [checkouts[j].ms(case) for j in ((0, 1) if i % 2 else (1, 0))]
+                rounds.append(pair if i % 2 else pair[::-1])
+            ratios = [b / a for a, b in rounds]
+            low, ratio, high = statistics.quantiles(ratios, n=4) if len(ratios) > 1 else ratios * 3
+            a, b = (statistics.median(times) for times in zip(*rounds, strict=True))
+            slower += [case] if ratio > 1 + args.tolerance else []
+            print(f"{case:24} {a:9.4f} {b:9.4f}   {ratio:.4f} ({low:.4f} to {high:.4f})", flush=True)
+        for checkout in checkouts:
+            checkout.process.stdin.close()
+            checkout.process.wait()
+    print(f"slower than the tolerance: {', '.join(slower)}" if slower else "no case is slower than the tolerance")
+    return bool(slower)
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(worker("--tiny" in sys.argv) if "--worker" in sys.argv else main())

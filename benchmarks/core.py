@@ -1,64 +1,39 @@
-"""The fused kernels against `lax.scan` and against the copy rate: forward and backward, time and peak memory.
+"""How fast, and how exact, are the fused kernels beside `lax.scan`? How does their speed compare with copying memory?
 
-python benchmarks/core.py        about five minutes on an H100; rows go to results/core.jsonl (without a GPU: core_cpu.jsonl)
-python benchmarks/core.py --only compile        a minute of it; the rows of the other part stay
+    python benchmarks/core.py                     forward and backward of one layer; five minutes on an H100
+    python benchmarks/core.py --only compile      only the time to compile; a minute
+    python benchmarks/core.py flips               how many of 134 million spikes differ from those of scan; seconds
+    python benchmarks/core.py tune                which block sizes are fastest: the numbers in snnfuse/ops/blocks.py
 
-A case is checked before it is timed: spikes equal to scan's, gradients to rounding. `of_copy_rate` counts 5 tensors
-moved (x and s; x, ds and dx) at the rate that x + 1 reaches in the same process; `over_scan` is scan's time over ours.
+Rows go to results/core.jsonl, flips.jsonl and tune.jsonl. A layer is checked before it is timed: its gradients must be
+those of scan. `of_copy_rate` compares it with x + 1: five tensors (read x, write s; read x and ds, write dx) divided by the
+time, as a share of the bytes per second that x + 1 moves. `over_scan` is scan's time divided by ours; `peak_units` is
+memory in units of xs. `compile` is the time from a Python function to a program; `first_s` is that of the first program of
+a process, a single step, with the imports that it causes.
 
-Of `compile` nothing runs: it is the time from a Python function to a program, once the process has compiled one of its
-kind; `first_s` is that one, of a single step, and the imports with it.
+A spike can differ only if a membrane is within one rounding of the threshold. Inputs on a grid of 0.1 often make the
+membrane exactly equal to it, and then the last bit decides: a compiler may round decay * v + x once or twice.
+
+Blocks are [lanes, warps, chunk, prefetch], for "mosaic" [rows, chunk, stages].
 """
 
-import argparse
-import json
+import os
+import tempfile
 import time
-from dataclasses import dataclass
-from typing import NamedTuple
+from functools import cache
+from unittest import mock
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from measure import ON_GPU, RESULTS, copy_rate, device_ms, fwd_bwd, peak_mb, record, time_ms
+from neurons import NEURONS
+from runner import Case, main, question, split
+from with_jax import bf16, copy_rate, device_ms, f32, forward_backward, peak_mb, times
 
 import snnfuse as sf
-from snnfuse.ops import triton
+from snnfuse.ops import triton, tuning
 
-f32, bf16 = jnp.float32, jnp.bfloat16
-ROWS = "core" if ON_GPU else "core_cpu"  # without a GPU: the smallest cases, a check and no result
-
-
-class ThetaParams(NamedTuple):
-    decay: jax.Array
-    gain: jax.Array
-
-
-class ThetaState(NamedTuple):
-    v: jax.Array
-    trace: jax.Array
-
-
-@dataclass(frozen=True)
-class Resonator:
-    """A neuron that exists only in this file: a damped oscillator that spikes, and inhibits itself by its spike trace."""
-
-    def init_state(self, shape):
-        return ThetaState(jnp.zeros(shape, f32), jnp.zeros(shape, f32))
-
-    def step(self, params, state, x):
-        u = params.decay * state.v - 0.3 * state.trace + params.gain * x
-        s = sf.spike(u - 1.0, sf.FastSigmoid())
-        return ThetaState(u * (1 - s), params.decay * state.trace + u * 0.1 + s), s
-
-
-NEURONS = {
-    "lif": (sf.LIF(), sf.LIFParams()),
-    "lif learned tau": (sf.LIF(), sf.LIFParams(f32(0.5))),
-    "adaptive lif": (sf.AdaptiveLIF(), sf.AdaptiveLIFParams(*map(f32, (0.9, 0.95, 0.2, 1.0)))),
-    "izhikevich": (sf.Izhikevich(), sf.IzhikevichParams()),
-    "own neuron": (Resonator(), ThetaParams(f32(0.8), f32(1.0))),
-}
-CASES = [  # the first four by every implementation, the others by scan and "pallas"
+CASES = [  # the first four run by every implementation, the others by scan and "pallas"
     ("lif", 32, 2**20, f32),
     ("lif", 32, 2**20, bf16),
     ("lif", 256, 2**17, f32),
@@ -77,122 +52,137 @@ EVERYONE = 4
 COMPILED = [(16, 2**12), (256, 2**12), (4096, 2**12), (500, 2**13)]
 
 
-def compare(got, want):
-    """The largest gradient error against its scale, and the number of spikes that differ."""
-    flips = int((got[0] != want[0]).sum())
-    error = 0.0
-    for a, b in zip(jax.tree.leaves(got[1]), jax.tree.leaves(want[1]), strict=True):
-        a, b = (jnp.asarray(g, f32) for g in (a, b))
-        error = max(error, float(jnp.abs(a - b).max() / jnp.abs(b).max()))
-    return flips, error
+def shapes(args):
+    return [(name, 4, 256, dtype) for name, _, _, dtype in (CASES[1], CASES[-1])] if args.tiny else CASES
 
 
-def bench(name, T, M, dtype, rate, implementations):
-    neuron, params = NEURONS[name]
-    learned = {k: v for k, v in params._asdict().items() if isinstance(v, jax.Array)}
+@question("core", implementations=("scan,pallas,mosaic,triton", "which of them; scan first, to compare with"))
+def core(args):
+    names = ["scan", "interpret"] if args.tiny else split(args.implementations)
+    for name in names:  # before the others, so that `first_s` is the first
+        for i, (T, M) in enumerate([(4, 256)] if args.tiny else COMPILED):
+            key = dict(case="compile", T=T, M=M, dtype="float32", implementation=name)
+            yield Case(key, compile_time, (name, T, M, i == 0))
+    yield Case(dict(case="copy"), lambda: dict(bytes_per_s=rate(args.tiny)))
+    for i, (name, T, M, dtype) in enumerate(shapes(args)):
+        for implementation in names if i < EVERYONE else [n for n in names if n in ("scan", "pallas", "interpret")]:
+            key = dict(case=name, T=T, M=M, dtype=jnp.dtype(dtype).name, implementation=implementation)
+            yield Case(key, layer, (name, T, M, dtype, implementation, args.tiny))
+
+
+@question("flips", implementations=("pallas,mosaic,triton", "which of them"))
+def flips(args):
+    for name in ("continuous", "grid of 0.1"):
+        for implementation in ["interpret"] if args.tiny else split(args.implementations):
+            shape = (4, 256) if args.tiny else (32, 2**22)
+            yield Case(dict(case=name, implementation=implementation), differing, (name, implementation, shape))
+
+
+@question("tune", implementations=("pallas", "pallas, mosaic or triton"), seconds=(20.0, "for each shape of tune"))
+def tune(args):
+    for name, T, M, dtype in shapes(args):
+        for implementation in ["interpret"] if args.tiny else split(args.implementations):
+            key = dict(case=name, T=T, M=M, dtype=jnp.dtype(dtype).name, implementation=implementation)
+            yield Case(key, fastest_blocks, (name, T, M, dtype, implementation, args.seconds, args.tiny))
+
+
+@cache
+def rate(tiny):
+    return float(np.median([copy_rate(2**20 if tiny else 2**30) for _ in range(3)]))
+
+
+def inputs(name, T, M, dtype):
+    """Up to 8 sets of inputs and cotangents, and up to 2 GiB of each."""
     scale = 20.0 if name == "izhikevich" else 1.0
-    num = max(
-        1, min(8, 2**31 // (T * M * jnp.dtype(dtype).itemsize))
-    )  # at most 2 GiB of inputs, and as much of cotangents
     draw = lambda seed: jax.random.normal(jax.random.key(seed), (T, M), f32)
-    sets = [((scale * (draw(2 * i) + 0.3)).astype(dtype), draw(2 * i + 1).astype(dtype)) for i in range(num)]
-    scan = None
-    for implementation in implementations:
-        row = dict(case=name, T=T, M=M, dtype=jnp.dtype(dtype).name, implementation=implementation)
+    count = max(1, min(8, 2**31 // (T * M * jnp.dtype(dtype).itemsize)))
+    return [((scale * (draw(2 * i) + 0.3)).astype(dtype), draw(2 * i + 1).astype(dtype)) for i in range(count)]
 
-        def spikes(learned, xs, implementation=implementation):
-            return sf.unroll(neuron, params._replace(**learned), None, xs, implementation=implementation)[0]
 
-        try:
-            result, measured = run(spikes, learned, sets, rate)
-            row |= measured
-            if implementation == "scan":
-                scan = result, row["ms"]
-            elif scan:
-                flips, error = compare(result, scan[0])
-                row |= dict(over_scan=scan[1] / row["ms"], spikes_that_differ=flips, gradient_error=error)
-                if error > (1e-3 if dtype == f32 else 2e-2):
-                    row |= dict(status=f"wrong: gradient error {error:.2g}", ms=None)
-        except Exception as e:  # a failure is a row
-            row |= dict(status=repr(e)[:300])
-        record(ROWS, **row)
+def spikes_of(name, implementation):
+    """A function of (the arrays among the params, xs), and those arrays."""
+    neuron, params = NEURONS[name]
+    leaves, tree = jax.tree.flatten(params)
+    learned = {i: leaf for i, leaf in enumerate(leaves) if isinstance(leaf, jax.Array)}
+
+    def spikes(learned, xs):
+        params = tree.unflatten([learned.get(i, leaf) for i, leaf in enumerate(leaves)])
+        return sf.unroll(neuron, params, None, xs, implementation=implementation)[0]
+
+    return spikes, learned
 
 
 def timed_compile(f, *args):
-    """(f compiled, seconds), with nothing left of what was compiled before."""
+    """(f compiled, seconds); what was compiled before is forgotten first."""
     jax.clear_caches()
-    triton.kernel.cache_clear()  # jax-triton keeps what it compiles, by these
+    triton.kernel.cache_clear()
     start = time.perf_counter()
-    compiled = f.lower(*args).compile()
-    return compiled, time.perf_counter() - start
+    program = f.lower(*args).compile()
+    return program, time.perf_counter() - start
 
 
-def bench_compile(implementation):
-    def seconds(T, M):
+def compile_time(implementation, T, M, first):
+    def seconds(T):
+        spikes, learned = spikes_of("lif", implementation)
         xs = jax.ShapeDtypeStruct((T, M), f32)
-        spikes = lambda xs: sf.unroll(sf.LIF(), sf.LIFParams(), None, xs, implementation=implementation)[0]
-        return timed_compile(fwd_bwd(spikes), (xs,), xs)[1]
+        return timed_compile(forward_backward(spikes), (learned, xs), xs)[1]
 
-    for i, (T, M) in enumerate(COMPILED):
-        row = dict(case="compile", T=T, M=M, dtype="float32", implementation=implementation)
-        try:
-            first = dict(first_s=seconds(1, M)) if i == 0 else {}
-            row |= dict(status="ok", compile_s=seconds(T, M), **first)
-        except Exception as e:
-            row |= dict(status=repr(e)[:300])
-        record(ROWS, **row)
+    return (dict(first_s=seconds(1)) if first else {}) | dict(compile_s=seconds(T))
 
 
-def run(spikes, learned, sets, rate):
-    """((spikes, gradients) of the first set, the measured part of a row); the loss sees the spikes alone."""
-    xs, cotangent = sets[0]
-    compiled, compile_s = timed_compile(fwd_bwd(spikes), (learned, xs), cotangent)
-    result = compiled((learned, xs), cotangent)
-    ms, low, high = device_ms(fwd_bwd(spikes), [((learned, xs), cotangent) for xs, cotangent in sets])
-    return result, dict(
-        status="ok",
-        ms=ms,
-        quartiles=(low, high),
-        call_ms=time_ms(compiled, (learned, xs), cotangent)[0],
-        forward_ms=device_ms(spikes, [(learned, xs) for xs, _ in sets])[0],
-        of_copy_rate=5 * xs.nbytes / rate / (ms * 1e-3),
-        firing_rate=float(jnp.mean(result[0].astype(f32))),
-        peak_units=peak_mb(compiled) * 1e6 / xs.nbytes,
-        compile_s=compile_s,
-    )
+SCAN = {}  # the last case that scan ran: its results and its milliseconds
 
 
-def forget(parts):
-    """Drops the rows of the parts that will run: what stays is of one run each; earlier ones are in the history."""
-    file = RESULTS / f"{ROWS}.jsonl"
-    lines = file.read_text().splitlines(keepends=True) if file.exists() else []
-    part = lambda row: "compile" if row["case"] == "compile" else "speed"
-    file.write_text("".join(line for line in lines if part(json.loads(line)) not in parts))
+def layer(name, T, M, dtype, implementation, tiny):
+    spikes, learned = spikes_of(name, implementation)
+    sets = inputs(name, T, M, dtype)
+    both, calls = forward_backward(spikes), [((learned, xs), cotangent) for xs, cotangent in sets]
+    program, compile_s = timed_compile(both, *calls[0])
+    got = program(*calls[0])
+    row = times(both, program, calls)
+    nbytes = sets[0][0].nbytes
+    row |= dict(of_copy_rate=5 * nbytes / rate(tiny) / (row["ms"] * 1e-3), peak_units=peak_mb(program) * 1e6 / nbytes)
+    row |= dict(forward_ms=device_ms(spikes, [(learned, xs) for xs, _ in sets])[0], compile_s=compile_s)
+    row |= dict(firing_rate=float(jnp.mean(got[0].astype(f32))))
+    case = name, T, M, dtype
+    if implementation == "scan":
+        SCAN.clear()
+        SCAN[case] = got, row["ms"]
+    elif case in SCAN:
+        want, ms = SCAN[case]
+        row |= dict(over_scan=ms / row["ms"], spikes_that_differ=int((got[0] != want[0]).sum()))
+        row |= dict(gradient_error=gradient_error(got[1], want[1]))
+        if row["gradient_error"] > (1e-3 if dtype == f32 else 2e-2):
+            row |= dict(status=f"wrong: gradient error {row['gradient_error']:.2g}", ms=None)
+    return row
 
 
-def main():
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--implementations", default="scan,pallas,mosaic,triton")
-    parser.add_argument("--cases", type=int, default=len(CASES), help="the first so many of them")
-    parser.add_argument("--only", default="compile,speed", help="the parts to run")
-    args = parser.parse_args()
-    implementations, parts = args.implementations.split(","), args.only.split(",")
-    if unknown := set(parts) - {"compile", "speed"}:
-        parser.error(f"--only must name compile, speed or both; got {', '.join(unknown)}")
-    forget(parts)
-    if "compile" in parts:  # before anything else is imported
-        for implementation in implementations:
-            bench_compile(implementation)
-    if "speed" not in parts:
-        return
-    rate = float(np.median([copy_rate() for _ in range(3)]))
-    record(ROWS, case="copy", status="ok", bytes_per_s=rate)
-    for i, case in enumerate(CASES[: args.cases]):
-        if not ON_GPU and case[1] * case[2] > 2**22:
-            continue
-        known = (name for name in implementations if i < EVERYONE or name in ("scan", "pallas"))
-        bench(*case, rate, known)
+def gradient_error(got, want):
+    """The largest error of a gradient, divided by the largest value of that gradient."""
+    pairs = zip(jax.tree.leaves(got), jax.tree.leaves(want), strict=True)
+    error = lambda a, b: float(jnp.abs(a.astype(f32) - b.astype(f32)).max() / jnp.abs(b.astype(f32)).max())
+    return max(error(a, b) for a, b in pairs)
+
+
+def differing(name, implementation, shape):
+    xs = jax.random.normal(jax.random.key(0), shape) + 0.3
+    xs = jnp.round(xs, 1) if name == "grid of 0.1" else xs
+    run = lambda xs, how: sf.unroll(sf.LIF(), sf.LIFParams(0.7), None, xs, implementation=how, out_dtype=jnp.bool_)[0]
+    run = jax.jit(run, static_argnums=1)
+    want, got = run(xs, "scan"), run(xs, implementation)
+    return dict(slots=xs.size, differ=int((got != want).sum()), firing_rate=float(want.mean()))
+
+
+def fastest_blocks(name, T, M, dtype, implementation, seconds, tiny):
+    """The ten fastest block sizes that `snnfuse.autotune` finds, and the slowest."""
+    xs = inputs(name, T, M, dtype)[0][0]
+    with tempfile.TemporaryDirectory() as folder, mock.patch.dict(os.environ, XDG_CACHE_HOME=folder):
+        options = dict(implementation=implementation, seconds=0.0 if tiny else seconds)
+        timed = sf.autotune(*NEURONS[name], None, xs, **options)
+    tuning.read.cache_clear()  # later calls use their own choice again
+    tried = [(ms, list(blocks)) for ms, blocks in (*timed[:10], timed[-1])]
+    return dict(ms=timed[0][0], of_copy_rate=5e3 * xs.nbytes / rate(tiny) / timed[0][0], tried=tried)
 
 
 if __name__ == "__main__":
-    main()
+    main(__doc__, "core", "flips", "tune")

@@ -1,17 +1,14 @@
-"""The most memory that preparing a data set, and going through it once with the loader, takes: rows of results/data_rss.jsonl.
+"""How much memory does it take to prepare a data set, and to go through it once with the loader?
 
-    python benchmarks/data_rss.py            N-MNIST's format and events a sample, at a tenth of its size and in full
+    python benchmarks/data_rss.py        minutes and 3 GB of disk; rows go to results/data_rss.jsonl
 
-The files are random, of the published format, not N-MNIST; each step runs in a process of its own, whose peak resident
-size (VmHWM of Linux, of that program alone) is the number. It is to stay where it is while the set grows tenfold. Needs 3 GB of disk, and minutes.
+The files have N-MNIST's format and events per sample, but random content; the set has a tenth of N-MNIST's size, then all of
+it. Each step runs in a process of its own; `peak_rss_mib` is the peak resident size of that process (VmHWM of Linux). It should
+stay the same while the set becomes ten times larger.
 """
 
 import hashlib
-import json
-import os
 import re
-import subprocess
-import sys
 import tempfile
 import time
 import zipfile
@@ -19,12 +16,24 @@ from importlib.metadata import version
 from pathlib import Path
 
 import numpy as np
-from measure import record
+from runner import Case, main, question
 
 EVENTS = 4_000  # about N-MNIST's mean
 
 
-def write_archives(folder: Path, sizes: dict[str, int]) -> None:
+@question("data_rss", gpu=False)
+def data_rss(args):
+    for train in (40,) if args.tiny else (6_000, 60_000):
+        with tempfile.TemporaryDirectory() as folder:
+            test = train // 6
+            if not args.list:
+                write_archives(Path(folder) / "nmnist", train=train, test=test)
+            for step in (import_only, prepare, iterate):
+                key = dict(case=f"nmnist_format_{step.__name__.removesuffix('_only')}", train=train, test=test)
+                yield Case(key, measure, (step, Path(folder)), "fresh")
+
+
+def write_archives(folder, **sizes):
     rng = np.random.default_rng(0)
     files = []
     for _ in range(100):
@@ -38,60 +47,44 @@ def write_archives(folder: Path, sizes: dict[str, int]) -> None:
                 zipped.writestr(f"{split.title()}/{i % 10}/{i:05d}.bin", files[i % len(files)])
 
 
-def import_only(folder: Path) -> dict:
+def measure(step, folder):
+    start = time.perf_counter()
+    row = step(folder) | dict(seconds=time.perf_counter() - start)
+    peak = re.search(r"VmHWM:\s+(\d+) kB", Path("/proc/self/status").read_text())[1]
+    packages = {name: version(name) for name in ("tensorflow-datasets", "array-record", "grain", "numpy")}
+    return row | dict(peak_rss_mib=int(peak) / 1024) | packages
+
+
+def import_only(folder):
     from snnfuse.data import catalog, loader  # noqa: F401
 
     catalog.builder("nmnist", folder)
     return {}
 
 
-def prepare(folder: Path) -> dict:
+def prepare(folder):
     from snnfuse.data import catalog
 
     cls = catalog.data_set("nmnist")
-    cls.ARCHIVES = tuple(
-        a._replace(digest="md5:" + hashlib.file_digest(open(folder / "nmnist" / a.file, "rb"), "md5").hexdigest())
-        for a in cls.ARCHIVES
-    )
+
+    def known(archive):
+        with open(folder / "nmnist" / archive.file, "rb") as file:
+            return archive._replace(digest="md5:" + hashlib.file_digest(file, "md5").hexdigest())
+
+    cls.ARCHIVES = tuple(map(known, cls.ARCHIVES))
     made = catalog.prepare("nmnist", folder, manual=folder)
-    return {"bytes_on_disk": made.info.dataset_size, "samples": made.info.splits["train"].num_examples}
+    return dict(bytes_on_disk=made.info.dataset_size, samples=made.info.splits["train"].num_examples)
 
 
-def iterate(folder: Path) -> dict:
+def iterate(folder):
     from snnfuse.data import catalog
     from snnfuse.data.events import Sensor
     from snnfuse.data.loader import Frames, load
 
     source = catalog.source("nmnist", "train", folder)
-    batches = load(source, Frames(Sensor(34, 34), T=16), batch=100, epochs=1, device=False)
-    return {"batches": sum(1 for _ in batches), "samples": len(source)}
-
-
-STEPS = {"import": import_only, "prepare": prepare, "iterate": iterate}
-
-
-def main() -> None:
-    for sizes in ({"train": 6_000, "test": 1_000}, {"train": 60_000, "test": 10_000}):
-        with tempfile.TemporaryDirectory(dir=os.environ.get("TMPDIR")) as folder:
-            write_archives(Path(folder) / "nmnist", sizes)
-            for step in STEPS:
-                start = time.perf_counter()
-                done = subprocess.run([sys.executable, __file__, step, folder], capture_output=True, text=True)
-                if done.returncode:
-                    record("data_rss", case=f"nmnist_format_{step}", status="failed", why=done.stderr[-500:])
-                    continue
-                row = json.loads(done.stdout.splitlines()[-1])
-                packages = {name: version(name) for name in ("tensorflow-datasets", "array-record", "grain", "numpy")}
-                seconds = time.perf_counter() - start
-                record(
-                    "data_rss", case=f"nmnist_format_{step}", status="ok", seconds=seconds, **sizes, **row, **packages
-                )
+    batches = load(source, Frames(Sensor(34, 34), T=16), batch=min(100, len(source)), epochs=1, device=False)
+    return dict(batches=sum(1 for _ in batches), samples=len(source))
 
 
 if __name__ == "__main__":
-    if len(sys.argv) == 1:
-        main()
-    else:
-        found = STEPS[sys.argv[1]](Path(sys.argv[2]))
-        peak = re.search(r"VmHWM:\s+(\d+) kB", Path("/proc/self/status").read_text())[1]
-        print(json.dumps(found | {"peak_rss_mib": int(peak) / 1024}))
+    main(__doc__, "data_rss")

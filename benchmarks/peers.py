@@ -1,234 +1,246 @@
-"""snnfuse beside the other libraries, on the same tensors and on one device.
+"""How fast is snnfuse beside the other libraries, on the same tensors and the same device?
 
     python benchmarks/peers.py                    three minutes on an H100; rows go to results/peers.jsonl
-    python benchmarks/peers.py --tiny             small shapes, without a GPU too; rows are printed only
-    python benchmarks/peers.py --keep             what has no time yet in results/peers.jsonl, in the same order
+    python benchmarks/peers.py --tiny             small shapes, also without a GPU
     python benchmarks/peers.py --only 'shd|n512' --libraries snnfuse,spikingjelly --keep
 
-The peers are not dependencies of snnfuse: `pip install --no-deps --target FOLDER` them and put FOLDER on PYTHONPATH. One
-that cannot be imported is a row that says so. Each library has a process of its own, which waits while another is timed.
-`adapters/` says how each is called; `PLAN` in which order. A case is checked before it is timed: its spikes are those of
-our scan on the same input (of a LIF layer alone, its gradients too); a wrong one has no time.
+The other libraries are not dependencies of snnfuse: install them with `pip install --no-deps --target FOLDER ...` and put
+FOLDER on PYTHONPATH. Each library has a process of its own; libraries.py says how each is called.
+
+    XLA_PYTHON_CLIENT_MEM_FRACTION=.95 python benchmarks/peers.py largest_T --ways pallas_lean --T 7200,9920
+    python benchmarks/peers.py largest_T --library spikingjelly --ways triton --T 1850,1900
+
+`largest_T` asks for the longest sequence whose training step fits on one GPU (Spiking-ResNet-18, B=100, 3 x 28 x 28, Adam).
+Each length has a process of its own, and a row of results/largest_T.jsonl; if it does not fit, the status is the error.
+
+Every case is checked before it is timed. Its spikes must equal those of `lax.scan` with the neuron that computes the same;
+a single LIF layer must have the same gradient, and an SHD step the same loss. A wrong result gets no time. Products with
+weights are formed for all time steps at once in every library, which favours those that would form one per step.
 """
 
-import argparse
-import datetime
 import importlib
-import json
-import multiprocessing
-import os
-import pathlib
-import platform
-import re
-import subprocess
 import sys
-import time
+from dataclasses import dataclass
+from functools import cache
 
-HERE = pathlib.Path(__file__).parent
-sys.path[:0] = [str(HERE), str(HERE.parent)]
+import libraries
+import numpy as np
+from runner import Case, main, question, split
 
-from adapters import cases  # noqa: E402
 
-OURS = {"snnfuse": ["pallas", "scan"]}
-JELLY = {"spikingjelly": ["triton", "native"]}
-TORCH = {"snntorch": ["loop"], "norse": ["loop"]}
+@dataclass(frozen=True)
+class Task:
+    """`shape`: [T, N] for "lif"; [T, B, n] for "linear" (and LIF); [T, B, in, hidden, out] for "shd"; [T, B, size] for "resnet"."""
+
+    kind: str
+    shape: tuple[int, ...]
+
+
+TASKS = {
+    "lif_T32_N1048576": Task("lif", (32, 2**20)),
+    "lif_T256_N131072": Task("lif", (256, 2**17)),
+    "lif_T500_N8192": Task("lif", (500, 2**13)),
+    "open_neuromorphic_n512": Task("linear", (500, 16, 512)),
+    "open_neuromorphic_n4096": Task("linear", (500, 16, 4096)),
+    "open_neuromorphic_n16384": Task("linear", (500, 16, 16384)),
+    "shd": Task("shd", (256, 256, 700, 128, 20)),
+    "resnet18_28": Task("resnet", (32, 100, 28)),
+}
+TINY = {"lif": (6, 256), "linear": (5, 2, 32), "shd": (6, 4, 700, 16, 20), "resnet": (2, 2, 16)}
+# The share of spikes that may differ: a few by the rounding of a decay, more where a product in TF32 is near the threshold.
+FLIPS = {"lif": 1e-5, "linear": 1e-2, "shd": 1e-2}
+LOSS_ERROR = 1e-2
+GRADIENT_ERROR = {"float32": 1e-4, "bfloat16": 3e-2}
+
+OURS, JELLY = {"snnfuse": ["pallas", "scan"]}, {"spikingjelly": ["triton", "native"]}
+TORCH, CUPY = {"snntorch": ["loop"], "norse": ["loop"]}, {"spikingjelly_cupy": ["cupy"]}
 JAX = {"spyx": ["run"], "jaxpike": ["unroll", "remat"], "sparx": ["unroll 1", "unroll 8"]}
 ONE = {"spyx": ["run"], "jaxpike": ["unroll"], "sparx": ["unroll 8"]}
-PLAN = [  # the most important first: the budget cuts the end
+TRITON, PALLAS, OTHERS = {"spikingjelly": ["triton"]}, {"snnfuse": ["pallas"]}, {"snnfuse": ["mosaic", "triton"]}
+PLAN = [  # the most important first: --budget cuts the end
     ("lif_T32_N1048576", "float32", OURS | JELLY),
     ("lif_T32_N1048576", "bfloat16", OURS | {"spikingjelly": ["triton", "storage", "native"]}),
     ("lif_T500_N8192", "float32", OURS | JELLY),
     ("resnet18_28", "tf32", {"spikingjelly": ["triton", "relu"]}),
-    ("resnet18_28", "bfloat16", {"snnfuse": ["pallas"], "spikingjelly": ["triton", "relu"]}),
-    ("open_neuromorphic_n512", "tf32", {"snnfuse": ["pallas", "scan"], "spikingjelly": ["triton"]} | TORCH | ONE),
-    ("lif_T32_N1048576", "float32", TORCH | JAX | {"spikingjelly_cupy": ["cupy"]}),
-    ("shd", "tf32", {"snnfuse": ["pallas", "scan"], "spikingjelly": ["triton"]} | TORCH | ONE),
-    ("resnet18_28", "tf32", {"snnfuse": ["pallas"]}),
+    ("resnet18_28", "bfloat16", PALLAS | {"spikingjelly": ["triton", "relu"]}),
+    ("open_neuromorphic_n512", "tf32", OURS | TRITON | TORCH | ONE),
+    ("lif_T32_N1048576", "float32", TORCH | JAX | CUPY),
+    ("shd", "tf32", OURS | TRITON | TORCH | ONE),
+    ("resnet18_28", "tf32", PALLAS),
     ("lif_T256_N131072", "float32", OURS | JELLY),
-    ("open_neuromorphic_n4096", "tf32", {"snnfuse": ["pallas"], "spikingjelly": ["triton"]} | ONE),
-    ("open_neuromorphic_n16384", "tf32", {"snnfuse": ["pallas"], "spikingjelly": ["triton"]} | ONE),
-    ("lif_T500_N8192", "float32", JAX | TORCH | {"spikingjelly_cupy": ["cupy"]}),
+    ("open_neuromorphic_n4096", "tf32", PALLAS | TRITON | ONE),
+    ("open_neuromorphic_n16384", "tf32", PALLAS | TRITON | ONE),
+    ("lif_T500_N8192", "float32", JAX | TORCH | CUPY),
     ("lif_T32_N1048576", "bfloat16", ONE),
-    ("lif_T32_N1048576", "float32", {"snnfuse": ["mosaic", "triton"], "spikingjelly": ["storage"]}),
-    ("lif_T32_N1048576", "bfloat16", {"snnfuse": ["mosaic", "triton"]}),
-    ("lif_T500_N8192", "float32", {"snnfuse": ["mosaic", "triton"]}),
+    ("lif_T32_N1048576", "float32", OTHERS | {"spikingjelly": ["storage"]}),
+    ("lif_T32_N1048576", "bfloat16", OTHERS),
+    ("lif_T500_N8192", "float32", OTHERS),
     ("resnet18_28", "bfloat16", {"spikingjelly": ["cast"]}),
     ("open_neuromorphic_n4096", "tf32", TORCH),
     ("open_neuromorphic_n16384", "tf32", TORCH),
-    ("lif_T256_N131072", "float32", ONE | TORCH | {"snnfuse": ["mosaic", "triton"]}),
+    ("lif_T256_N131072", "float32", ONE | TORCH | OTHERS),
 ]
 
 
-def tasks(tiny):
-    """(library, way, case, dtype), in order."""
-    for case, dtype, libraries in PLAN:
-        for library, ways in libraries.items():
-            for way in ways:
-                if tiny and way == "pallas":  # which needs a GPU; a network of it would be interpreted for minutes
-                    way = "scan" if case.startswith("resnet") else "interpret"
-                yield library, way, case, dtype
+@question(
+    "peers",
+    libraries=("", "only these libraries, separated by commas"),
+    cupy=("", "the folder with SpikingJelly 0.0.0.0.14 and CuPy"),
+)
+def peers(args):
+    for name, dtype, ways in PLAN:
+        task = Task(TASKS[name].kind, TINY[TASKS[name].kind]) if args.tiny else TASKS[name]
+        chosen = split(args.libraries) or ways
+        for library, way in [(one, way) for one in chosen for way in ways.get(one, ())]:
+            key = dict(case=name, library=library, implementation=way, dtype=dtype)
+            if args.tiny and way == "pallas":
+                way = "scan" if task.kind == "resnet" else "interpret"
+            needs = None
+            if task.kind != "resnet":
+                neuron = libraries.TABLE[library][1]
+                about = dict(case=name, dtype=dtype, library=neuron)
+                needs = Case(about, reference, (task, dtype, neuron), "snnfuse")
+            folder = args.cupy if library == "spikingjelly_cupy" else ""
+            yield Case(key, measure if needs else resnet, (task, dtype, library, way, folder), library, needs)
 
 
-def work(library, pipe, first_on_path):
-    """A library's process: says what it is, then answers (function, arguments) with a row."""
-    sys.path[:0] = first_on_path
-    try:
-        adapter = importlib.import_module(f"adapters.{library}")
-        side = importlib.import_module(f"adapters.with_{adapter.SIDE}")
-        pipe.send(dict(version=adapter.version(), device=side.DEVICE) | side.versions(library))
-    except Exception as e:  # a missing library is a row
-        pipe.send(dict(status=f"not here: {e!r}"[:300]))
-        return
-    pipe.send(adapter.REFERENCE)
-    while True:
-        try:
-            function, arguments = pipe.recv()
-        except EOFError:  # no more questions
-            return
-        try:
-            pipe.send(getattr(side, function)(adapter, *arguments))
-        except Exception as e:  # a failure is a row
-            pipe.send(dict(status=f"failed: {e!r}"[:300]))
+@cache
+def opened(library, folder=""):
+    """(the library, its side), imported in its own process."""
+    sys.path[:0] = [folder] if folder else []
+    return getattr(libraries, library)(), importlib.import_module(libraries.TABLE[library][0])
 
 
-class Worker:
-    def __init__(self, library, first_on_path=()):
-        self.library, self.first_on_path = library, list(first_on_path)
-        self.facts = None
-        self.pipe, theirs = CONTEXT.Pipe()
-        self.process = CONTEXT.Process(target=work, args=(library, theirs, self.first_on_path), daemon=True)
-        self.process.start()
-        theirs.close()
-
-    def answer(self, seconds):
-        if not self.pipe.poll(seconds):
-            self.process.kill()
-            self.process.join()
-            return dict(status=f"failed: not done in {seconds:.0f} s")
-        try:
-            return self.pipe.recv()
-        except (EOFError, OSError):
-            self.process.join()
-            return dict(status=f"failed: the process died ({self.process.exitcode})")
-
-    def ready(self, seconds):
-        """Whether it can be asked; `facts` are then its versions, else why not."""
-        if self.facts is None:
-            self.facts = self.answer(seconds)
-            if "status" not in self.facts:
-                self.reference = self.answer(seconds)
-        return "status" not in self.facts
-
-    def ask(self, seconds, function, *arguments):
-        self.pipe.send((function, arguments))
-        return self.answer(seconds)
+@cache
+def _draws(seed):
+    return np.random.default_rng(seed).standard_normal(4_194_301, np.float32)
 
 
-CONTEXT = multiprocessing.get_context("spawn")
+def normal(seed, *shape):
+    """Normal numbers with a period of 4,194,301, a prime: 2^28 of them take tenths of a second."""
+    return np.resize(_draws(seed), shape)
 
 
-class Run:
-    """The workers, the references they are compared with, and the clock."""
-
-    def __init__(self, args):
-        self.args, self.start = args, time.perf_counter()
-        self.workers, self.references = {}, {}
-
-    def worker(self, library):
-        worker = self.workers.get(library)
-        if worker is None or (worker.facts and "status" not in worker.facts and not worker.process.is_alive()):
-            path = [self.args.cupy] if library == "spikingjelly_cupy" and self.args.cupy else []
-            worker = self.workers[library] = Worker(library, path)
-        return worker
-
-    def reference(self, case, dtype, neuron, seconds):
-        """What our scan gives, from our own process; made once."""
-        key = case.name, dtype, neuron
-        if case.kind != "resnet" and key not in self.references:
-            ours = self.worker("snnfuse")
-            if not ours.ready(seconds):
-                return ours.facts
-            self.references[key] = ours.ask(seconds, "reference", case, dtype, neuron)
-        return self.references.get(key, {})
-
-    def row(self, library, way, name, dtype):
-        case = cases.find(name, self.args.tiny)
-        if self.left() <= 0:
-            return dict(status=f"not run: the budget of {self.args.budget:.0f} s was spent")
-        worker, seconds = self.worker(library), min(self.args.case_seconds, self.left() + 10)
-        if not worker.ready(60):
-            return dict(worker.facts)
-        reference = self.reference(case, dtype, worker.reference, seconds)
-        if "status" in reference:
-            return dict(status=f"no reference: {reference['status']}")
-        return worker.facts | worker.ask(seconds, "run", case, dtype, way, reference)
-
-    def left(self):
-        return self.args.budget - (time.perf_counter() - self.start)
+def lif(side, lif, readout, shape, dtype):
+    """A LIF layer, forward and backward for its input."""
+    x, cotangent = (side.array(a, dtype) for a in (normal(0, *shape) + np.float32(0.3), normal(1, *shape)))
+    call = side.pullback(lambda x, _: lif(x))
+    spikes, gradient = call(x, None, cotangent)
+    sets = [(side.roll(x, i), None, side.roll(cotangent, -i)) for i in range(2)]
+    return dict(spikes=spikes, gradient=gradient), call, sets
 
 
-def record(path, row):
-    """A row as `measure.record` writes it, without JAX in this process."""
-    git = lambda *a: subprocess.run(["git", *a], capture_output=True, text=True, cwd=HERE).stdout.strip()
-    row = dict(case=None, library=None, how=None, dtype=None, status="ok") | row
-    if row["status"] != "ok":
-        row["ms"] = None
-    row |= dict(
-        python=platform.python_version(),
-        date=datetime.date.today().isoformat(),
-        commit=os.environ.get("SNNFUSE_COMMIT") or git("rev-parse", "--short", "HEAD") or "unknown",
-        dirty=bool(git("status", "--porcelain", "--untracked-files=no", "--", "../snnfuse", ".", ":!results")),
+def linear(side, lif, readout, shape, dtype):
+    """A linear layer and LIF, forward and backward for the weight."""
+    T, B, n = shape
+    x, weight, cotangent = map(
+        side.array, (normal(0, T, B, n), normal(2, n, n) * np.float32(n**-0.5), normal(1, T, B, n))
     )
-    digits = lambda v: float(f"{v:.5g}") if isinstance(v, float) else v
-    row = {k: [digits(x) for x in v] if isinstance(v, tuple) else digits(v) for k, v in row.items()}
-    if path:
-        with open(path, "a") as f:
-            f.write(json.dumps(row) + "\n")
-    print(json.dumps(row), flush=True)
+    call = side.pullback(lambda weight, x: lif(x @ weight))
+    return dict(spikes=call(weight, x, cotangent)[0]), call, [(weight, side.roll(x, i), cotangent) for i in range(2)]
 
 
-def start(path, todo, keep):
-    """What of `todo` has no time in the file yet; what is to be run anew is removed from it."""
-    lines = path.read_text().splitlines() if keep and path.exists() else []
-    task = lambda r: (r["library"], r["how"], r["case"], r["dtype"])
-    done = {task(r) for r in map(json.loads, lines) if r["status"] == "ok"}
-    todo = [t for t in todo if t not in done]
-    path.parent.mkdir(exist_ok=True)
-    path.write_text("".join(f"{line}\n" for line in lines if task(json.loads(line)) not in todo))
-    return todo
+def shd(side, lif, readout, shape, dtype):
+    """A training step in the shapes of SHD, on random input of rate 0.03."""
+    T, B, features, hidden, classes = shape
+    rng = np.random.default_rng(0)
+    xs = side.array((rng.random((T, B, features), np.float32) < 0.03).astype(np.float32))
+    labels = side.array(rng.integers(0, classes, B))
+    draws = normal(2, features, hidden) * np.float32(0.2), normal(3, hidden, classes) * np.float32(0.1)
+
+    def loss_of(weights, xs, labels):
+        spikes = lif(xs @ weights[0])
+        return side.cross_entropy(readout(spikes @ weights[1]).mean(0), labels), spikes
+
+    weights = [side.array(w) for w in draws]
+    loss, spikes = side.run_once(loss_of, weights, xs, labels)
+    step, state = side.train(loss_of, weights)
+    return dict(spikes=spikes, loss=float(loss)), step, [(state, side.roll(xs, i), labels) for i in range(2)]
 
 
-def main():
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--tiny", action="store_true", help="small shapes; 'pallas' in the interpreter")
-    parser.add_argument("--only", default="", help="a regular expression of cases")
-    parser.add_argument("--libraries", default="", help="of these alone")
-    parser.add_argument("--ways", default="", help="a regular expression of ways")
-    parser.add_argument("--budget", type=float, default=190, help="seconds, after which the other rows say so")
-    parser.add_argument("--case-seconds", type=float, default=60, help="the longest that one row may take")
-    parser.add_argument("--cupy", default="", help="a folder with SpikingJelly 0.0.0.0.14")
-    parser.add_argument("--keep", action="store_true", help="keep the rows that have a time, and run the others")
-    parser.add_argument("--out", type=pathlib.Path, help="the file of the rows")
-    args = parser.parse_args()
-    os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")
-    path = args.out or (None if args.tiny else HERE / "results/peers.jsonl")
-    chosen = args.libraries.split(",") if args.libraries else []
-    todo = [
-        (library, way, case, dtype)
-        for library, way, case, dtype in tasks(args.tiny)
-        if (not chosen or library in chosen) and re.search(args.only, case) and re.search(args.ways, way)
-    ]
-    if path:
-        todo = start(path, todo, args.keep)
-    run = Run(args)
-    for library in dict.fromkeys(["snnfuse", *(library for library, *_ in todo)]):
-        run.worker(library)  # they import side by side
-    for library, way, case, dtype in todo:
-        begin = time.perf_counter()
-        row = run.row(library, way, case, dtype)
-        took = time.perf_counter() - begin
-        record(path, dict(case=case, library=library, how=way, dtype=dtype) | row | dict(row_s=took))
+KINDS = dict(lif=lif, linear=linear, shd=shd)
+
+
+def reference(task, dtype, neuron):
+    """What `lax.scan` gives on this device with the neuron of that name; gradients of one lane in `stride`."""
+    import jax
+
+    ours, side = opened("snnfuse")
+    with jax.default_matmul_precision("highest"):
+        way = f"scan {neuron}"
+        found, *_ = KINDS[task.kind](side, ours.lif(way, dtype), ours.readout(way), task.shape, dtype)
+    found["spikes"] = np.packbits(np.asarray(found["spikes"] != 0))
+    if "gradient" in found:
+        found["gradient"] = side.to_numpy(found["gradient"])[:, :: stride(task)]
+    return found
+
+
+def stride(task):
+    return max(1, task.shape[-1] // 2**16)
+
+
+def measure(task, dtype, library, way, folder, want):
+    lib, side = opened(library, folder)
+    dtype = "float32" if dtype == "tf32" else dtype
+    kind, readout = KINDS[task.kind], lib.readout and lib.readout(way)
+    found, call, sets = kind(side, lib.lif(way, dtype), readout, task.shape, dtype)
+    row = compare(task, dtype, {k: v if k == "loss" else side.to_numpy(v) for k, v in found.items()}, want)
+    del found
+    return dict(version=lib.version) | row | ({} if "status" in row else side.measure(call, sets, lib.no_graph))
+
+
+def compare(task, dtype, found, want):
+    """How the spikes, gradient and loss differ from the wanted ones; with a `status` if they differ too much."""
+    fires = found["spikes"] != 0
+    wanted = np.unpackbits(want["spikes"], count=fires.size).reshape(fires.shape).astype(bool)
+    row = dict(flips=int((fires != wanted).sum()), slots=fires.size, firing_rate=float(wanted.mean()))
+    if row["flips"] > FLIPS[task.kind] * fires.size:
+        return row | dict(status=f"wrong: {row['flips']} of {row['slots']} spikes differ")
+    if "gradient" in want:
+        same = (fires == wanted).all(0)[:: stride(task)]
+        got, gradient = found["gradient"][:, :: stride(task)][:, same], want["gradient"][:, same]
+        row["gradient_error"] = float(np.abs(got - gradient).max() / np.abs(gradient).max())
+        if not row["gradient_error"] < GRADIENT_ERROR[dtype]:
+            return row | dict(status=f"wrong: gradient error {row['gradient_error']:.2g}")
+    if "loss" in want:
+        row["loss"] = found["loss"]
+        if not abs(row["loss"] / want["loss"] - 1) < LOSS_ERROR:
+            return row | dict(status=f"wrong: a loss of {row['loss']:.4g}, expected {want['loss']:.4g}")
+    return row
+
+
+@question(
+    "largest_T",
+    library=("snnfuse", "snnfuse or spikingjelly"),
+    ways=("pallas_packed", "implementation_memory of snnfuse, or the way of SpikingJelly"),
+    dtype=("bfloat16", "of the convolutions"),
+    T=("4800", "time steps"),
+)
+def largest_T(args):
+    B, size = (2, 16) if args.tiny else (100, 28)
+    for way in ["scan_packed"] if args.tiny else split(args.ways):
+        for T in [2] if args.tiny else split(args.T, int):
+            implementation, _, memory = way.partition("_")
+            key = dict(case="spiking-resnet-18", library=args.library, implementation=implementation)
+            key |= dict(memory=memory or None, dtype=args.dtype, T=T, B=B, size=size)
+            yield Case(key, resnet, (Task("resnet", (T, B, size)), args.dtype, args.library, way), "fresh")
+
+
+def resnet(task, dtype, library, way, folder=""):
+    """A training step of Spiking-ResNet-18; nothing is compared."""
+    lib, side = opened(library, folder)
+    if library == "snnfuse":
+        implementation, _, memory = way.partition("_")
+        step, leaves = side.training_step(side.resnet(implementation, 18, dtype, memory))
+        data = list(side.batches(*task.shape, count=1))
+        program, row = side.compiled(step, leaves, *data[0])
+        row |= dict(version=lib.version) | side.time_step(program, leaves, data)
+        return row | dict(call_ms=row["ms"])
+    kind = "bfloat16" if dtype == "bfloat16" else "float32"
+    step = side.resnet_step(None if way == "relu" else lib.lif(way, kind), dtype, *task.shape)
+    row = dict(version=lib.version, losses=[float(step())])
+    return row | side.measure(step, [()], "not tried: a failed capture leaves PyTorch unusable")
 
 
 if __name__ == "__main__":
-    main()
+    main(__doc__, "peers", "largest_T")

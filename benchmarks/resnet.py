@@ -1,166 +1,86 @@
-"""A training step of spiking ResNets: time, peak memory and a profile, beside `lax.scan` and networks of ReLU.
+"""How long does a training step of a spiking ResNet take, how much memory does it need, and where does the time go?
 
-    python benchmarks/resnet.py                            Spiking-ResNet-18, T=32, B=100, 3 x 28 x 28; minutes on an H100
-    python benchmarks/resnet.py --cases pallas,relu --precisions bfloat16 --shapes 28,32,dvs --depths 18,34,50
+    python benchmarks/resnet.py                        Spiking-ResNet-18, T=32, B=100, 3 x 28 x 28; minutes on an H100
+    python benchmarks/resnet.py --kinds pallas,relu --dtypes bfloat16 --shapes 28,32,dvs --depths 18,34,50
+    python benchmarks/resnet.py resnet_profile         the share of each kind of kernel in the time that the GPU works
+    python benchmarks/resnet.py without_gpu --T 3200   the memory on an H100, found by compiling, without a GPU
 
-Rows go to results/resnet.jsonl. Input is random spikes of rate 0.5 of the real shape ("random input"), 8 different batches
-in turn; a step is forward, backward and Adam. `relu` is our network with ReLU in place of the neurons, `flax_relu` the
-same of flax's own layers, as a JAX user would write a ResNet. `peak_mb` is what the step's program holds: parameters,
-optimizer, batch and temporaries. The shares of a profile are of the time in which the GPU works.
+A step is forward, backward and Adam, on random spikes of rate 0.5 of the real shape; 8 different batches in turn. Kind
+"relu" is our network with ReLU in place of the neurons; "flax_relu" is a ResNet of Flax's own layers, as a JAX user would
+write it. `peak_mb` is what the program of the step holds: parameters, optimizer, batch and temporary arrays. Rows go to the
+file in results/ that has the name of the question.
+
+`without_gpu` needs JAX's CUDA plugin but no driver: `pip install --target FOLDER --no-deps jax-cuda12-plugin==$JAX
+jax-cuda12-pjrt==$JAX nvidia-cuda-nvcc-cu12 nvidia-cuda-runtime-cu12 nvidia-cudnn-cu12 nvidia-cublas-cu12
+nvidia-cuda-cupti-cu12 nvidia-nvjitlink-cu12 nvidia-cusparse-cu12 nvidia-cusolver-cu12 nvidia-cufft-cu12 nvidia-nccl-cu12`
+with the installed version of JAX (4.5 GB), and FOLDER on PYTHONPATH. Nothing is tuned on a device, so the workspace of the
+convolutions is missing: at T = 32, B = 100 the number equals a real H100's to some kB, with memory="lean" it is 6 % lower.
 """
 
-import argparse
 import collections
 import glob
+import os
 import re
+import sys
 import tempfile
-import time
-from functools import partial
+
+if "without_gpu" in sys.argv:
+    os.environ["JAX_SKIP_CUDA_CONSTRAINTS_CHECK"] = "1"  # otherwise the plugin asks a driver
 
 import jax
 import jax.numpy as jnp
-import numpy as np
-import optax
-from flax import nnx
-from jax.experimental import multihost_utils
-from measure import RESULTS, peak_mb, record
+from jax._src import xla_bridge
+from jax.experimental import topologies
+from jax.sharding import SingleDeviceSharding
+from runner import Case, main, question, split
+from with_jax import batches, compiled, resnet, time_step, training_step
 
-from snnfuse import models, nn
-from snnfuse.models.resnet import DEPTHS
-
-SHAPES = {"28": (100, 28), "32": (100, 32), "dvs": (10, 128), "tiny": (2, 16)}  # B, H = W
-
-
-class NormReLU(nn.Temporal):
-    """`nn.NormSpiking` with ReLU for a neuron."""
-
-    def __init__(self, layer):
-        self.norm, self.shortcut_norm = layer.norm, layer.shortcut_norm
-
-    def __call__(self, xs, state=None, shortcut=None):
-        scale, shift = self.norm.affine(xs)
-        current = xs.astype(jnp.float32) * scale + shift
-        if shortcut is not None:
-            scale, shift = (1.0, 0.0) if self.shortcut_norm is None else self.shortcut_norm.affine(shortcut)
-            current = current + shortcut.astype(jnp.float32) * scale + shift
-        return jax.nn.relu(current).astype(xs.dtype), ()
+SHAPES = {"28": (100, 28), "32": (100, 32), "dvs": (10, 128)}  # B, H = W
+OPTIONS = dict(
+    kinds=("pallas,pallas_lean,pallas_fast,scan,relu,flax_relu", "implementation_memory, relu or flax_relu"),
+    dtypes=("bfloat16,tf32", "of the convolutions"),
+    shapes=("28", f"of {', '.join(SHAPES)}"),
+    depths=("18", "18, 34, 50"),
+    T=("32", "time steps"),
+)
 
 
-def relu(depth, precision):
-    """Our network, its neurons replaced."""
-    model = models.spiking_resnet(depth, 3, 10, policy=precision, rngs=nnx.Rngs(0))
-    model.layers = nnx.List([layer for layer in model.layers if not isinstance(layer, nn.PackSpikes)])
-    for _, module in list(nnx.iter_modules(model)):
-        for name, child in list(vars(module).items()):
-            if isinstance(child, nn.NormSpiking):
-                setattr(module, name, NormReLU(child))
-        if isinstance(module, nn.Sequential):
-            module.layers = nnx.List([NormReLU(x) if isinstance(x, nn.NormSpiking) else x for x in module.layers])
-    return model
+def cases(args, measure, kinds=None):
+    for shape in split(args.shapes):
+        B, size = (2, 16) if args.tiny else SHAPES[shape]
+        for depth in split(args.depths, int):
+            for dtype in split(args.dtypes):
+                for T in [2] if args.tiny else split(args.T, int):
+                    for kind in kinds or split(args.kinds):
+                        kind, _, memory = (kind, "", None) if "relu" in kind else kind.partition("_")
+                        memory = "packed" if memory == "" else memory
+                        key = dict(case=f"spiking-resnet-{depth}", implementation=kind, memory=memory, dtype=dtype)
+                        yield Case(key | dict(T=T, B=B, size=size), measure, (kind, depth, dtype, memory, T, B, size))
 
 
-class FlaxBlock(nnx.Module):
-    def __init__(self, features, width, stride, dtype, rngs):
-        conv = partial(nnx.Conv, use_bias=False, dtype=dtype, rngs=rngs)
-        norm = partial(nnx.BatchNorm, dtype=dtype, rngs=rngs)
-        self.conv1, self.norm1 = conv(features, width, (3, 3), strides=stride, padding=1), norm(width)
-        self.conv2, self.norm2 = conv(width, width, (3, 3), padding=1), norm(width)
-        same = features == width and stride == 1
-        self.down = None if same else conv(features, width, (1, 1), strides=stride)
-        self.norm3 = None if same else norm(width)
-
-    def __call__(self, x):
-        beside = x if self.down is None else self.norm3(self.down(x))
-        return jax.nn.relu(self.norm2(self.conv2(jax.nn.relu(self.norm1(self.conv1(x))))) + beside)
+@question("resnet", **OPTIONS)
+def steps(args):
+    return cases(args, step_time, ["scan", "relu", "flax_relu"] if args.tiny else None)
 
 
-class FlaxResNet(nnx.Module):
-    def __init__(self, depth, precision):
-        dtype, rngs = nn.PrecisionPolicy(precision).dtype, nnx.Rngs(0)
-        self.conv = nnx.Conv(3, 64, (7, 7), strides=2, padding=3, use_bias=False, dtype=dtype, rngs=rngs)
-        self.norm = nnx.BatchNorm(64, dtype=dtype, rngs=rngs)
-        blocks, features = [], 64
-        for stage, count in enumerate(DEPTHS[depth]):
-            for i in range(count):
-                blocks.append(FlaxBlock(features, 64 * 2**stage, 2 if stage and not i else 1, dtype, rngs))
-                features = 64 * 2**stage
-        self.blocks, self.classify = nnx.List(blocks), nnx.Linear(features, 10, rngs=rngs)
-
-    def __call__(self, xs):
-        x = jax.nn.relu(self.norm(self.conv(xs.reshape(-1, *xs.shape[2:]))))
-        x = nnx.max_pool(x, (3, 3), (2, 2), [(1, 1), (1, 1)])
-        for block in self.blocks:
-            x = block(x)
-        return self.classify(x.mean((1, 2), dtype=jnp.float32)).reshape(*xs.shape[:2], -1), ()
+@question("resnet_profile", **OPTIONS)
+def profiles(args):
+    return cases(args, profile)
 
 
-def build(case, depth, precision):
-    if case == "flax_relu" and depth >= 50:
-        raise NotImplementedError("flax_relu has basic blocks alone, depth 18 and 34")
-    if case == "flax_relu":
-        return FlaxResNet(depth, precision)
-    if case == "relu":
-        return relu(depth, precision)
-    implementation, memory = named(case)
-    options = dict(memory=memory, implementation=implementation, rngs=nnx.Rngs(0))
-    return models.spiking_resnet(depth, 3, 10, policy=precision, **options)
+@question("without_gpu", gpu=False, **OPTIONS)
+def memory(args):
+    return cases(args, memory_without_gpu, ["pallas", "pallas_lean", "pallas_fast"])
 
 
-def named(case):
-    """(implementation, memory) of a case such as pallas_lean."""
-    implementation, _, memory = case.partition("_")
-    return implementation, memory or "packed"
+def step_time(kind, depth, dtype, memory, T, B, size):
+    step, leaves = training_step(resnet(kind, depth, dtype, memory))
+    data = list(batches(T, B, size))
+    program, row = compiled(step, leaves, *data[0])
+    return row | time_step(program, leaves, data) | dict(input="random input")
 
 
-def training(model):
-    """(step, state): a jitted step(state, xs, labels) -> (state, loss) that donates its state."""
-    model.train()
-    graphdef, state = nnx.split((model, nnx.Optimizer(model, optax.adam(1e-3), wrt=nnx.Param)))
-    leaves, tree = jax.tree.flatten(state)  # a list, which dispatch takes apart faster than nnx.State
-
-    @partial(jax.jit, donate_argnums=0)
-    def step(leaves, xs, labels):
-        model, optimizer = nnx.merge(graphdef, tree.unflatten(leaves))
-
-        def loss_of(model):
-            logits = nn.membrane_mean(model(xs)[0])
-            return optax.softmax_cross_entropy_with_integer_labels(logits, labels).mean()
-
-        loss, grads = nnx.value_and_grad(loss_of)(model)
-        optimizer.update(model, grads)
-        return jax.tree.leaves(nnx.state((model, optimizer))), loss
-
-    return step, leaves
-
-
-def batches(T, B, size, count=8):
-    for i in range(count):
-        key, label = jax.random.split(jax.random.key(i))
-        yield jax.random.bernoulli(key, 0.5, (T, B, size, size, 3)), jax.random.randint(label, (B,), 0, 10)
-
-
-def timed(step, state, data, seconds=0.5):
-    """(milliseconds of a step: median and quartiles; the first losses; the last state)"""
-    losses = []
-    for i in range(6):
-        state, loss = step(state, *data[i % len(data)])
-        losses.append(float(loss))
-    start = time.perf_counter()
-    state, loss = step(state, *data[0])
-    loss.block_until_ready()
-    calls = max(3, int(seconds / 7 / (time.perf_counter() - start)))
-    calls = int(multihost_utils.broadcast_one_to_all(calls))  # processes that step together make as many
-    samples = []
-    for _ in range(7):
-        start = time.perf_counter()
-        for i in range(calls):
-            state, loss = step(state, *data[i % len(data)])
-        loss.block_until_ready()
-        samples.append((time.perf_counter() - start) / calls * 1e3)
-    return tuple(float(q) for q in np.quantile(samples, (0.5, 0.25, 0.75))), losses, state
-
-
-KINDS = {  # of kernels in a profile, by name
+KERNELS = {  # kinds of kernels, by name
     "convolution": r"cutlass|xmma|cudnn|gemm|nvjet|cask|Padding|conv",
     "neuron": r"snn_|mosaic|^fwd|^bwd",
     "max-pool": r"reduce_window|select_and_scatter|scatter",
@@ -169,13 +89,16 @@ KINDS = {  # of kernels in a profile, by name
 }
 
 
-def profile(step, state, data, steps=5):
-    """{kind of kernel: its share of the busy time}, busy milliseconds and kernels a step, and the longest of them."""
+def profile(kind, depth, dtype, memory, T, B, size, steps=5):
+    """Milliseconds that the GPU works in a step, the share of each kind of kernel, and the longest kernels."""
+    step, leaves = training_step(resnet(kind, depth, dtype, memory))
+    data = list(batches(T, B, size))
+    time_step(step, [jnp.copy(leaf) for leaf in leaves], data)
     with tempfile.TemporaryDirectory() as folder:
         with jax.profiler.trace(folder):
             for i in range(steps):
-                state, loss = step(state, *data[i])
-            loss.block_until_ready()
+                leaves, metrics = step(leaves, *data[i])
+            metrics["loss"].block_until_ready()
         trace = jax.profiler.ProfileData.from_file(sorted(glob.glob(f"{folder}/**/*.xplane.pb", recursive=True))[-1])
     spent, count = collections.Counter(), collections.Counter()
     for plane in trace.planes:
@@ -185,61 +108,40 @@ def profile(step, state, data, steps=5):
                 count[event.name] += 1 / steps
     kinds = collections.Counter()
     for name, us in spent.items():
-        kinds[next((kind for kind, pattern in KINDS.items() if re.search(pattern, name)), "pointwise")] += us
-    busy = sum(spent.values())
+        kinds[next((kind for kind, pattern in KERNELS.items() if re.search(pattern, name)), "pointwise")] += us
     return dict(
-        busy_ms=busy / 1e3,
+        busy_ms=sum(spent.values()) / 1e3,
         kernels=sum(count.values()),
-        share={kind: round(us / busy, 4) for kind, us in kinds.most_common()},
-        longest=[(round(us, 1), round(count[name], 1), name[:100]) for name, us in spent.most_common(20)],
+        share={kind: us / sum(spent.values()) for kind, us in kinds.most_common()},
+        longest=[(us, count[name], name[:100]) for name, us in spent.most_common(20)],
     )
 
 
-def main():
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--cases", default="pallas,pallas_lean,pallas_fast,scan,relu,flax_relu")
-    parser.add_argument("--precisions", default="bfloat16,tf32")
-    parser.add_argument("--shapes", default="28")
-    parser.add_argument("--depths", default="18")
-    parser.add_argument("--T", type=int, default=32)
-    parser.add_argument("--profile", action="store_true", help="a row of where the time of a step goes, too")
-    args = parser.parse_args()
-    for shape in args.shapes.split(","):
-        B, size = SHAPES[shape]
-        data = list(batches(args.T, B, size))
-        for depth in map(int, args.depths.split(",")):
-            for precision in args.precisions.split(","):
-                for case in args.cases.split(","):
-                    implementation, memory = (case, None) if "relu" in case else named(case)
-                    row = dict(case=f"spiking-resnet-{depth}", implementation=implementation, memory=memory)
-                    row |= dict(precision=precision, T=args.T, B=B, size=size)
-                    try:
-                        measure(row, case, depth, precision, data, args.profile)
-                    except Exception as e:  # a failure is a row
-                        record("resnet", **row, status=repr(e)[:300])
+H100 = """
+gpu_device_info {
+  cuda_compute_capability { major: 9 } core_count: 132 fpus_per_core: 128 clock_rate_ghz: 1.98
+  threads_per_warp: 32 threads_per_block_limit: 1024 threads_per_core_limit: 2048
+  block_dim_limit_x: 2147483647 block_dim_limit_y: 65535 block_dim_limit_z: 65535
+  registers_per_core_limit: 65536 registers_per_block_limit: 65536
+  shared_memory_per_block: 49152 shared_memory_per_block_optin: 232448 shared_memory_per_core: 233472
+  memory_bandwidth: 3352320000000 l2_cache_size: 52428800 device_memory_size: 84929347584
+}
+platform_name: "CUDA" dnn_version_info { major: 9 minor: 15 } runtime_version { major: 12 minor: 9 }
+device_description_str: "NVIDIA H100 80GB HBM3"
+"""
 
 
-def measure(row, case, depth, precision, data, with_profile):
-    step, state = training(build(case, depth, precision))
-    start = time.perf_counter()
-    compiled = step.lower(state, *data[0]).compile()
-    compile_s = time.perf_counter() - start
-    (ms, low, high), losses, state = timed(step, state, data)
-    record(
-        "resnet",
-        **row,
-        input="random input",
-        ms=ms,
-        quartiles=(low, high),
-        peak_mb=peak_mb(compiled),
-        compile_s=compile_s,
-        losses=[round(loss, 4) for loss in losses],
-        status="ok",
-    )
-    if with_profile:
-        record("resnet_profile", **row, **profile(step, state, data), status="ok")
+def memory_without_gpu(kind, depth, dtype, memory, T, B, size):
+    known = xla_bridge.canonicalize_platform  # it refuses "gpu" here: https://github.com/jax-ml/jax/issues/23971
+    xla_bridge.canonicalize_platform = lambda platform: "cuda" if platform in ("gpu", "cuda") else known(platform)
+    step, leaves = training_step(resnet(kind, depth, dtype, memory))
+    device = topologies.get_topology_desc(platform="cuda", target_config=H100, topology="1x1x1").devices[0]
+    shape = lambda dims, dtype: jax.ShapeDtypeStruct(dims, dtype, sharding=SingleDeviceSharding(device))
+    args = [shape(x.shape, x.dtype) for x in leaves], shape((T, B, size, size, 3), jnp.bool_), shape((B,), jnp.int32)
+    abstract = jax.sharding.AbstractDevice(device_kind="NVIDIA H100 80GB HBM3", num_cores=132, platform="gpu")
+    with jax.sharding.use_abstract_mesh(jax.sharding.AbstractMesh((), (), abstract_device=abstract)):
+        return compiled(step, *args)[1] | dict(target="NVIDIA H100 80GB HBM3")
 
 
 if __name__ == "__main__":
-    RESULTS.mkdir(exist_ok=True)
-    main()
+    main(__doc__, "resnet", "resnet_profile", "without_gpu")

@@ -57,7 +57,7 @@ def table() -> str:
         for model, depth in DEPTHS.items():
             B, size = SHAPES[data]
             wanted = dict(case=f"spiking-resnet-{depth}", implementation="pallas", memory="packed")
-            wanted |= dict(precision="bfloat16", T=32, B=B, size=size)
+            wanted |= dict(dtype="bfloat16", T=32, B=B, size=size)
             ms = _last("resnet", "ms", "{:.2f} on {}", **wanted)
             wanted = dict(case=f"{data} {model}", implementation="pallas", input="real data", T=32, steps=int(steps))
             wanted |= dict(mesh=None)

@@ -1,94 +1,178 @@
-"""The benchmarks run: small, without a GPU, of our own library alone; and what is made of their rows."""
+"""The benchmarks run: every script, on tiny shapes and a CPU. Their rows are complete, and the tables are those of the rows."""
 
+import ast
+import importlib.util
 import json
 import pathlib
-import runpy
 import subprocess
 import sys
 
+import numpy as np
 import pytest
 
+from snnfuse.models import resnet as models
+
 BENCHMARKS = pathlib.Path(__file__).parents[1] / "benchmarks"
-compare = runpy.run_path(str(BENCHMARKS / "compare.py"))  # by path: the tests have a module of that name
-report = runpy.run_path(str(BENCHMARKS / "report.py"))
+sys.path.append(str(BENCHMARKS))  # last: it has a compare.py, as the tests have
+for script in ("accuracy", "checks", "core", "data_rss", "loader", "multi_gpu", "norm", "resnet"):
+    importlib.import_module(script)  # they register their questions
+figures, peers, runner = map(importlib.import_module, ("figures", "peers", "runner"))
+spec = importlib.util.spec_from_file_location(
+    "benchmarks_report", BENCHMARKS / "report.py"
+)  # experiments has a report, too
+spec.loader.exec_module(report := importlib.util.module_from_spec(spec))
+COMMANDS = sorted(path.name for path in BENCHMARKS.glob("*.py") if '__name__ == "__main__"' in path.read_text())
 
 
-def peers(tmp_path, *options):
-    out = tmp_path / "rows.jsonl"
-    command = [sys.executable, BENCHMARKS / "peers.py", "--tiny", "--out", out, *options]
-    subprocess.run(command, check=True, capture_output=True, timeout=120)
-    return [json.loads(line) for line in out.read_text().splitlines()]
+@pytest.fixture
+def small(monkeypatch, request):
+    """A ResNet of one block or of none, and as few repetitions as possible."""
+    monkeypatch.setattr(models, "WIDTHS", (8, 8, 8, 8))
+    monkeypatch.setitem(models.DEPTHS, 18, (1 if "resnet" in request.node.name else 0, 0, 0, 0))
+    monkeypatch.setattr(runner.time_ms, "__kwdefaults__", dict(repeats=1, seconds=0, agree=int))
 
 
-def test_our_rows_are_checked_and_timed(tmp_path):
-    rows = peers(tmp_path, "--libraries", "snnfuse", "--only", "T500|n512|shd", "--ways", "scan|mosaic")
-    by_case = {(r["case"], r["how"]): r for r in rows}
-    for case in ("lif_T500_N8192", "open_neuromorphic_n512", "shd"):
-        row = by_case[case, "scan"]
-        assert row["status"] == "ok" and row["flips"] == 0 and row["ms"] > 0
-        assert 0.02 < row["firing_rate"] < 0.4
-    assert "needs a GPU" in by_case["lif_T500_N8192", "mosaic"]["status"]  # a failure is a row
-    assert by_case["lif_T500_N8192", "mosaic"]["ms"] is None
+SMOKE = {  # question: the options that keep it short
+    "core": ["--only", "compile 4|copy|own neuron"],
+    "flips": ["--only", "continuous"],
+    "tune": ["--only", "own neuron"],
+    "resnet": ["--only", "relu bfloat16"],
+    "norm": ["--only", "float32"],
+    "peers": ["--libraries", "snnfuse", "--only", "T500.*(pallas|scan)|n512.*pallas|shd.*scan|resnet.*bfloat16"],
+    "largest_T": [],
+    "multi_gpu": ["--devices", "1", "--only", "unroll|small-net"],
+    "loader": [],
+    "data_rss": [],
+    "contract": [],
+    "demo": [],
+}
 
 
-def test_what_was_not_run_is_a_row(tmp_path):
-    rows = peers(tmp_path, "--libraries", "snnfuse", "--only", "lif_T32", "--budget", "0")
-    assert rows and all(r["status"].startswith("not run: the budget") for r in rows)
+@pytest.mark.parametrize("name", SMOKE)
+def test_it_runs(name, small, capsys):
+    rows = runner.main("", name, argv=["--tiny", *SMOKE[name]], here=True)
+    assert rows and [row["status"] for row in rows] == ["ok"] * len(rows)
+    assert all({"case", "device", "python", "date", "commit", "dirty"} <= row.keys() for row in rows)
+    assert all(0.02 < row["firing_rate"] < 0.4 for row in rows if "firing_rate" in row)
+    assert capsys.readouterr().out.count('{"case"') == len(rows)
 
 
-def test_wrong_spikes_have_no_time():
-    sys.path.insert(0, str(BENCHMARKS))
-    import numpy as np
-    from adapters import cases
-
-    case = cases.Case("a", "lif", (4, 1024))
-    spikes = np.arange(4096).reshape(4, 1024) % 3 == 0
-    gradient = np.ones((4, 1024), np.float32)
-    reference = dict(spikes=np.packbits(spikes), gradient=gradient)
-    assert "status" not in cases.compare(case, "float32", spikes, gradient, reference)
-    assert cases.compare(case, "float32", ~spikes, gradient, reference)["status"].startswith("wrong: 4096 of 4096")
-    assert "gradient" in cases.compare(case, "float32", spikes, 1.1 * gradient, reference)["status"]
+def test_every_question_is_tried_and_every_results_file_has_a_writer():
+    assert set(SMOKE) | {"accuracy", "resnet_profile", "without_gpu"} == set(
+        runner.QUESTIONS
+    )  # test_paper.py; a GPU; CUDA
+    assert {path.stem for path in runner.RESULTS.glob("*.jsonl")} == set(runner.QUESTIONS)
+    pictures = {path.name for path in runner.RESULTS.glob("*.png")}
+    assert pictures == {figures.FIGURE.name, "accuracy_mnist5k_r18.png"}
 
 
-def row(case, ms, library="snnfuse", how="pallas", status="ok"):
-    return dict(case=case, library=library, how=how, dtype="float32", ms=ms, status=status, device="a GPU")
+@pytest.mark.parametrize("question", ["resnet_profile", "without_gpu"])
+def test_questions_that_need_cuda_list_their_cases(question, capsys):
+    assert runner.main("", question, argv=["--list"]) == []
+    assert "spiking-resnet-18 pallas" in capsys.readouterr().out
 
 
-def test_a_slower_row_and_a_lost_one_are_regressions():
-    text = lambda *rows: compare["rows"]("\n".join(map(json.dumps, rows)))
-    before = text(row("same", 1.0), row("slower", 1.0), row("faster", 1.0), row("lost", 1.0), row("never", None))
-    after = text(row("same", 1.04), row("slower", 1.2), row("faster", 0.5), row("lost", None, status="failed"))
-    lines, regressed = compare["compare"](before, after, 0.05)
-    assert regressed and [line.split()[:2] for line in lines] == [
-        ["SLOWER", "slower"],
-        ["faster", "faster"],
-        ["GONE", "lost"],
+def test_every_command_has_help():
+    for script in COMMANDS:
+        text = ast.get_docstring(ast.parse((BENCHMARKS / script).read_text()))
+        assert f"python benchmarks/{script}" in text.split("\n\n", 1)[0 if script == "figures.py" else 1]
+    help_of = lambda script: subprocess.run(
+        [sys.executable, BENCHMARKS / script, "--help"], capture_output=True, text=True
+    )
+    assert "--tolerance" in help_of("compare.py").stdout and "--budget" in help_of("checks.py").stdout
+
+
+def fails(*args):
+    raise ValueError("a planted failure")
+
+
+def ends(*args):
+    sys.stdout.flush()
+    __import__("os")._exit(3)
+
+
+def test_a_failure_is_a_row_also_of_a_process_that_died(tmp_path, capsys):
+    reference = runner.Case(dict(case="reference"), fails)
+    cases = [runner.Case(dict(case="a"), fails), runner.Case(dict(case="b"), dict, needs=reference)]
+    run = runner.Runner()
+    assert [run.row(case)["status"] for case in cases] == [
+        "ValueError: a planted failure",
+        "no reference: ValueError: a planted failure",
     ]
-    assert compare["compare"](before, before, 0.05) == ([], False)
+    assert "the process died" in run.row(runner.Case(dict(case="c"), ends, process="fresh"))["status"]
+
+
+def test_a_question_without_a_gpu_needs_tiny(capsys, monkeypatch):
+    monkeypatch.setattr(runner.shutil, "which", lambda name: None)
+    with pytest.raises(SystemExit):
+        runner.main("", "core", argv=[])
+    assert "this machine has no GPU" in capsys.readouterr().err
+
+
+def test_the_last_of_equal_rows_counts_and_keep_skips_it(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(runner, "RESULTS", tmp_path)
+    row = dict(case="continuous", implementation="interpret", device="cpu", status="ok", differ=1)
+    lines = [row, row | dict(differ=2), row | dict(case="grid of 0.1", status="ValueError")]
+    (tmp_path / "flips.jsonl").write_text("\n".join(map(json.dumps, lines)))
+    assert [r.get("differ") for r in runner.rows("flips")] == [2, 1]
+    runner.main("", "flips", argv=["--tiny", "--list", "--keep"])
+    assert capsys.readouterr().out.splitlines() == ["grid of 0.1 interpret"]
+
+
+def test_wrong_spikes_gradients_and_losses_are_found():
+    task = peers.Task("lif", (4, 1024))
+    spikes = (np.arange(4096).reshape(4, 1024) % 3 == 0).astype(np.float32)
+    gradient = np.ones((4, 1024), np.float32)
+    want = dict(spikes=np.packbits(spikes != 0), gradient=gradient)
+    compare = lambda spikes, gradient: peers.compare(task, "float32", dict(spikes=spikes, gradient=gradient), want)
+    assert "status" not in compare(spikes, gradient)
+    assert compare(1 - spikes, gradient)["status"].startswith("wrong: 4096 of 4096")
+    assert "gradient" in compare(spikes, 1.1 * gradient)["status"]
+    shd, want = peers.Task("shd", (4, 1024)), dict(spikes=want["spikes"], loss=1.0)
+    assert "loss" in peers.compare(shd, "float32", dict(spikes=spikes, loss=1.1), want)["status"]
 
 
 @pytest.mark.parametrize("name", ["core", "resnet", "norm", "peers"])
-def test_no_two_rows_of_a_commit_are_known_by_the_same(name):
-    lines = (BENCHMARKS / "results" / f"{name}.jsonl").read_text().splitlines()
-    for commit in {json.loads(line)["commit"] for line in lines}:
-        of_it = [line for line in lines if json.loads(line)["commit"] == commit]
-        assert len(compare["rows"]("\n".join(of_it))) == len(of_it)
+def test_no_two_rows_of_a_commit_have_the_same_name(name):
+    lines = [json.loads(line) for line in (runner.RESULTS / f"{name}.jsonl").read_text().splitlines()]
+    names = [(runner.identity(row), row["commit"]) for row in lines]
+    assert len(set(names)) == len(names)
 
 
-def test_a_cell_says_how_a_time_came_about():
-    ok = row("a", 0.3, status="ok") | dict(call_ms=1.0)
-    assert report["cell"]([row("a", None, status="failed: why"), ok]) == "0.300 / 1.00"
-    assert report["cell"]([ok | dict(graph="why", call_ms=289.0)]) == "no graph / 289"
-    assert report["cell"]([row("a", None, status="failed: why"), row("a", None, status="not run: why")]) == "failed"
+def test_the_tables_and_the_figure_are_those_of_the_rows():
+    report.main(["--check"])
+    figures.main(["--check"])
 
 
-@pytest.mark.parametrize("peer, says", [(3.0, "3x (Norse)"), (0.5, "**0.5x (Norse) is faster than ours**")])
-def test_the_table_says_where_a_peer_wins(peer, says):
-    assert report["verdict"]({"ours": 1.0, "Norse": peer, "Spyx": 4.0, "sparx": None}) == says
+def test_an_unexpected_failure_and_an_idle_expectation_are_refused(tmp_path, monkeypatch):
+    row = dict(case="lif", implementation="pallas", status="ValueError: planted", device="a GPU", commit="c")
+    (tmp_path / "core.jsonl").write_text(json.dumps(row))
+    for module in (runner, report):
+        monkeypatch.setattr(module, "RESULTS", tmp_path)
+    monkeypatch.setattr(report, "EXPECTED", [("core", dict(case="other"), "why")])
+    with pytest.raises(SystemExit, match="core.jsonl: a row has failed: lif, ValueError: planted\n.*EXPECTED lists"):
+        report.main(["--check"])
+    monkeypatch.setattr(report, "EXPECTED", [("core", dict(case="lif"), "why")])
+    assert list(report.unexpected()) == []
+    text, _ = report.table("core", {"neuron": "{case}", "ms": "{ms:.2f}"}, [row])
+    assert text.splitlines()[-1] == "| lif | why |"
 
 
-def test_a_table_of_compile_times_where_there_are_any():
-    row = dict(case="compile", implementation="pallas", status="ok", device="a GPU", jax="1", date="now", commit="c")
-    rows = [row | dict(T=16, M=4096, compile_s=1.5, first_s=3.0), row | dict(T=500, M=8192, status="it cannot")]
-    assert "| `pallas` | 1.50 | it cannot | 3.00 |" in report["compile_table"](rows)
-    assert report["compile_table"]([]) == ""
+def test_a_missing_marker_is_an_error(tmp_path):
+    (tmp_path / "README.md").write_text("no marker")
+    with pytest.raises(SystemExit, match="must contain .* gains: made by benchmarks/report.py"):
+        report.with_tables(tmp_path / "README.md", (report.gains,))
+
+
+@pytest.mark.parametrize("ms, says", [(3.0, "3x (Norse)"), (0.5, "**0.5x (Norse) is faster than ours**")])
+def test_the_table_says_where_another_library_wins(ms, says):
+    assert report.verdict(dict(ms=1.0), dict(Norse=dict(ms=ms), Spyx=dict(ms=4.0))) == says
+    assert report.peer_cell(dict(ms=0.3, call_ms=1.0)) == "0.300 / 1.00"
+    assert report.peer_cell(dict(ms=0.3, call_ms=289.0, graph="why")) == "no graph / 289"
+
+
+def test_two_checkouts_are_compared():
+    root = BENCHMARKS.parent
+    command = [sys.executable, BENCHMARKS / "compare.py", root, root, "--tiny", "--rounds", "1", "--only", "T=500"]
+    done = subprocess.run([*command, "--tolerance", "9"], capture_output=True, text=True, check=True)
+    assert "no case is slower" in done.stdout and done.stdout.splitlines()[1].startswith("lif T=500")

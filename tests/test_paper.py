@@ -24,7 +24,7 @@ import accuracy
 import config as configuration
 import inputs
 import paper
-import scaling_T
+import runner
 import train
 from inputs import DATASETS, NMnist, Random
 
@@ -142,6 +142,12 @@ def test_random_input_has_the_shape_of_the_real(like):
         Random(like="imagenet")
 
 
+def compare(out, implementations):
+    options = ["--tiny", "--data=mnist", "--model=r18", f"--implementations={implementations}", f"--runs={out}"]
+    options += [f"--out={out / 'accuracy.jsonl'}", f"--more={' '.join(TINY)}"]
+    runner.main(accuracy.__doc__, "accuracy", argv=options, here=True)
+
+
 @pytest.fixture(scope="module")
 def compared(tmp_path_factory):
     """(path, what it said): a small run twice by the same implementation, the second time stopped and resumed."""
@@ -157,11 +163,11 @@ def compared(tmp_path_factory):
             return paper.main([*arguments, "--resume=true"])
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(accuracy.measure, "RESULTS", out)
+        patch.setattr(runner, "RESULTS", out)
         patch.setattr(accuracy, "run", run)  # in this process, for it to be compiled once
         patch.setattr(resnet, "WIDTHS", (8, 16, 32, 64))
         patch.setitem(resnet.DEPTHS, 18, (1, 1, 1, 1))
-        accuracy.compare("mnist", "r18", ["scan", "scan"], TINY, out)
+        compare(out, "scan,scan")
     return out, said.getvalue()
 
 
@@ -169,16 +175,17 @@ def test_a_run_repeats_itself_and_is_a_row(compared):
     out, _ = compared
     rows = [json.loads(line) for line in (out / "accuracy.jsonl").read_text().splitlines()]
     assert [row["case"] for row in rows] == ["mnist r18"] * 2
+    assert [row["status"] for row in rows] == ["ok"] * 2
     assert {"device", "jax", "flax", "date", "commit", "seconds", "T", "B", "seed"} <= rows[0].keys()
-    assert rows[0]["largest_difference"] == 0 and rows[0]["input"] == "random input"
+    assert rows[1]["largest_difference"] == 0 and rows[0]["input"] == "random input"
     assert 0 < rows[0]["final_loss"] < 20 and rows[0]["steps"] == 3
     assert matplotlib.image.imread(out / "accuracy_mnist_r18.png").shape[0] > 300
 
 
 def test_a_run_that_fails_is_a_row(tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr(accuracy.measure, "RESULTS", tmp_path)
+    monkeypatch.setattr(runner, "RESULTS", tmp_path)
     monkeypatch.setattr(accuracy, "run", paper.main)
-    accuracy.compare("mnist", "r18", ["mosaic"], TINY, tmp_path / "runs")
+    compare(tmp_path, "mosaic")
     assert "needs a GPU" in capsys.readouterr().err
     assert json.loads((tmp_path / "accuracy.jsonl").read_text())["status"] == "exit 1"
 
@@ -205,7 +212,7 @@ def test_the_report_shows_blocks_in_their_order():
 def test_the_list_has_every_run(capsys, monkeypatch, tmp_path):
     monkeypatch.setattr(paper, "RESULTS", tmp_path)
     row = dict(status="ok", device="NVIDIA H100 80GB HBM3")
-    step = dict(case="spiking-resnet-18", implementation="pallas", precision="bfloat16", T=32, B=100, size=28, ms=3.4)
+    step = dict(case="spiking-resnet-18", implementation="pallas", dtype="bfloat16", T=32, B=100, size=28, ms=3.4)
     step |= dict(memory="packed")
     accuracy = dict(case="mnist r18", implementation="pallas", held_out_accuracy=0.991, input="real data", steps=3000)
     others = [row | accuracy, row | accuracy | {"T": 32, "implementation": "scan", "held_out_accuracy": 0.5}]
@@ -218,14 +225,3 @@ def test_the_list_has_every_run(capsys, monkeypatch, tmp_path):
     assert re.fullmatch(r"python experiments/paper.py mnist +r18 +3000 +3.40 on H100 +99.10% on H100", lines[1])
     assert lines[2].count("not measured") == 2
     assert paper.main(["imagenet", "r18"]) == 2 and "expected DATA MODEL" in capsys.readouterr().err
-
-
-def test_the_scaling_study(tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr(accuracy.measure, "RESULTS", tmp_path)
-    options = ["--T=4,8", "--neurons=64", "--implementations=scan,scan,mosaic"]
-    assert scaling_T.main(options) == 0
-    rows = [json.loads(line) for line in (tmp_path / "scaling_T.jsonl").read_text().splitlines()]
-    assert [row["T"] for row in rows] == [4] * 3 + [8] * 3
-    for scan, again, absent in zip(rows[::3], rows[1::3], rows[2::3], strict=True):
-        assert scan["input"] == "random input" and 0.02 < scan["firing_rate"] == again["firing_rate"] < 0.4
-        assert again["over_scan"] > 0 and "Error" in absent["status"]

@@ -1,0 +1,236 @@
+"""Runs the cases of a question and stores what they gave as rows.
+
+A script asks a question. It lists `Case`s; each has the fields that name its row and the function that measures the rest.
+`main` runs them and appends one row per case to results/<question>.jsonl. A case that fails also gives a row, with the
+error as its `status`; report.py refuses failed rows that it does not expect, so a failure cannot go unnoticed.
+
+A row is one line of JSON:
+
+    the fields in NAMED_BY   what was measured: case, library, implementation, T, M (lanes), B (batch), dtype, ...
+    status                   "ok", or what went wrong
+    ms, quartiles            milliseconds of device time: the median, and the lower and the upper quartile
+    call_ms                  milliseconds of a call from Python, as a user makes it
+    further numbers          peak_mb, compile_s, firing_rate, ...
+    device, jax or torch, python, date, commit, dirty
+
+If several rows have the same named fields, the last one counts (`rows`).
+"""
+
+import argparse
+import datetime
+import json
+import multiprocessing
+import os
+import pathlib
+import platform
+import re
+import shutil
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
+from dataclasses import dataclass
+from functools import cache
+from typing import Any
+
+HERE = pathlib.Path(__file__).parent
+RESULTS = HERE / "results"
+NAMED_BY = "case library implementation memory T M B C size dtype input devices mesh synchronised sums processes bytes"
+NAMED_BY = f"{NAMED_BY} blocks hint note source train steps tests command seed device".split()
+sys.path.insert(0, str(HERE.parent))  # this checkout's snnfuse, also in worker processes
+os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, [str(HERE.parent), os.environ.get("PYTHONPATH")]))
+os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")  # libraries share the GPU
+
+
+@dataclass(frozen=True)
+class Case:
+    """One row: `key` names it, and `measure(*args)` returns its other fields, perhaps with a `status` of its own.
+
+    `process`: "" runs in this process; cases with the same name share a worker process; "fresh" gets a new one.
+    `needs` is another case; it runs once, and its result is the last argument of `measure`.
+    """
+
+    key: dict
+    measure: Callable[..., dict]
+    args: tuple = ()
+    process: str = ""
+    needs: "Case | None" = None
+
+    @property
+    def name(self) -> str:
+        return " ".join(str(value) for value in self.key.values() if value is not None)
+
+
+@dataclass(frozen=True)
+class Question:
+    name: str
+    cases: Callable[[argparse.Namespace], Any]
+    gpu: bool
+    options: dict
+
+
+QUESTIONS: dict[str, Question] = {}  # the registry: every question of the scripts that are imported
+
+
+def question(name: str, *, gpu: bool = True, **options):
+    """Registers a function `args -> cases`. `gpu`: only a GPU gives rows worth storing. `options`: name=(default, help)."""
+
+    def register(cases):
+        QUESTIONS[name] = Question(name, cases, gpu, options)
+        return cases
+
+    return register
+
+
+def rows(name: str) -> list[dict]:
+    """The rows of a results file; of rows with the same named fields, the last."""
+    path = RESULTS / f"{name}.jsonl"
+    lines = path.read_text().splitlines() if path.exists() else []
+    return list({identity(row): row for row in map(json.loads, lines)}.values())
+
+
+def identity(row: dict) -> tuple:
+    return tuple((field, str(row[field])) for field in NAMED_BY if row.get(field) is not None)
+
+
+def time_ms(call, wait, *, repeats=7, seconds=0.05, agree=int):
+    """(median, lower quartile, upper quartile) of the milliseconds of `call()`, which must be compiled already.
+
+    Calls are started one after another and `wait(result)` waits for them once, so the device stays busy unless Python is
+    too slow for it. `agree` lets several processes make the same number of calls.
+    """
+    wait(call())
+    start = time.perf_counter()
+    wait(call())
+    once = time.perf_counter() - start
+    count = agree(max(1 if once > 0.1 else 3, int(seconds / once)))
+    samples = []
+    for _ in range(repeats):
+        start = time.perf_counter()
+        for _ in range(count):
+            out = call()
+        wait(out)
+        samples.append((time.perf_counter() - start) / count * 1e3)
+    samples.sort()
+    return tuple(samples[len(samples) * i // 4] for i in (2, 1, 3))
+
+
+def record(path, row):
+    """Adds date and commit to a row, prints it, and appends it to `path` if there is one."""
+    row |= dict(date=datetime.date.today().isoformat(), commit=_commit()[0], dirty=_commit()[1])
+    line = json.dumps(_rounded(row))
+    if path:
+        path.parent.mkdir(exist_ok=True)
+        with open(path, "a") as file:
+            file.write(line + "\n")
+    print(line, flush=True)
+
+
+@cache
+def _commit():
+    """(the commit, whether files differ from it); $SNNFUSE_COMMIT names it for a copy without .git."""
+    git = lambda *a: subprocess.run(["git", *a], capture_output=True, text=True, cwd=HERE).stdout.strip()
+    dirty = bool(git("status", "--porcelain", "--untracked-files=no", "--", "../snnfuse", ".", ":!results"))
+    return os.environ.get("SNNFUSE_COMMIT") or git("rev-parse", "--short", "HEAD") or "unknown", dirty
+
+
+def _rounded(value):
+    if isinstance(value, dict):
+        return {k: _rounded(v) for k, v in value.items()}
+    if isinstance(value, list | tuple):
+        return [_rounded(v) for v in value]
+    return float(f"{value:.5g}") if isinstance(value, float) else value
+
+
+def measured(measure, args) -> dict:
+    """What `measure` found, with the device and the versions of the process that it ran in."""
+    try:
+        row = dict(status="ok") | measure(*args)
+    except Exception as e:  # a failure is a row
+        row = dict(status=f"{type(e).__name__}: {e}"[:300])
+    facts = dict(device="cpu", python=platform.python_version())
+    if jax := sys.modules.get("jax"):
+        facts |= dict(device=jax.devices()[0].device_kind, jax=jax.__version__)
+    elif torch := sys.modules.get("torch"):
+        facts |= dict(torch=torch.__version__)
+        facts |= dict(device=torch.cuda.get_device_name()) if torch.cuda.is_available() else {}
+    return row | facts
+
+
+class Runner:
+    """Runs cases in this process or in worker processes, and remembers the results that other cases need."""
+
+    def __init__(self, seconds=600.0, here=False):
+        self.seconds, self.here, self.workers, self.needed = seconds, here, {}, {}
+
+    def row(self, case: Case) -> dict:
+        args = case.args
+        if case.needs is not None:
+            name = case.needs.name
+            self.needed[name] = need = self.needed.get(name) or self._run(case.needs, case.needs.args)
+            if need["status"] != "ok":
+                return case.key | dict(status=f"no reference: {need['status']}"[:300], device=need["device"])
+            args = (*args, need)
+        return case.key | self._run(case, args)
+
+    def _run(self, case, args):
+        if self.here or not case.process:
+            return measured(case.measure, args)
+        if case.process not in self.workers:
+            self.workers[case.process] = ProcessPoolExecutor(1, multiprocessing.get_context("spawn"))
+        try:
+            return self.workers[case.process].submit(measured, case.measure, args).result(self.seconds)
+        except (BrokenProcessPool, TimeoutError):
+            self._end(case.process, kill=True)
+            return dict(status=f"the process died, or took more than {self.seconds:.0f} s", device="unknown")
+        finally:
+            if case.process == "fresh":
+                self._end("fresh")
+
+    def _end(self, name, kill=False):
+        if worker := self.workers.pop(name, None):
+            for process in list((worker._processes or {}).values()) if kill else ():
+                process.kill()
+            worker.shutdown(wait=not kill)
+
+    def close(self):
+        for name in list(self.workers):
+            self._end(name)
+
+
+def main(doc: str, *names: str, argv=None, here=False) -> list[dict]:
+    """The command line of a script that asks the questions `names`. Returns the rows. `here`: without worker processes."""
+    argv = sys.argv[1:] if argv is None else list(argv)
+    asked = QUESTIONS[argv.pop(0) if argv and argv[0] in names else names[0]]
+    parser = argparse.ArgumentParser(description=doc, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--tiny", action="store_true", help="small shapes, also without a GPU; rows are only printed")
+    parser.add_argument("--only", default="", help="run only the cases whose name matches this regular expression")
+    parser.add_argument("--list", action="store_true", help="print the names of the cases and run nothing")
+    parser.add_argument("--keep", action="store_true", help="skip the cases that have a row without an error already")
+    parser.add_argument("--budget", type=float, default=float("inf"), help="seconds after which no further case starts")
+    parser.add_argument("--out", type=pathlib.Path, help="append the rows to this file instead")
+    for option, (default, text) in asked.options.items():
+        parser.add_argument(f"--{option}", type=type(default), default=default, help=f"{text} (default: {default!r})")
+    args = parser.parse_args(argv)
+    if asked.gpu and not args.tiny and not args.list and not shutil.which("nvidia-smi"):
+        parser.error("this machine has no GPU (no nvidia-smi): add --tiny to check that everything runs")
+    path = args.out or (None if args.tiny else RESULTS / f"{asked.name}.jsonl")
+    done = {identity(r | dict(device=None)) for r in rows(asked.name) if r["status"] == "ok"} if args.keep else ()
+    runner, start, made = Runner(here=here), time.perf_counter(), []
+    for case in asked.cases(args):
+        if not re.search(args.only, case.name) or identity(case.key) in done:
+            continue
+        if args.list or time.perf_counter() - start > args.budget:
+            print(case.name if args.list else f"not run, the budget is spent: {case.name}")
+            continue
+        made.append(runner.row(case))
+        record(path, made[-1])
+    runner.close()
+    return made
+
+
+def split(text: str, kind=str) -> list:
+    """The parts of a comma-separated option."""
+    return [kind(part) for part in text.split(",") if part]

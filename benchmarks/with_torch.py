@@ -1,0 +1,169 @@
+"""What benchmarks on PyTorch share: timing, and the spiking ResNet-18 of the temporal fusion paper with its training step.
+
+`ms` is the time of a replayed CUDA graph. If no graph can be captured, `ms` is `call_ms` and `graph` says why.
+The functions that benchmarks/peers.py uses have the same names in benchmarks/with_jax.py.
+"""
+
+import gc
+import time
+
+import numpy as np
+import runner
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+CUDA = torch.cuda.is_available()
+ON = torch.device("cuda" if CUDA else "cpu")
+torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = True
+torch.backends.cudnn.benchmark = True
+cross_entropy = F.cross_entropy
+
+
+def array(x, dtype="float32"):
+    x = torch.from_numpy(np.ascontiguousarray(x)).to(ON)
+    return x if not x.is_floating_point() else x.to(getattr(torch, dtype))
+
+
+def to_numpy(x):
+    return x.detach().float().cpu().numpy()
+
+
+def roll(x, count):
+    return x.detach().roll(count, 1)
+
+
+def pullback(f):
+    def run(weight, x, cotangent):
+        weight = weight.detach().requires_grad_()
+        out = f(weight, x)
+        return out, torch.autograd.grad(out, weight, cotangent.to(out.dtype))[0]
+
+    return run
+
+
+def train(loss_of, weights):
+    for weight in weights:
+        weight.requires_grad_()
+    adam = torch.optim.Adam(weights, 1e-3, fused=True, capturable=CUDA)
+
+    def step(state, *batch):
+        adam.zero_grad(set_to_none=True)
+        loss = loss_of(weights, *batch)[0]
+        loss.backward()
+        adam.step()
+        return state, loss.detach()
+
+    return step, None
+
+
+def run_once(f, *args):
+    with torch.no_grad():
+        return f(*args)
+
+
+def sync(_=None):
+    if CUDA:
+        torch.cuda.synchronize()
+
+
+def measure(f, sets, no_graph="") -> dict:
+    """The most memory that a call holds, and its times."""
+    try:
+        f(*sets[0])
+        sync()
+        if CUDA:
+            torch.cuda.reset_peak_memory_stats()
+        start = time.perf_counter()
+        f(*sets[0])
+        sync()
+        if time.perf_counter() - start > 5e-3:  # then no input is in the cache anyway
+            sets = sets[:1]
+        row = dict(peak_mb=torch.cuda.max_memory_allocated() / 1e6) if CUDA else {}
+        call_ms, *quartiles = runner.time_ms(lambda: f(*sets[0]), sync)
+        try:
+            if no_graph or not CUDA:
+                raise NotImplementedError(no_graph or "no GPU")
+            ms, *quartiles = (t / len(sets) for t in runner.time_ms(graph(f, sets).replay, sync))
+        except Exception as e:
+            sync()
+            return row | dict(ms=call_ms, quartiles=quartiles, call_ms=call_ms, graph=str(e)[:200])
+        return row | dict(ms=ms, quartiles=quartiles, call_ms=call_ms)
+    finally:  # the next library gets the memory
+        gc.collect()
+        if CUDA:
+            torch.cuda.empty_cache()
+
+
+def graph(f, sets):
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        for args in sets:
+            f(*args)
+    torch.cuda.current_stream().wait_stream(stream)
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        for args in sets:
+            f(*args)
+    return graph
+
+
+class OverTime(nn.Module):
+    """A neuron on [T, B, ...] within a network on [T * B, ...]."""
+
+    def __init__(self, T, neuron):
+        super().__init__()
+        self.T, self.neuron = T, neuron
+
+    def forward(self, x):
+        return self.neuron(x.view(self.T, -1, *x.shape[1:])).flatten(0, 1)
+
+
+class Block(nn.Module):
+    def __init__(self, features, width, stride, neuron):
+        super().__init__()
+        self.conv1 = nn.Conv2d(features, width, 3, stride, 1, bias=False)
+        self.conv2 = nn.Conv2d(width, width, 3, 1, 1, bias=False)
+        self.norm1, self.norm2 = nn.BatchNorm2d(width), nn.BatchNorm2d(width)
+        self.neuron1, self.neuron2 = neuron(), neuron()
+        down = nn.Sequential(nn.Conv2d(features, width, 1, stride, bias=False), nn.BatchNorm2d(width))
+        self.beside = nn.Identity() if stride == 1 and features == width else down
+
+    def forward(self, x):
+        return self.neuron2(self.norm2(self.conv2(self.neuron1(self.norm1(self.conv1(x))))) + self.beside(x))
+
+
+def resnet18(neuron, classes=10):
+    blocks, features = [], 64
+    for width in (64, 128, 256, 512):
+        for i in range(2):
+            blocks.append(Block(features, width, 2 if width > 64 and not i else 1, neuron))
+            features = width
+    stem = nn.Conv2d(3, 64, 7, 2, 3, bias=False), nn.BatchNorm2d(64), neuron(), nn.MaxPool2d(3, 2, 1)
+    return nn.Sequential(*stem, *blocks, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(512, classes))
+
+
+def resnet_step(lif, dtype, T, B, size, device=ON, wrap=lambda net: net):
+    """A call without arguments that makes one training step and returns the loss. `lif` None puts ReLU for the neurons.
+
+    "bfloat16" is autocast; "tf32" is float32 outside the matrix products.
+    """
+    torch.manual_seed(0)
+    neuron = nn.ReLU if lif is None else lambda: OverTime(T, lif)
+    net = wrap(resnet18(neuron).to(device).to(memory_format=torch.channels_last))
+    xs = (torch.rand(T * B, 3, size, size, device=device) < 0.5).float().contiguous(memory_format=torch.channels_last)
+    labels = torch.randint(0, 10, (B,), device=device)
+    adam = torch.optim.Adam(net.parameters(), 1e-3, fused=True, capturable=device.type == "cuda")
+
+    def step():
+        adam.zero_grad(set_to_none=True)
+        with torch.autocast(device.type, torch.bfloat16, enabled=dtype == "bfloat16"):
+            logits = net(xs).view(T, B, -1).mean(0)
+        loss = F.cross_entropy(logits.float(), labels)
+        loss.backward()
+        adam.step()
+        return loss.detach()
+
+    return step
