@@ -296,7 +296,7 @@ def conv_and_gradients(f, x, kernel):
 @example(sizes=(7, 6), taps=(3, 3), strides=(1, 1), pads=((-1, 1), (1, 0)), inputs=5)
 def test_each_form_of_a_convolution_gives_the_same(sizes, taps, strides, pads, inputs):
     x = jax.random.normal(jax.random.key(0), (2, *sizes, inputs))
-    kernel = jax.random.normal(jax.random.key(1), (3, *taps, inputs))
+    kernel = jax.random.normal(jax.random.key(1), (*taps, inputs, 3))
     highest = lax.Precision.HIGHEST
     if any(size + sum(pad) < t for size, pad, t in zip(sizes, pads, taps, strict=True)):
         with pytest.raises(ValueError, match="kernel.*map of"):
@@ -304,7 +304,7 @@ def test_each_form_of_a_convolution_gives_the_same(sizes, taps, strides, pads, i
         return
 
     def reference(x, kernel):
-        numbers = ("NHWC", "OHWI", "NHWC")
+        numbers = ("NHWC", "HWIO", "NHWC")
         return lax.conv_general_dilated(x, kernel, strides, pads, dimension_numbers=numbers, precision=highest)
 
     ours = partial(convolve, strides=strides, pads=pads, precision=highest)

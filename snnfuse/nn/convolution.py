@@ -20,7 +20,7 @@ def convolve(
     groups: int = 1,
     precision: Any = None,
 ) -> Array:
-    """x [n, *space, I], kernel [O, *taps, I / groups] -> [n, *space', O]; one stride and one (low, high) padding per axis.
+    """x [n, *space, I], kernel [*taps, I / groups, O] -> [n, *space', O]; one stride and one (low, high) padding per axis.
 
     The four forms:
     * a product of matrices, for a 1 x 1 kernel;
@@ -28,9 +28,10 @@ def convolve(
     * pixels moved into channels, for few input channels (images) and a stride: three channels do not fill the matrix units;
     * `lax.conv_general_dilated`, for everything else, and always with dilation, groups, or other than two axes of space.
 
-    The kernel is laid out as cuDNN reads it beside channels-last inputs.
+    Only the last two forms move O to the front of the kernel, as cuDNN reads it beside channels-last inputs. The products
+    of matrices take the kernel as it is: in a ResNet they hold most of the weights.
     """
-    features, *taps, inputs = kernel.shape
+    *taps, inputs, features = kernel.shape
     space, ones = x.shape[1:-1], (1,) * len(taps)
     input_dilation, kernel_dilation = tuple(input_dilation or ones), tuple(kernel_dilation or ones)
     outs = []
@@ -41,7 +42,7 @@ def convolve(
             f"x must be as large as the kernel, {tuple(taps)}, with padding {list(pads)}; got a map of {space}"
         )
     spec = (0, x.ndim - 1, *range(1, x.ndim - 1))
-    slide = partial(
+    convolution = partial(
         lax.conv_general_dilated,
         lhs_dilation=input_dilation,
         rhs_dilation=kernel_dilation,
@@ -49,6 +50,7 @@ def convolve(
         feature_group_count=groups,
         precision=precision,
     )
+    slide = lambda x, kernel, *window: convolution(x, jnp.moveaxis(kernel, -1, 0), *window)
     dilated = input_dilation + kernel_dilation != 2 * ones
     if len(taps) != 2 or dilated or groups > 1 or min(map(min, pads)) < 0:
         return slide(x.astype(kernel.dtype), kernel, strides, pads)
@@ -67,39 +69,39 @@ def convolve(
     x = x.astype(kernel.dtype)
     if small:
         matrix = _dense(kernel, space, outs, strides, low)
-        return jnp.matmul(x.reshape(len(x), -1), matrix.T, precision=precision).reshape(len(x), *outs, features)
+        return jnp.matmul(x.reshape(len(x), -1), matrix, precision=precision).reshape(len(x), *outs, features)
     if taps == [1, 1] and not any(map(any, pads)):
         x = x[:, :: strides[0], :: strides[1]]
-        return jnp.matmul(x, kernel.reshape(features, inputs).T, precision=precision)
+        return jnp.matmul(x, kernel.reshape(inputs, features), precision=precision)
     return slide(x, kernel, strides, pads)
 
 
 def _dense(kernel, space, outs, strides, low):
-    """The convolution as a matrix [H' W' O, H W I]: each output's row holds the taps that lie over the map."""
+    """The convolution as a matrix [H W I, H' W' O]: each output's columns hold the taps that lie over the map."""
     (H, W), (h, w), (down, right) = space, outs, strides
-    wide = jnp.pad(kernel, ((0, 0), (down * h, H), (right * w, W), (0, 0)))
-    rows = []
+    wide = jnp.pad(kernel, ((down * h, H), (right * w, W), (0, 0), (0, 0)))
+    columns = []
     for i in range(h):
         for j in range(w):
             top, left = down * (h - i) + low[0], right * (w - j) + low[1]
-            rows.append(wide[:, top : top + H, left : left + W])
-    return jnp.stack(rows).reshape(h * w * len(kernel), -1)
+            columns.append(wide[top : top + H, left : left + W])
+    return jnp.concatenate(columns, -1).reshape(-1, h * w * kernel.shape[-1])
 
 
 def _space_to_depth(x, kernel, strides, low, outs):
     """(x [n, H / stride, W / stride, I stride^2], kernel, pads) of the same convolution with stride 1."""
-    features, *taps, inputs = kernel.shape
+    *taps, inputs, features = kernel.shape
     down, right = strides
     before = [-pad % s for pad, s in zip(low, strides, strict=True)]  # taps of zero make the padding whole blocks
     blocks = [-(-(t + b) // s) for t, b, s in zip(taps, before, strides, strict=True)]
     fill = [(b, n * s - t - b) for n, s, t, b in zip(blocks, strides, taps, before, strict=True)]
-    kernel = jnp.pad(kernel, ((0, 0), *fill, (0, 0)))
-    kernel = kernel.reshape(features, blocks[0], down, blocks[1], right, inputs).transpose(0, 1, 3, 2, 4, 5)
+    kernel = jnp.pad(kernel, (*fill, (0, 0), (0, 0)))
+    kernel = kernel.reshape(blocks[0], down, blocks[1], right, inputs, features).transpose(0, 2, 1, 3, 4, 5)
     channels = inputs * down * right
-    spare = ((0, 0),) * 3 + ((0, -channels % 8),)  # the matrix units take 8 channels at a time
-    kernel = jnp.pad(kernel.reshape(features, *blocks, channels), spare)
+    extra = (0, -channels % 8)  # the matrix units take 8 channels at a time
+    kernel = jnp.pad(kernel.reshape(*blocks, channels, features), ((0, 0), (0, 0), extra, (0, 0)))
     parts = [x[:, a::down, b::right] for a in range(down) for b in range(right)]
-    x = jnp.pad(jnp.concatenate(parts, -1), spare)
+    x = jnp.pad(jnp.concatenate(parts, -1), ((0, 0),) * 3 + (extra,))
     pads = []
     for pad, b, s, out, n, size in zip(low, before, strides, outs, blocks, x.shape[1:3], strict=True):
         first = (pad + b) // s

@@ -116,7 +116,7 @@ class Conv(Timeless, nnx.Conv):
             raise ValueError(f"x must be [..., {space}, {self.in_features}]; got {shape}")
         kernel = self.kernel[...] if self.mask is None else self.kernel[...] * self.mask
         dtype = _dtype(self, x)
-        return _with_bias(self, bilinear(self._convolve, x, jnp.moveaxis(kernel.astype(dtype), -1, 0)))
+        return _with_bias(self, bilinear(self._convolve, x, kernel.astype(dtype)))
 
     def _convolve(self, x, kernel):
         rank = len(self.kernel_size)
