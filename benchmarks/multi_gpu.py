@@ -17,7 +17,16 @@ import sys
 import time
 from functools import partial
 
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jax.sharding import NamedSharding
+from jax.sharding import PartitionSpec as P
 from runner import Case, main, question, split
+from with_jax import compiled, forward_backward, resnet, time_ms, time_step, training_step
+
+import snnfuse as sf
+from snnfuse import nn, parallel
 
 
 @question(
@@ -33,8 +42,6 @@ def multi_gpu(args):
     if args.processes and "SNNFUSE_PROCESS" not in os.environ:
         sys.exit(each_in_a_process(args.processes))
     if process := os.environ.get("SNNFUSE_PROCESS"):  # before anything asks JAX for its devices
-        from snnfuse import parallel
-
         parallel.initialise("localhost:9911", args.processes, int(process))
     return jax_cases(args)
 
@@ -52,8 +59,6 @@ def each_in_a_process(count):
 
 
 def jax_cases(args):
-    import jax
-
     tiny, how = args.tiny, "interpret" if args.tiny else None
     same = dict(processes=args.processes) if args.processes else {}
     for n in split(args.devices, int):
@@ -97,11 +102,8 @@ SHAPES = {"resnet18": (28, 28, 3), "lif-stack": (2**13,), "small-net": (16, 16, 
 
 
 def timed(f, *args):
-    import jax
-    from with_jax import ON_GPU, time_ms
-
     jax.block_until_ready(f(*args))
-    if not ON_GPU:
+    if jax.default_backend() == "cpu":
         return dict(functional_check_only=True)
     ms, *quartiles = time_ms(f, *args)
     return dict(ms=ms, quartiles=quartiles)
@@ -109,12 +111,6 @@ def timed(f, *args):
 
 def link(kind, n, size):
     """One all-reduce, or one hand-over of each device to the next."""
-    import jax
-    import jax.numpy as jnp
-    from jax.sharding import PartitionSpec as P
-
-    from snnfuse import parallel
-
     mesh = parallel.make_mesh({"d": n})
     hand_over = lambda x: jax.lax.ppermute(x, "d", [(i, i + 1) for i in range(n - 1)])
     f = (lambda x: jax.lax.psum(x, "d")) if kind == "all-reduce" else hand_over
@@ -124,14 +120,6 @@ def link(kind, n, size):
 
 def lanes(n, T, M, how):
     """`unroll` forward and backward under `jit`, with M lanes on each device; no sequence may travel between devices."""
-    import jax
-    import jax.numpy as jnp
-    from jax.sharding import PartitionSpec as P
-    from with_jax import forward_backward
-
-    import snnfuse as sf
-    from snnfuse import parallel
-
     mesh = parallel.make_mesh({"data": n})
     run = forward_backward(lambda d, xs: sf.unroll(sf.LIF(), sf.LIFParams(d, 1.0), None, xs, implementation=how)[0])
     draw = lambda seed: parallel.shard(jax.random.normal(jax.random.key(seed), (T, n, M)), mesh, P(None, "data"))
@@ -143,11 +131,6 @@ def lanes(n, T, M, how):
 
 def network(name, how):
     """(the network, its readout)"""
-    from flax import nnx
-    from with_jax import resnet
-
-    from snnfuse import nn
-
     if name == "resnet18":
         return resnet(how, 18, "bfloat16"), nn.membrane_mean
     if name == "lif-stack":
@@ -164,11 +147,6 @@ def network(name, how):
 
 def training(name, axes, T, B, how, synchronised, sums, want=None):
     """A training step on a mesh; `want` is the row of one device, whose loss and norm of the gradient it must have."""
-    from jax.sharding import PartitionSpec as P
-    from with_jax import ON_GPU, compiled, time_step, training_step
-
-    from snnfuse import parallel
-
     mesh = parallel.make_mesh(axes)
     time_axis, data_axis = (axis if axis in axes else None for axis in ("time", "data"))
     model, read = network(name, how)
@@ -187,7 +165,7 @@ def training(name, axes, T, B, how, synchronised, sums, want=None):
     for key in ("loss", "grad_norm") if want else ():
         if abs(row[key] / want[key] - 1) > 1e-4:
             return row | dict(status=f"wrong: {key} {row[key]:.7g}, on one device {want[key]:.7g}")
-    if not ON_GPU:
+    if jax.default_backend() == "cpu":
         return row | dict(functional_check_only=True)
     row |= time_step(program, leaves, data)
     return row | dict(samples_per_s=B / row["ms"] * 1e3)
@@ -195,8 +173,6 @@ def training(name, axes, T, B, how, synchronised, sums, want=None):
 
 def batch(seed, shape, T, B, mesh, specs):
     """Random (xs, labels), made on their devices: spikes for images, currents for the stack."""
-    import jax
-    from jax.sharding import NamedSharding
 
     def draw():
         keys = jax.random.split(jax.random.key(seed))

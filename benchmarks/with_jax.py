@@ -15,7 +15,6 @@ from jax.experimental import multihost_utils
 from snnfuse import models, nn, parallel
 from snnfuse.models import resnet as ours
 
-ON_GPU = jax.default_backend() == "gpu"
 f32, bf16 = jnp.float32, jnp.bfloat16
 
 

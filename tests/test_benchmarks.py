@@ -33,14 +33,14 @@ def small(monkeypatch, request):
 
 
 SMOKE = {  # question: the options that keep it short
-    "core": ["--only", "compile 4|copy|own neuron"],
+    "core": ["--only", "compile.*scan|copy|own neuron"],
     "flips": ["--only", "continuous"],
     "tune": ["--only", "own neuron"],
     "resnet": ["--only", "relu bfloat16"],
-    "norm": ["--only", "float32"],
-    "peers": ["--libraries", "snnfuse", "--only", "T500.*(pallas|scan)|n512.*pallas|shd.*scan|resnet.*bfloat16"],
+    "norm": ["--only", "^fused .*float32"],
+    "peers": ["--libraries", "snnfuse", "--only", "T500.*(scan|pallas)|n512.*scan|shd.*scan"],
     "largest_T": [],
-    "multi_gpu": ["--devices", "1", "--only", "unroll|small-net"],
+    "multi_gpu": ["--devices", "1", "--only", "unroll|lif-stack.* 8 "],
     "loader": [],
     "data_rss": [],
     "contract": [],
