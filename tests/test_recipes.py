@@ -66,9 +66,17 @@ def test_a_data_set(follow, tmp_path):
     modules["tests/test_data_builders.py"].test_stripes_run_along_the_rows_or_the_columns(tmp_path)
 
 
+def test_a_benchmark_case(follow, capsys):
+    follow("A benchmark case")
+    import runner
+
+    (row,) = runner.main("", "dense", argv=["--tiny"], here=True)
+    assert row["status"] == "ok" and row["ms"] > 0 and row["case"] == "dense"
+
+
 def test_every_file_and_make_target_exists():
     text = (ROOT / "CONTRIBUTING.md").read_text()
-    created = {"snnfuse/nn/trace.py", "snnfuse/ops/unrolled.py", "snnfuse/data/builders/stripes.py"}
+    created = set(re.findall(r"^# (\S+\.py)$", text, re.M)) | {"benchmarks/results/dense.jsonl"}
     for file in re.findall(r"`((?:snnfuse|tests|benchmarks|notebooks|experiments)/[\w./-]+\.\w+)`", text):
         assert file in created or (ROOT / file).exists(), file
     (targets,) = re.findall(r"^.PHONY: (.*)$", (ROOT / "Makefile").read_text(), re.M)
