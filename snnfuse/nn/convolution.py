@@ -28,8 +28,8 @@ def convolve(
     * pixels moved into channels, for few input channels (images) and a stride: three channels do not fill the matrix units;
     * `lax.conv_general_dilated`, for everything else, and always with dilation, groups, or other than two axes of space.
 
-    Only the last two forms move O to the front of the kernel, as cuDNN reads it beside channels-last inputs. The products
-    of matrices take the kernel as it is: in a ResNet they hold most of the weights.
+    A 1 x 1 kernel, and any kernel on a map of 1 x 1, is used as it is stored: on small images those are most of a ResNet's
+    weights. Elsewhere O goes to the front of the kernel, as cuDNN reads it beside channels-last inputs.
     """
     *taps, inputs, features = kernel.shape
     space, ones = x.shape[1:-1], (1,) * len(taps)
@@ -79,13 +79,18 @@ def convolve(
 def _dense(kernel, space, outs, strides, low):
     """The convolution as a matrix [H W I, H' W' O]: each output's columns hold the taps that lie over the map."""
     (H, W), (h, w), (down, right) = space, outs, strides
+    inputs, features = kernel.shape[2:]
     wide = jnp.pad(kernel, ((down * h, H), (right * w, W), (0, 0), (0, 0)))
-    columns = []
-    for i in range(h):
-        for j in range(w):
-            top, left = down * (h - i) + low[0], right * (w - j) + low[1]
-            columns.append(wide[top : top + H, left : left + W])
-    return jnp.concatenate(columns, -1).reshape(-1, h * w * kernel.shape[-1])
+
+    def window(i, j):
+        top, left = down * (h - i) + low[0], right * (w - j) + low[1]
+        return wide[top : top + H, left : left + W].reshape(H * W * inputs, features)
+
+    if h * w == 1:
+        return window(0, 0)
+    # Joined along O, each window would take a small copy of its own. XLA makes one kernel of a join along the first axis.
+    rows = jnp.stack([window(i, j).T for i in range(h) for j in range(w)])
+    return rows.reshape(h * w * features, -1).T
 
 
 def _space_to_depth(x, kernel, strides, low, outs):
