@@ -32,19 +32,17 @@ def not_needed(*names):
 
 
 def snnfuse():
-    """A way is an `implementation`, perhaps with the name of a neuron behind it."""
+    """A way is an `implementation`."""
     import neurons
 
     import snnfuse as sf
 
-    def run(neuron, params, way):
-        return lambda xs: sf.unroll(neuron, params, None, xs, implementation=way.partition(" ")[0])[0]
-
-    lif = lambda way, dtype: run(*neurons.NEURONS[way.partition(" ")[2] or "lif"], way)
-    return Library(sf.__version__, lif, lambda way: run(sf.LI(), sf.LIParams(0.9), way))
-
-
-NODE = dict(tau=2.0, decay_input=False, v_reset=0.0, step_mode="m")
+    run = lambda neuron, way: lambda xs: sf.unroll(*neuron, None, xs, implementation=way)[0]
+    return Library(
+        sf.__version__,
+        lambda way, dtype: run(neurons.NEURONS[way.partition(" ")[2] or "lif"], way.partition(" ")[0]),
+        lambda way: run((sf.LI(), sf.LIParams(0.9)), way.partition(" ")[0]),
+    )
 
 
 def spikingjelly():
@@ -81,7 +79,8 @@ def spikingjelly():
             return lambda xs: multi_step(xs, state=kind, neuron_storage=kind)[0]
         if way != "cast" and dtype != "float32":
             return lambda xs: multi_step(xs)[0]
-        return _node(neuron.LIFNode(**NODE, surrogate_function=surrogate.ATan()), torch.float32)
+        options = dict(tau=2.0, decay_input=False, v_reset=0.0, surrogate_function=surrogate.ATan(), step_mode="m")
+        return _node(neuron.LIFNode(**options), torch.float32)
 
     def readout(way):
         provide(way)
@@ -102,7 +101,8 @@ def spikingjelly_cupy():
 
     if not hasattr(neuron.LIFNode, "supported_backends"):
         raise ImportError(f"needs SpikingJelly 0.0.0.0.14; found {version('spikingjelly')}")
-    layer = neuron.LIFNode(**NODE, surrogate_function=surrogate.ATan(), backend="cupy").to("cuda")
+    options = dict(tau=2.0, decay_input=False, v_reset=0.0, surrogate_function=surrogate.ATan(), step_mode="m")
+    layer = neuron.LIFNode(**options, backend="cupy").to("cuda")
     lif = lambda way, dtype: _node(layer, torch.float16 if dtype == "bfloat16" else torch.float32)
     why = "CuPy launches on a stream of its own, which PyTorch does not capture: a graph would lack the kernels"
     return Library("0.0.0.0.14", lif, None, why)

@@ -1,6 +1,8 @@
 """The documentation says what the code does: its blocks run, its tables name what there is, and no public name is left out."""
 
+import base64
 import importlib
+import json
 import re
 from pathlib import Path
 
@@ -21,6 +23,16 @@ def run(path):
     for block in re.findall(r"```python\n(.*?)```", path.read_text(), re.DOTALL):
         exec(compile(block, path.name, "exec"), names)
     return names
+
+
+def test_the_picture_of_the_first_page_is_that_of_the_notebook():
+    outputs = [
+        o
+        for c in json.loads((PAGES.parents[1] / "quickstart.ipynb").read_text())["cells"]
+        for o in c.get("outputs", [])
+    ]
+    pictures = [base64.b64decode("".join(o["data"]["image/png"])) for o in outputs if "image/png" in o.get("data", {})]
+    assert (PAGES / "assets" / "quickstart.png").read_bytes() in pictures
 
 
 @pytest.mark.parametrize("path", RUN, ids=lambda path: path.stem)

@@ -332,7 +332,7 @@ def test_dtypes():
 @pytest.mark.parametrize(
     "make, error, message",
     [
-        (lambda: nn.LIF(), ValueError, "give either tau or decay; got tau=None, decay=None"),
+        (lambda: nn.LIF(), ValueError, "give tau or decay, one of them; got tau=None, decay=None"),
         (lambda: nn.LIF(tau=2.0, decay=0.5), ValueError, "give tau or decay"),
         (lambda: nn.CubaLIF(tau=2.0), ValueError, "give tau_syn or decay_syn"),
         (lambda: nn.LIF(tau=1.0), ValueError, "tau must be above 1 step.*got 1.0"),
@@ -340,7 +340,7 @@ def test_dtypes():
         (lambda: nn.LIF(decay=2.0), ValueError, r"decay must be in \[0, 1\]; got 2.0"),
         (lambda: nn.LIF(tau=2.0, learn="tau"), ValueError, r"learn must name .*\('decay', 'threshold'\); got 'tau'"),
         (lambda: nn.ParametricLIF(learn="decay"), ValueError, r"learn must name .*\('threshold',\); got 'decay'"),
-        (lambda: nn.LIF(tau=2.0, shape=(4,)), ValueError, "learn is empty; got shape"),
+        (lambda: nn.LIF(tau=2.0, shape=(4,)), ValueError, "learn names none; got shape"),
         (lambda: nn.LIF(decay=jnp.ones(3), learn="decay", shape=(4,)), ValueError, r"decay must broadcast to .*\(3,\)"),
         (lambda: nn.LIF(tau=2.0, tua=2.0), TypeError, "LIF has no argument or choice 'tua'; its choices are"),
         (lambda: nn.Spiking(snnfuse.LIF(), {"decay": 0.5}), TypeError, "params must be a NamedTuple"),
