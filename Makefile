@@ -3,7 +3,7 @@
 # make test-fast   the tests of core, ops and nn on small shapes, under two minutes on two cores
 # make test-gpu    the tests that need a GPU
 # make lint        style and format; `ruff format .` mends the format
-# make bench       the core benchmark, on what this machine has
+# make bench       the core benchmark; it needs a GPU
 # make docs        the documentation; it says where the pages are
 PYTHON ?= python3
 VENV ?= .venv

@@ -41,6 +41,14 @@ SIMPLE = {  # tables with a row for each row of the results file: head={format}
 }
 
 
+digits = lambda ms: f"{ms:#.3g}".rstrip(".")
+power = lambda n: f"2^{n.bit_length() - 1}" if n & (n - 1) == 0 else str(n)
+peer_cell = lambda r: f"{'no graph' if 'graph' in r else digits(r['ms'])} / {digits(r['call_ms'])}"
+timed = lambda r: (
+    r["call_ms"] if "graph" in r else r["ms"]
+)  # milliseconds to compare; "graph": no CUDA graph was possible
+
+
 def expected(file, row):
     """The words of `EXPECTED` for a failed row, or None."""
     found = (words for name, fields, words in EXPECTED if name == file and fields.items() <= row.items())
@@ -82,14 +90,6 @@ def _cell(text, row):
         return text.format_map(row)
     except (KeyError, ValueError, TypeError):  # the row has no such number
         return ""
-
-
-def digits(ms):
-    return f"{ms:#.3g}".rstrip(".")
-
-
-def power(n):
-    return f"2^{n.bit_length() - 1}" if n & (n - 1) == 0 else str(n)
 
 
 def core():
@@ -140,11 +140,6 @@ def largest_T():
     return table("largest_T", columns, found)
 
 
-def timed(row):
-    """Milliseconds to compare: on the device, or as called if no CUDA graph could be captured."""
-    return row["call_ms"] if "graph" in row else row["ms"]
-
-
 def best(case, dtype):
     """(the fastest correct row of snnfuse, {name: that of each other library})"""
     found = [r for r in rows("peers") if (r["case"], r["dtype"], r["status"]) == (case, dtype, "ok")]
@@ -166,10 +161,6 @@ def peers():
     differ = max(r["flips"] / r["slots"] for r in measured if "slots" in r)
     said = f"At most {differ:.3%} of a library's spikes differ. Versions: {used}. "
     return f"{lines}\n\n{said}{where('peers', measured)}"
-
-
-def peer_cell(r):
-    return f"{'no graph' if 'graph' in r else digits(r['ms'])} / {digits(r['call_ms'])}"
 
 
 def verdict(ours, others):

@@ -45,32 +45,17 @@ OPTIONS = dict(
 )
 
 
-def cases(args, measure, kinds=None):
+def cases(args, measure, kinds):
     for shape in split(args.shapes):
         B, size = (2, 16) if args.tiny else SHAPES[shape]
         for depth in split(args.depths, int):
             for dtype in split(args.dtypes):
                 for T in [2] if args.tiny else split(args.T, int):
-                    for kind in kinds or split(args.kinds):
+                    for kind in split(kinds):
                         kind, _, memory = (kind, "", None) if "relu" in kind else kind.partition("_")
                         memory = "packed" if memory == "" else memory
                         key = dict(case=f"spiking-resnet-{depth}", implementation=kind, memory=memory, dtype=dtype)
                         yield Case(key | dict(T=T, B=B, size=size), measure, (kind, depth, dtype, memory, T, B, size))
-
-
-@question("resnet", **OPTIONS)
-def steps(args):
-    return cases(args, step_time, ["scan", "relu", "flax_relu"] if args.tiny else None)
-
-
-@question("resnet_profile", **OPTIONS)
-def profiles(args):
-    return cases(args, profile)
-
-
-@question("without_gpu", gpu=False, **OPTIONS)
-def memory(args):
-    return cases(args, memory_without_gpu, ["pallas", "pallas_lean", "pallas_fast"])
 
 
 def step_time(kind, depth, dtype, memory, T, B, size):
@@ -142,6 +127,12 @@ def memory_without_gpu(kind, depth, dtype, memory, T, B, size):
     with jax.sharding.use_abstract_mesh(jax.sharding.AbstractMesh((), (), abstract_device=abstract)):
         return compiled(step, *args)[1] | dict(target="NVIDIA H100 80GB HBM3")
 
+
+question("resnet", **OPTIONS)(lambda args: cases(args, step_time, "scan,relu,flax_relu" if args.tiny else args.kinds))
+question("resnet_profile", **OPTIONS)(lambda args: cases(args, profile, args.kinds))
+question("without_gpu", gpu=False, **OPTIONS)(
+    lambda args: cases(args, memory_without_gpu, "pallas,pallas_lean,pallas_fast")
+)
 
 if __name__ == "__main__":
     main(__doc__, "resnet", "resnet_profile", "without_gpu")

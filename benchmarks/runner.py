@@ -33,7 +33,6 @@ from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass
 from functools import cache
-from typing import Any
 
 HERE = pathlib.Path(__file__).parent
 RESULTS = HERE / "results"
@@ -63,22 +62,14 @@ class Case:
         return " ".join(str(value) for value in self.key.values() if value is not None)
 
 
-@dataclass(frozen=True)
-class Question:
-    name: str
-    cases: Callable[[argparse.Namespace], Any]
-    gpu: bool
-    options: dict
-
-
-QUESTIONS: dict[str, Question] = {}  # the registry: every question of the scripts that are imported
+QUESTIONS: dict[str, tuple] = {}  # the registry: name -> (cases, gpu, options), of all scripts that are imported
 
 
 def question(name: str, *, gpu: bool = True, **options):
     """Registers a function `args -> cases`. `gpu`: only a GPU gives rows worth storing. `options`: name=(default, help)."""
 
     def register(cases):
-        QUESTIONS[name] = Question(name, cases, gpu, options)
+        QUESTIONS[name] = cases, gpu, options
         return cases
 
     return register
@@ -203,7 +194,8 @@ class Runner:
 def main(doc: str, *names: str, argv=None, here=False) -> list[dict]:
     """The command line of a script that asks the questions `names`. Returns the rows. `here`: without worker processes."""
     argv = sys.argv[1:] if argv is None else list(argv)
-    asked = QUESTIONS[argv.pop(0) if argv and argv[0] in names else names[0]]
+    name = argv.pop(0) if argv and argv[0] in names else names[0]
+    cases, gpu, options = QUESTIONS[name]
     parser = argparse.ArgumentParser(description=doc, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--tiny", action="store_true", help="small shapes, also without a GPU; rows are only printed")
     parser.add_argument("--only", default="", help="run only the cases whose name matches this regular expression")
@@ -211,15 +203,15 @@ def main(doc: str, *names: str, argv=None, here=False) -> list[dict]:
     parser.add_argument("--keep", action="store_true", help="skip the cases that have a row without an error already")
     parser.add_argument("--budget", type=float, default=float("inf"), help="seconds after which no further case starts")
     parser.add_argument("--out", type=pathlib.Path, help="append the rows to this file instead")
-    for option, (default, text) in asked.options.items():
+    for option, (default, text) in options.items():
         parser.add_argument(f"--{option}", type=type(default), default=default, help=f"{text} (default: {default!r})")
     args = parser.parse_args(argv)
-    if asked.gpu and not args.tiny and not args.list and not shutil.which("nvidia-smi"):
+    if gpu and not args.tiny and not args.list and not shutil.which("nvidia-smi"):
         parser.error("this machine has no GPU (no nvidia-smi): add --tiny to check that everything runs")
-    path = args.out or (None if args.tiny else RESULTS / f"{asked.name}.jsonl")
-    done = {identity(r | dict(device=None)) for r in rows(asked.name) if r["status"] == "ok"} if args.keep else ()
+    path = args.out or (None if args.tiny else RESULTS / f"{name}.jsonl")
+    done = {identity(r | dict(device=None)) for r in rows(name) if r["status"] == "ok"} if args.keep else ()
     runner, start, made = Runner(here=here), time.perf_counter(), []
-    for case in asked.cases(args):
+    for case in cases(args):
         if not re.search(args.only, case.name) or identity(case.key) in done:
             continue
         if args.list or time.perf_counter() - start > args.budget:

@@ -200,17 +200,14 @@ class OverTime(nnx.Module):
 
 # What benchmarks/peers.py asks of a library's side; benchmarks/with_torch.py has the same functions.
 
+roll = lambda x, count: jnp.roll(x, count, 1)
+to_numpy = lambda x: np.asarray(x.astype(f32))
+cross_entropy = lambda logits, labels: optax.softmax_cross_entropy_with_integer_labels(logits, labels).mean()
+run_once = lambda f, *args: jax.jit(f)(*args)  # without gradients
+
 
 def array(x, dtype="float32"):
     return jnp.asarray(x) if x.dtype.kind == "i" else jnp.asarray(x).astype(dtype)
-
-
-def to_numpy(x):
-    return np.asarray(x.astype(f32))
-
-
-def roll(x, count):
-    return jnp.roll(x, count, 1)
 
 
 def pullback(f):
@@ -236,15 +233,6 @@ def train(loss_of, weights):
         return (optax.apply_updates(weights, updates), moments), value
 
     return step, (weights, adam.init(weights))
-
-
-def cross_entropy(logits, labels):
-    return optax.softmax_cross_entropy_with_integer_labels(logits, labels).mean()
-
-
-def run_once(f, *args):
-    """f(*args) compiled as one program, without gradients."""
-    return jax.jit(f)(*args)
 
 
 def measure(f, sets, no_graph="") -> dict:

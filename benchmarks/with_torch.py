@@ -18,19 +18,13 @@ ON = torch.device("cuda" if CUDA else "cpu")
 torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = True
 torch.backends.cudnn.benchmark = True
 cross_entropy = F.cross_entropy
+roll = lambda x, count: x.detach().roll(count, 1)
+to_numpy = lambda x: x.detach().float().cpu().numpy()
 
 
 def array(x, dtype="float32"):
     x = torch.from_numpy(np.ascontiguousarray(x)).to(ON)
     return x if not x.is_floating_point() else x.to(getattr(torch, dtype))
-
-
-def to_numpy(x):
-    return x.detach().float().cpu().numpy()
-
-
-def roll(x, count):
-    return x.detach().roll(count, 1)
 
 
 def pullback(f):

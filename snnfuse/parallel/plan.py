@@ -10,7 +10,7 @@ A step on D x G devices (D along data, G along time) takes the sum of
 
 in seconds. Nothing is overlapped, so it bounds from above what a scheduler may improve.
 
-Held against H100s (benchmarks/results/multi_gpu.jsonl; the README's table has every error), a step of Spiking-ResNet-18
+Held against H100s (benchmarks/results/multi_gpu.jsonl; the table in benchmarks/README.md has every error), a step of Spiking-ResNet-18
 took 32 to 47 % less than predicted on one device and 28 to 30 % less on two, data parallel, so that the speed-up at a fixed
 batch of 200 is predicted too high: 1.94x for 1.58x to 1.62x. Time over two devices took 5 to 10 % longer than predicted for
 a stack of LIF layers of 512 steps and more, and 16 to 36 % less for that ResNet. With T = 32 both took about twice the
