@@ -48,48 +48,29 @@ def lif(T, M, dtype):
 
 
 def resnet18(T, B, size):
-    """A call of a training step. The code of the step is here, so that both checkouts run the same."""
+    """A call of the training step of with_jax.py; both checkouts run the same code of it."""
     import inspect
-    from functools import partial
 
-    import jax
-    import optax
     from flax import nnx
+    from with_jax import batches, training_step
 
-    from snnfuse import models, nn
+    from snnfuse import models
 
     names = inspect.signature(models.spiking_resnet).parameters
     policy = "policy" if "policy" in names else "precision"  # its name until commit ab62cdc
-    model = models.spiking_resnet(18, 3, 10, **{policy: "bfloat16"}, rngs=nnx.Rngs(0))
-    model.train()
-    graphdef, state = nnx.split((model, nnx.Optimizer(model, optax.adam(1e-3), wrt=nnx.Param)))
-    leaves, tree = jax.tree.flatten(state)
-
-    @partial(jax.jit, donate_argnums=0)
-    def step(leaves, xs, labels):
-        model, optimizer = nnx.merge(graphdef, tree.unflatten(leaves))
-
-        def loss_of(model):
-            logits = nn.membrane_mean(model(xs)[0])
-            return optax.softmax_cross_entropy_with_integer_labels(logits, labels).mean()
-
-        loss, grads = nnx.value_and_grad(loss_of)(model)
-        optimizer.update(model, grads)
-        return jax.tree.leaves(nnx.state((model, optimizer))), loss
-
-    xs = jax.random.bernoulli(jax.random.key(0), 0.5, (T, B, size, size, 3))
-    labels = jax.random.randint(jax.random.key(1), (B,), 0, 10)
+    step, leaves = training_step(models.spiking_resnet(18, 3, 10, **{policy: "bfloat16"}, rngs=nnx.Rngs(0)))
+    data = next(batches(T, B, size))
 
     def call():
         nonlocal leaves
-        leaves, loss = step(leaves, xs, labels)
-        return loss
+        leaves, metrics = step(leaves, *data)
+        return metrics["loss"]
 
     return call, 1
 
 
 def worker(tiny):
-    """Answers each line of the input, the name of a case, with its milliseconds; the first answer is the location of snnfuse."""
+    """Answers each name of a case on the input with its milliseconds. The first answer is the location of snnfuse."""
     import snnfuse  # isort: skip  (before runner, which puts its own checkout on the path)
     import jax
     from runner import time_ms
@@ -115,9 +96,12 @@ class Checkout:
         env["PYTHONPATH"] = os.pathsep.join([str(folder), os.environ.get("PYTHONPATH", "")])
         command = [sys.executable, __file__, "--worker", *["--tiny"] * tiny]
         self.process = subprocess.Popen(command, env=env, text=True, stdin=subprocess.PIPE, stdout=subprocess.PIPE)
+        self.folder = folder
+
+    def check(self):
         found = Path(json.loads(self.process.stdout.readline() or '""'))
-        if folder.resolve() not in found.resolve().parents:
-            sys.exit(f"{folder}: this folder's snnfuse was wanted, {found} was imported")
+        if self.folder.resolve() not in found.resolve().parents:
+            sys.exit(f"{self.folder}: this folder's snnfuse was wanted, {found} was imported")
 
     def ms(self, case):
         print(case, file=self.process.stdin, flush=True)
@@ -131,9 +115,9 @@ def folder_of(given):
     if Path(given).is_dir():
         yield Path(given).resolve()
         return
-    here = Path(__file__).parent
+    root = Path(__file__).parent.parent
     with tempfile.TemporaryDirectory() as folder:
-        archive = subprocess.run(["git", "archive", given, "../snnfuse"], cwd=here, capture_output=True)
+        archive = subprocess.run(["git", "archive", given, "snnfuse"], cwd=root, capture_output=True)
         if archive.returncode:
             sys.exit(f"{given}: neither a folder nor a git revision: {archive.stderr.decode().strip()}")
         subprocess.run(["tar", "-x", "-C", folder], input=archive.stdout, check=True)
@@ -144,14 +128,16 @@ def main(argv=None):
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("old", help="a folder or a git revision")
     parser.add_argument("new", help="a folder or a git revision")
-    parser.add_argument("--rounds", type=int, default=9, help="an odd number; default 9")
+    parser.add_argument("--rounds", type=int, default=7, help="how often each case is timed; default 7")
     parser.add_argument("--tolerance", type=float, default=0.02, help="the largest slowdown that passes; default 0.02")
     parser.add_argument("--only", default="", help="only the cases whose name matches this regular expression")
     parser.add_argument("--tiny", action="store_true", help="small shapes, also without a GPU")
     args = parser.parse_args(argv)
     slower = []
     with folder_of(args.old) as old, folder_of(args.new) as new, tempfile.TemporaryDirectory() as cache:
-        checkouts = [Checkout(folder, args.tiny, cache) for folder in (old, new)]
+        checkouts = [Checkout(folder, args.tiny, cache) for folder in (old, new)]  # they import side by side
+        for checkout in checkouts:
+            checkout.check()
         print(f"{'case':24} {'old ms':>9} {'new ms':>9}   new / old (quartiles)")
         for case in filter(re.compile(args.only).search, CASES):
             rounds = []

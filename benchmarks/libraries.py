@@ -32,17 +32,19 @@ def not_needed(*names):
 
 
 def snnfuse():
-    """A way is an `implementation`."""
+    """A way is an `implementation`, perhaps with the name of a neuron behind it."""
     import neurons
 
     import snnfuse as sf
 
-    run = lambda neuron, way: lambda xs: sf.unroll(*neuron, None, xs, implementation=way)[0]
-    return Library(
-        sf.__version__,
-        lambda way, dtype: run(neurons.NEURONS[way.partition(" ")[2] or "lif"], way.partition(" ")[0]),
-        lambda way: run((sf.LI(), sf.LIParams(0.9)), way.partition(" ")[0]),
-    )
+    def run(neuron, params, way):
+        return lambda xs: sf.unroll(neuron, params, None, xs, implementation=way.partition(" ")[0])[0]
+
+    lif = lambda way, dtype: run(*neurons.NEURONS[way.partition(" ")[2] or "lif"], way)
+    return Library(sf.__version__, lif, lambda way: run(sf.LI(), sf.LIParams(0.9), way))
+
+
+NODE = dict(tau=2.0, decay_input=False, v_reset=0.0, step_mode="m")
 
 
 def spikingjelly():
@@ -79,8 +81,7 @@ def spikingjelly():
             return lambda xs: multi_step(xs, state=kind, neuron_storage=kind)[0]
         if way != "cast" and dtype != "float32":
             return lambda xs: multi_step(xs)[0]
-        options = dict(tau=2.0, decay_input=False, v_reset=0.0, surrogate_function=surrogate.ATan(), step_mode="m")
-        return _node(neuron.LIFNode(**options), torch.float32)
+        return _node(neuron.LIFNode(**NODE, surrogate_function=surrogate.ATan()), torch.float32)
 
     def readout(way):
         provide(way)
@@ -101,8 +102,7 @@ def spikingjelly_cupy():
 
     if not hasattr(neuron.LIFNode, "supported_backends"):
         raise ImportError(f"needs SpikingJelly 0.0.0.0.14; found {version('spikingjelly')}")
-    options = dict(tau=2.0, decay_input=False, v_reset=0.0, surrogate_function=surrogate.ATan(), step_mode="m")
-    layer = neuron.LIFNode(**options, backend="cupy").to("cuda")
+    layer = neuron.LIFNode(**NODE, surrogate_function=surrogate.ATan(), backend="cupy").to("cuda")
     lif = lambda way, dtype: _node(layer, torch.float16 if dtype == "bfloat16" else torch.float32)
     why = "CuPy launches on a stream of its own, which PyTorch does not capture: a graph would lack the kernels"
     return Library("0.0.0.0.14", lif, None, why)

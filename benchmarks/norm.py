@@ -18,7 +18,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 from runner import Case, main, question
-from with_jax import bf16, copy_rate, device_ms, f32
+from with_jax import bf16, device_ms, f32
 
 import snnfuse as sf
 from snnfuse import nn
@@ -59,7 +59,6 @@ def measure(way, T, M, C, dtype, tiny):
     return dict(
         ms=ms,
         quartiles=quartiles,
-        bytes_at_copy_rate=ms * 1e-3 * copy_rate(2**20 if tiny else 2**30) / (T * M),
         flips=int((got[0] != want[0]).sum()),
         gradient_error=max(float(large(a - b) / large(b)) for a, b in zip(got[1], want[1], strict=True)),
         gradient_error_of_most=float(jnp.quantile(far, 0.9999) / large(want[1][0])),

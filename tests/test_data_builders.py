@@ -1,8 +1,11 @@
 """Prepared data sets are what went into their archives; a fault is named, and leaves nothing behind."""
 
 import hashlib
+import http.server
 import json
+import threading
 import zipfile
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -225,12 +228,28 @@ def test_archives_are_verified_and_missing_ones_explained(tmp_path):
     assert not left_behind(tmp_path / "data")
 
 
-def test_fetch_verifies_before_it_names(tmp_path):
-    (tmp_path / "served").write_bytes(b"archive")
-    url, md5 = (tmp_path / "served").as_uri(), hashlib.md5(b"archive").hexdigest()
+@pytest.fixture
+def served(tmp_path):
+    """The address of a small web server that serves `tmp_path / "served"`."""
+    (folder := tmp_path / "served").mkdir()
+    handler = partial(QuietHandler, directory=folder)
+    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), handler) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        yield f"http://127.0.0.1:{server.server_port}"
+        server.shutdown()
+
+
+class QuietHandler(http.server.SimpleHTTPRequestHandler):
+    def log_message(self, *args):
+        pass
+
+
+def test_fetch_verifies_before_it_names(tmp_path, served):
+    (tmp_path / "served" / "a").write_bytes(b"archive")
+    url, md5 = f"{served}/a", hashlib.md5(b"archive").hexdigest()
     path = archives.fetch(archives.Archive("a.zip", f"md5:{md5}", url), tmp_path / "manual")
     assert path.read_bytes() == b"archive"
-    with pytest.raises(ValueError, match="published with 0123"):
+    with pytest.raises(ValueError, match=f"{url}: this is not the b.zip published with md5:0123"):
         archives.fetch(archives.Archive("b.zip", "md5:0123", url), tmp_path / "manual")
     with pytest.raises(archives.Missing, match="could not be fetched"):
         archives.fetch(archives.Archive("c.zip", "md5:0123", url + "-not"), tmp_path / "manual")

@@ -186,7 +186,9 @@ def test_bad_arguments():
         nnx.jit(monitor.operations)(model, xs)
     with pytest.raises(ValueError, match="what must be 'spikes' or 'state'; got 'v'"):
         monitor.record(model, xs, what="v")
-    with pytest.raises(ValueError, match=r"layers must be a list of paths of spiking layers, of \['block.*got 'head'"):
+    with pytest.raises(
+        ValueError, match=r"layers must be a list of paths of spiking layers, from \['block.*got 'head'"
+    ):
         monitor.record(model, xs, layers=["out", "head"])
     with pytest.raises(ValueError, match="layers must be a list.*got 'out'"):
         monitor.record(model, xs, layers="out")

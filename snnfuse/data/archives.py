@@ -1,20 +1,19 @@
-"""Published archives: found in a folder, checked against their published digests, read without unpacking where possible."""
+"""Published archives: find them in a folder or download them, check their digests, and read them."""
 
-import hashlib
-import os
 import tarfile
 import tempfile
-import urllib.request
 import zipfile
 from contextlib import ExitStack
 from pathlib import Path
 from typing import NamedTuple, Protocol
 
+from snnfuse.data.optional import require
+
 
 class Archive(NamedTuple):
-    """A file as published: its name, "md5:..." or "sha256:...", where it is, and what it unpacks to.
+    """A published file: its name, its digest ("md5:..." or "sha256:..."), its address, and what it unpacks to.
 
-    Not `direct` where the address is a page, on which a person has to accept something first.
+    `direct` is False if the address is a web page on which a person must accept terms first.
     """
 
     file: str
@@ -25,41 +24,36 @@ class Archive(NamedTuple):
 
 
 class Missing(FileNotFoundError):
-    """Archives that are not where they should be; the message says how to get them."""
+    """An archive is not in its folder. The message says how to get it."""
 
 
 def verify(path: Path, archive: Archive) -> None:
-    """ValueError unless the file has the published digest. Reads it in pieces."""
+    """Raises ValueError unless the file has the published digest."""
     kind, wanted = archive.digest.split(":")
-    with open(path, "rb") as file:
-        got = hashlib.file_digest(file, kind).hexdigest()
+    got = require("pooch").file_hash(str(path), kind)
     if got != wanted:
         raise ValueError(f"{path}: {kind} {got}, but {archive.file} was published with {wanted}")
 
 
 def fetch(archive: Archive, folder: Path) -> Path:
-    """Downloads to `folder`, and verifies before the file gets its name: a broken download leaves nothing."""
+    """Downloads to `folder`. The file gets its name after its digest is checked: a broken download leaves nothing."""
     if not archive.direct:
         raise Missing(f"{archive.file} has no direct link: get it from {archive.url} and put it in {folder}")
-    folder.mkdir(parents=True, exist_ok=True)
-    part = folder / f".{archive.file}.part"
+    pooch = require("pooch")
+    download = pooch.HTTPDownloader(timeout=60)
     try:
-        with urllib.request.urlopen(archive.url, timeout=60) as reply, open(part, "wb") as file:
-            while piece := reply.read(1 << 20):
-                file.write(piece)
-        verify(part, archive)
-        os.replace(part, folder / archive.file)
-        return folder / archive.file
+        path = pooch.retrieve(archive.url, archive.digest, archive.file, folder, downloader=download)
+    except ValueError as error:  # pooch's own message names no digest of ours
+        raise ValueError(f"{archive.url}: this is not the {archive.file} published with {archive.digest}") from error
     except OSError as error:
         raise Missing(
             f"{archive.file} could not be fetched from {archive.url} ({error}): put it in {folder}"
         ) from error
-    finally:
-        part.unlink(missing_ok=True)
+    return Path(path)
 
 
 def find(archive: Archive, folder: Path, name: str) -> Path:
-    """The archive, verified; or the folder or file that it unpacks to, if that stands there instead."""
+    """The archive, verified. If the folder holds what it unpacks to instead, that path."""
     folder = Path(folder)
     if (path := folder / archive.file).exists():
         verify(path, archive)
@@ -104,7 +98,7 @@ class _Folder:
 
 
 def open_files(path: Path, stack: ExitStack) -> Files:
-    """A folder or zip in place; a tar, which has no index, unpacked beside itself for as long as `stack` is open."""
+    """The files of a folder or an archive. A tar has no index, so it is unpacked beside itself until `stack` closes."""
     if path.is_dir():
         return _Folder(path)
     if path.suffix == ".zip":
@@ -119,7 +113,7 @@ def open_files(path: Path, stack: ExitStack) -> Files:
 
 
 def open_one(path: Path, stack: ExitStack) -> Path:
-    """The single file in a zip, unpacked beside it for as long as `stack` is open; any other path as it is."""
+    """The single file in a zip, unpacked beside it until `stack` closes. Any other path is returned as it is."""
     if path.suffix != ".zip":
         return path
     with ExitStack() as inner:

@@ -1,6 +1,10 @@
-"""Flax NNX modules: thin ones that hold the parameters of the neurons and fold time for everything else."""
+"""Flax NNX modules: neurons that hold their parameters, layers that run over time, and layers between them.
+
+`snnfuse.nn.linear` says when to use `nn.Conv` and `nn.Linear`, and when Flax's own.
+"""
 
 from snnfuse.nn import monitor as monitor
+from snnfuse.nn import summary as _summary  # noqa: F401  for nnx.tabulate
 from snnfuse.nn.linear import Conv, Linear
 from snnfuse.nn.norm import BatchNorm, NormSpiking
 from snnfuse.nn.pool import max_pool, mean_pool

@@ -1,9 +1,9 @@
 """What a model does inside: spikes and states of its layers, firing rates, operations and their energy.
 
-A monitor runs a copy of the model whose layers tell what passes through them. The model itself is left as it is (also
-its BatchNorm statistics), so a run without a monitor costs nothing. Layers are named by their path: `layers.2`,
-`block1.neuron`. A `Remat` runs as the layer in it. Nothing is seen inside of another transform of the model's own, such as
-`nnx.jit` or `nnx.scan`: put that around the monitor.
+A monitor runs a copy of the model whose layers report what they compute. It does not change the model itself, nor its
+BatchNorm statistics, and a run without a monitor costs nothing. Layers are named by their path: `layers.2`,
+`block1.neuron`. A `Remat` runs as the layer inside it. A monitor cannot see into a transform that the model itself applies,
+such as `nnx.jit` or `nnx.scan`: apply such a transform to the function that calls the monitor.
 """
 
 from collections.abc import Callable, Sequence
@@ -29,18 +29,18 @@ MAC, AC = 4.6e-12, 0.9e-12  # joules, see `Operations`
 def record(
     model: nnx.Module, *args: Any, layers: Sequence[str] | None = None, what: str = "spikes", **kwargs: Any
 ) -> tuple[Any, dict[str, PyTree]]:
-    """Call `model(*args, **kwargs)` and keep what its neurons do: (what the model returned, {path: record}).
+    """Call `model(*args, **kwargs)` and record its neurons: (what the model returned, {path: record}).
 
     Args:
-      layers: paths of the `Spiking` layers to record; None: all, but for "spikes" none that never spikes (`LI`).
-      what: "spikes", each record the outputs [T, *B, N] of the layer, or "state", the tree of its states after every
-        step, float32 [T, *B, N] (`.v` is the membrane after the reset).
+      layers: paths of the `Spiking` layers to record. None records all of them, except `LI` for "spikes", which never spikes.
+      what: "spikes" records the outputs [T, *B, N] of a layer; "state" records its states after every step, a tree of
+        float32 [T, *B, N] (`.v` is the membrane after the reset).
 
-    The output of a neuron that a shortcut meets inside of its kernel (`NormSpiking`, connect "add") is with the shortcut.
-    A layer that is called more than once has its calls joined along time. Works under `jax.jit`.
+    A `NormSpiking` with connect="add" adds the shortcut inside its kernel, so its recorded outputs include the shortcut.
+    If a layer is called more than once, its records are joined along time. This works under `jax.jit`.
 
     Raises:
-      ValueError: `what` is neither, or `layers` names what is no spiking layer.
+      ValueError: `what` is neither of the two, or a path in `layers` is not that of a spiking layer.
     """
     if what not in ("spikes", "state"):
         raise ValueError(f"what must be 'spikes' or 'state'; got {what!r}")
@@ -50,7 +50,7 @@ def record(
         layers = [p for p, m in found.items() if what == "state" or not isinstance(m.neuron, neurons.LI)]
     elif isinstance(layers, str) or (unknown := [path for path in layers if path not in found]):
         got = layers if isinstance(layers, str) else unknown[0]
-        raise ValueError(f"layers must be a list of paths of spiking layers, of {list(found)}; got {got!r}")
+        raise ValueError(f"layers must be a list of paths of spiking layers, from {list(found)}; got {got!r}")
     records = {path: [] for path in layers}
     for path in layers:
         found[path].unroll = _recording(found[path].unroll, what, records[path].append)
@@ -60,12 +60,12 @@ def record(
 
 
 def firing_rates(spikes: dict[str, Array]) -> dict[str, Array]:
-    """Spikes a neuron and step, of each layer of `record(..., what="spikes")`: scalars, float32."""
+    """{path: spikes per neuron and step} from the records of `record(..., what="spikes")`: scalars, float32."""
     return {path: jnp.mean(s, dtype=jnp.float32) for path, s in spikes.items()}
 
 
 def dead_neurons(spikes: dict[str, Array]) -> dict[str, Array]:
-    """The fraction of each layer's neurons that fire never, in no step of no sample; spikes [T, B, ..., N]."""
+    """{path: fraction of the neurons that never fire, in any step of any sample}; spikes [T, B, ..., N]."""
     for path, s in spikes.items():
         if s.ndim < 3:
             raise ValueError(f"spikes of {path!r} must be [T, B, ..., N], of rank 3 or more; got shape {s.shape}")
@@ -75,13 +75,13 @@ def dead_neurons(spikes: dict[str, Array]) -> dict[str, Array]:
 class Operations(NamedTuple):
     """What one layer computes, summed over T and B.
 
-    `acs`: synaptic operations, an accumulation for each input spike and each weight that it meets (spikes x fan-out);
-    `macs`: multiply-accumulates of inputs that are no spikes. In 45 nm CMOS at 32-bit float they take
+    `acs` counts synaptic operations: one accumulation for each input spike and each weight it meets (spikes x fan-out).
+    `macs` counts multiply-accumulates of inputs that are not spikes. The energy in 45 nm CMOS, 32-bit float, is
 
         joules = 4.6 pJ macs + 0.9 pJ acs
 
-    (a multiplication 3.7 pJ, an addition 0.9 pJ): Horowitz, ISSCC 2014, https://doi.org/10.1109/ISSCC.2014.6757323.
-    Memory traffic, biases and the neurons themselves are not in it.
+    with 3.7 pJ for a multiplication and 0.9 pJ for an addition: Horowitz, ISSCC 2014,
+    https://doi.org/10.1109/ISSCC.2014.6757323. It does not include memory traffic, biases and the neurons themselves.
     """
 
     acs: int = 0
@@ -93,14 +93,14 @@ class Operations(NamedTuple):
 
 
 def operations(model: nnx.Module, *args: Any, **kwargs: Any) -> dict[str, Operations]:
-    """Operations of every Linear and Conv, of nnx and of snnfuse.nn, in one call of `model(*args, **kwargs)`, by path.
+    """{path: operations} of every Linear and Conv, from flax.nnx or snnfuse.nn, in one call of `model(*args, **kwargs)`.
 
-    A call whose input holds nothing but 0 and 1 is counted by its spikes, any other as dense. The fan-out is exact, at
-    the borders of a convolution too: that of an input is how many products the layer makes of it. Products of
-    two activations, as in a `SelfAttention`, are not counted. Not under `jax.jit`.
+    If the input of a layer holds only 0 and 1, its spikes are counted; any other input counts as dense. The fan-out of an
+    input is the number of products that the layer makes from it, exact at the borders of a convolution too. Products of
+    two activations, as in a `SelfAttention`, are not counted.
 
     Raises:
-      ValueError: it is called under a transform of JAX, where there are no values to count.
+      ValueError: it is called under `jax.jit` or another transform, where there are no values to count.
     """
     copy = _copy(model)
     counts = {}
@@ -119,7 +119,11 @@ def _copy(model: nnx.Module) -> nnx.Module:
 
 
 def _intercept(layer: nnx.Module, around: Callable) -> None:
-    """Calls of `layer` become around(call, *args), `call` being its own; the layer must be of a copy."""
+    """From now on layer(*args) returns around(call, *args), where `call` is the layer's own; `layer` must be a copy.
+
+    `nnx.capture` cannot do this: it sows what a method returns, and counting needs what a layer is given. It also wraps only
+    the methods that a class defines itself: it sees no neuron, as they inherit `__call__`.
+    """
     own = type(layer)
 
     class Watched(own):
@@ -134,7 +138,7 @@ def _layers(model, kind) -> dict[str, nnx.Module]:
 
 
 def _recording(unroll: Callable, what: str, keep: Callable) -> Callable:
-    """The layer's own `unroll`, with its outputs or states kept."""
+    """The layer's `unroll`, which also passes its outputs or states to `keep`."""
 
     def spikes(neuron, params, state, xs, *, out_dtype=None, **options):
         outs, final = unroll(neuron, params, state, xs, out_dtype=out_dtype, **options)
@@ -154,7 +158,7 @@ def _recording(unroll: Callable, what: str, keep: Callable) -> Callable:
 
 
 def _counting(layer: nnx.Module, keep: Callable) -> Callable:
-    """Keeps (acs, macs) of each call. With weights of 1 the gradient of the sum of all outputs is the fan-out."""
+    """Passes (acs, macs) of each call to `keep`. With weights of 1, the fan-out is the gradient of the sum of all outputs."""
     ones = nnx.clone(layer)
     ones.kernel[...] = jnp.ones_like(ones.kernel[...], jnp.float32)
     ones.dtype, ones.precision = jnp.float32, "highest"
@@ -164,7 +168,7 @@ def _counting(layer: nnx.Module, keep: Callable) -> Callable:
         sample = jnp.zeros((1, *values(x).shape[-axes:]))
         if isinstance(values(x), jax.core.Tracer) or isinstance(sample, jax.core.Tracer):
             raise ValueError(
-                "operations must be called outside of jax.jit and its like: it counts values; got a tracer"
+                "operations must be called outside of jax.jit and other transforms: it counts values; got a tracer"
             )
         fan_out = np.asarray(jax.grad(lambda x: ones(x).sum())(sample), np.float64).round().ravel()
         rows = values(x).reshape(-1, fan_out.size).astype(jnp.float32)

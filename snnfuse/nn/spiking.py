@@ -1,12 +1,11 @@
-"""Neurons as modules: each makes its parameters, keeps its choices and calls `unroll`.
+"""Neurons as modules: each one makes its parameters, stores its choices and calls `snnfuse.unroll`.
 
-All of them are called on a sequence, `outs, state = layer(xs)` or `layer(xs, state)`, and take, besides their
-parameters, the options of `Spiking`. Where a parameter is a decay, give it or its time constant in steps, not both:
-decay = 1 - 1 / tau (the Euler step, as SpikingJelly; for the exact one give decay=exp(-1 / tau)).
+All are called on a sequence: `outs, state = layer(xs)` or `layer(xs, state)`. `snnfuse/core/neurons.py` has the equations as code.
 """
 
 import dataclasses
 from collections.abc import Sequence
+from functools import partial
 from numbers import Real
 from typing import Any
 
@@ -24,20 +23,22 @@ from snnfuse.ops.api import unroll
 
 
 class Fixed(nnx.Variable):
-    """An array of a neuron that is not trained, such as one time constant a neuron, drawn once."""
+    """An array of a neuron that is not trained, such as one time constant per neuron, drawn once."""
 
 
 class Spiking(Temporal):
-    """Any neuron as a module. A parameter is the attribute of its name: `layer.decay`.
+    """Any neuron as a module: xs [T, *B, N] -> (outs [T, *B, N], state [*B, N]). `layer.decay` is the parameter `decay`.
 
     Args:
-      neuron: the neuron, or its type, made of `choices`.
-      params: a NamedTuple of initial values.
-      learn: the names of the parameters to train, each an `nnx.Param`. The others stay Python numbers, compiled in,
-        or, where an array was given, `Fixed`.
-      shape: of the learned parameters: () one for all, (N,) one a channel, [*B, N] one a neuron.
-      implementation, out_dtype: see `snnfuse.unroll`.
-      choices: the fields of the neuron: `reset`, `surrogate`, `decay_input`, ...
+      neuron: a neuron, or its type, which is then called with `choices`.
+      params: a NamedTuple with the initial value of each parameter.
+      learn: names of the parameters to train; each becomes an `nnx.Param`. Default (): none. Every other parameter stays a
+        Python number, which is compiled into the kernel, or becomes `Fixed` if it is an array.
+      shape: of the learned parameters: () for one value in all (the default), (N,) for one per channel, [*B, N] for one
+        per neuron.
+      implementation: "pallas", "mosaic", "triton", "scan" or "interpret"; None (the default) chooses, see `snnfuse.unroll`.
+      out_dtype: dtype of the outputs, or a `snnfuse.Packed`; None (the default) is the dtype of xs.
+      choices: fields of the neuron, such as `reset` and `surrogate`.
     """
 
     def __init__(
@@ -57,14 +58,16 @@ class Spiking(Temporal):
         self.out_dtype = out_dtype
         learn = _check_learn(self.neuron, params, learn, shape)
         for name, value in params._asdict().items():
-            if value is not None:  # None: a property of the subclass
+            if value is not None:  # None: the subclass has a property of this name
                 setattr(self, name, _parameter(name, value, shape if name in learn else None))
 
-    unroll = staticmethod(unroll)  # what runs the neuron; `parallel.over_time` puts another in its place
+    # This runs the neuron; `parallel.over_time` replaces it. It is a partial because `nnx.tabulate` wraps every public function
+    # of a class as if it were a method.
+    unroll = staticmethod(partial(unroll))
 
     @property
     def params(self) -> PyTree:
-        """What the neuron's step is given."""
+        """The parameters as the neuron's step takes them."""
         values = (getattr(self, name) for name in self.params_type._fields)
         return self.params_type(*(v[...] if isinstance(v, nnx.Variable) else v for v in values))
 
@@ -76,7 +79,7 @@ class Spiking(Temporal):
         return self.unroll(self.neuron, self.params, state, values(xs), **options)
 
     def trace(self, xs: Array, state: PyTree | None = None) -> tuple[tuple[Array, PyTree], PyTree]:
-        """The same run with the state after every step: ((outs, states), state); `states` are float32 [T, *B, N]."""
+        """Like a call, and also returns the state after every step: ((outs, states), state), `states` float32 [T, *B, N]."""
         states_dtype = jax.tree.map(lambda _: jnp.float32, jax.eval_shape(lambda: self.init_state(xs)))
         out_dtype = (self.out_dtype or xs.dtype, states_dtype)
         neuron = WithState(self.neuron)
@@ -84,24 +87,63 @@ class Spiking(Temporal):
 
 
 class IF(Spiking):
-    """Integrate-and-fire, see `snnfuse.IF`."""
+    """Integrate-and-fire: xs [T, *B, N] -> (spikes [T, *B, N], state with v [*B, N]).
+
+        u[t] = v[t-1] + x[t];   s[t] = u[t] >= threshold;   v[t] = reset(u[t], s[t])
+
+    Args:
+      threshold: 1.0 by default; a number, or an array that broadcasts against [*B, N].
+      reset: `snnfuse.HardReset()` by default, to v = 0; or `SoftReset()`, `NoReset()`.
+      surrogate: the gradient of a spike, `snnfuse.ATan()` by default.
+      learn=(), shape=(), implementation=None, out_dtype=None: see `Spiking`.
+
+    Lapicque 1907; SpikingJelly's IFNode. The equation as code: `snnfuse.IF`.
+    """
 
     def __init__(self, *, threshold=1.0, **options):
         super().__init__(neurons.IF, neurons.IFParams(threshold), **options)
 
 
 class LIF(Spiking):
-    """Leaky integrate-and-fire, see `snnfuse.LIF`."""
+    """Leaky integrate-and-fire: xs [T, *B, N] -> (spikes [T, *B, N], state with v [*B, N]).
+
+        u[t] = v_rest + decay (v[t-1] - v_rest) + gain x[t];   s[t] = u[t] >= threshold;   v[t] = reset(u[t], s[t])
+
+    Args:
+      tau: the time constant in steps, above 1; decay = 1 - 1 / tau (the Euler step, as in SpikingJelly).
+      decay: the part of v that one step keeps, in [0, 1]; exp(-1 / tau) is the exact one. Give tau or decay, not both.
+      threshold: 1.0 by default. Each of these is a number, or an array that broadcasts against [*B, N].
+      decay_input: False by default, gain = 1; True: gain = 1 - decay.
+      v_rest: 0.0 by default, v without any input; also v before the first step.
+      reset: `snnfuse.HardReset()` by default, to v = 0; or `SoftReset()`, `NoReset()`.
+      surrogate: the gradient of a spike, `snnfuse.ATan()` by default.
+      learn=(), shape=(), implementation=None, out_dtype=None: see `Spiking`.
+
+    Neftci, Mostafa and Zenke 2019, https://arxiv.org/abs/1901.09948. The equation as code: `snnfuse.LIF`.
+    """
 
     def __init__(self, *, tau=None, decay=None, threshold=1.0, **options):
         super().__init__(neurons.LIF, neurons.LIFParams(_decay(tau, decay), threshold), **options)
 
 
 class ParametricLIF(Spiking):
-    """LIF that learns its time constant: 1 / tau = sigmoid(w), so that decay = 1 - 1 / tau stays in (0, 1).
+    """LIF that learns its time constant: xs [T, *B, N] -> (spikes [T, *B, N], state with v [*B, N]).
 
-    `layer.w` is the parameter, of `shape`; `tau` its initial value. As in SpikingJelly the input is decayed, unless
-    decay_input=False. Fang et al. 2021, https://arxiv.org/abs/2007.05785.
+        u[t] = v_rest + decay (v[t-1] - v_rest) + gain x[t];   s[t] = u[t] >= threshold;   v[t] = reset(u[t], s[t])
+        decay = 1 - sigmoid(w), always in (0, 1), so that 1 / tau = sigmoid(w)
+
+    Args:
+      tau: the initial time constant in steps, above 1; 2.0 by default.
+      threshold: 1.0 by default; a number, or an array that broadcasts against [*B, N].
+      learn: () by default; "threshold" trains it too. `w` is always trained.
+      shape: of w and of the learned threshold; () by default, for one value in all.
+      decay_input: True by default, gain = 1 - decay, as in SpikingJelly; False: gain = 1.
+      v_rest: 0.0 by default, v without any input; also v before the first step.
+      reset: `snnfuse.HardReset()` by default, to v = 0; or `SoftReset()`, `NoReset()`.
+      surrogate: the gradient of a spike, `snnfuse.ATan()` by default.
+      implementation=None, out_dtype=None: see `Spiking`.
+
+    Fang et al. 2021, https://arxiv.org/abs/2007.05785. The equation as code: `snnfuse.LIF`.
     """
 
     def __init__(self, *, tau=2.0, threshold=1.0, learn=(), shape=(), decay_input=True, **options):
@@ -122,7 +164,24 @@ class ParametricLIF(Spiking):
 
 
 class CubaLIF(Spiking):
-    """Current-based LIF: a synapse of `tau_syn` or `decay_syn` before the membrane, see `snnfuse.CubaLIF`."""
+    """Current-based LIF, an exponential synapse before the membrane: xs [T, *B, N] -> (spikes, state with i and v [*B, N]).
+
+        i[t] = decay_syn i[t-1] + x[t]
+        u[t] = v_rest + decay (v[t-1] - v_rest) + gain i[t];   s[t] = u[t] >= threshold;   v[t] = reset(u[t], s[t])
+
+    Args:
+      tau_syn, tau: time constants of synapse and membrane in steps, above 1; decay = 1 - 1 / tau for each.
+      decay_syn, decay: the parts of i and v that one step keeps, in [0, 1]. Give tau or decay, not both, of each.
+      threshold: 1.0 by default. Each of these is a number, or an array that broadcasts against [*B, N].
+      decay_input: False by default, gain = 1; True: gain = 1 - decay.
+      v_rest: 0.0 by default, v without any input; also v before the first step.
+      reset: `snnfuse.HardReset()` by default, to v = 0; or `SoftReset()`, `NoReset()`.
+      surrogate: the gradient of a spike, `snnfuse.ATan()` by default.
+      learn=(), shape=(), implementation=None, out_dtype=None: see `Spiking`.
+
+    snnTorch's Synaptic(alpha=decay_syn, beta=decay). Neftci, Mostafa and Zenke 2019, https://arxiv.org/abs/1901.09948. The
+    equation as code: `snnfuse.CubaLIF`.
+    """
 
     def __init__(self, *, tau_syn=None, decay_syn=None, tau=None, decay=None, threshold=1.0, **options):
         decays = _decay(tau_syn, decay_syn, "_syn"), _decay(tau, decay)
@@ -130,7 +189,24 @@ class CubaLIF(Spiking):
 
 
 class AdaptiveLIF(Spiking):
-    """LIF whose threshold rises by `beta` at each spike and comes back with `tau_adapt`, see `snnfuse.AdaptiveLIF`."""
+    """LIF whose threshold rises with its own spikes: xs [T, *B, N] -> (spikes [T, *B, N], state with v and a [*B, N]).
+
+        A[t] = threshold + beta a[t-1];   u[t] = v_rest + decay (v[t-1] - v_rest) + gain x[t]
+        s[t] = u[t] >= A[t];   v[t] = reset(u[t], s[t], A[t]);   a[t] = decay_adapt a[t-1] + s[t]
+
+    Args:
+      tau, tau_adapt: time constants of membrane and threshold in steps, above 1; decay = 1 - 1 / tau for each.
+      decay, decay_adapt: the parts of v and a that one step keeps, in [0, 1]. Give tau or decay, not both, of each.
+      beta: 0.2 by default, by how much a spike raises the threshold.
+      threshold: 1.0 by default, at rest. Each of these is a number, or an array that broadcasts against [*B, N].
+      decay_input: False by default, gain = 1; True: gain = 1 - decay.
+      v_rest: 0.0 by default, v without any input; also v before the first step.
+      reset: `snnfuse.HardReset()` by default, to v = 0; or `SoftReset()`, `NoReset()`.
+      surrogate: the gradient of a spike, `snnfuse.ATan()` by default.
+      learn=(), shape=(), implementation=None, out_dtype=None: see `Spiking`.
+
+    Bellec et al. 2018, https://arxiv.org/abs/1803.09574. The equation as code: `snnfuse.AdaptiveLIF`.
+    """
 
     def __init__(self, *, tau=None, decay=None, tau_adapt=None, decay_adapt=None, beta=0.2, threshold=1.0, **options):
         decays = _decay(tau, decay), _decay(tau_adapt, decay_adapt, "_adapt")
@@ -138,21 +214,67 @@ class AdaptiveLIF(Spiking):
 
 
 class ExpIF(Spiking):
-    """Exponential integrate-and-fire, see `snnfuse.ExpIF`."""
+    """Exponential integrate-and-fire: xs [T, *B, N] -> (spikes [T, *B, N], state with v [*B, N]).
+
+        u[t] = v_rest + decay (v[t-1] - v_rest) + (1 - decay) (delta exp((v[t-1] - theta) / delta) + x[t])
+        s[t] = u[t] >= threshold;   v[t] = reset(u[t], s[t])
+
+    Args:
+      tau: the time constant in steps, above 1; decay = 1 - 1 / tau.
+      decay: the part of v that one step keeps, in [0, 1]. Give tau or decay, not both.
+      theta: 0.8 by default, where the upswing starts (the rheobase threshold).
+      delta: 1.0 by default, above 0; the smaller, the sharper the upswing.
+      threshold: 1.0 by default. Each of these is a number, or an array that broadcasts against [*B, N].
+      v_rest: 0.0 by default, v before the first step.
+      reset: `snnfuse.HardReset(v_reset=-0.1)` by default; or `SoftReset()`, `NoReset()`.
+      surrogate: the gradient of a spike, `snnfuse.ATan()` by default.
+      learn=(), shape=(), implementation=None, out_dtype=None: see `Spiking`.
+
+    SpikingJelly's EIFNode. Fourcaud-Trocme et al. 2003, https://doi.org/10.1523/JNEUROSCI.23-37-11628.2003. The equation as
+    code: `snnfuse.ExpIF`.
+    """
 
     def __init__(self, *, tau=None, decay=None, theta=0.8, delta=1.0, threshold=1.0, **options):
         super().__init__(neurons.ExpIF, neurons.ExpIFParams(_decay(tau, decay), theta, delta, threshold), **options)
 
 
 class Izhikevich(Spiking):
-    """Izhikevich's neuron in mV and ms, see `snnfuse.Izhikevich`."""
+    """Izhikevich's neuron, in mV and ms: xs [T, *B, N] -> (spikes [T, *B, N], state with v and w [*B, N]).
+
+        u[t] = v[t-1] + dt (0.04 v[t-1]^2 + 5 v[t-1] + 140 - w[t-1] + x[t])
+        r[t] = w[t-1] + dt a (b v[t-1] - w[t-1])
+        s[t] = u[t] >= threshold;   v[t] = (1 - s[t]) u[t] + s[t] c;   w[t] = r[t] + d s[t]
+
+    Args:
+      a, b, c, d, threshold: 0.02, 0.2, -65.0, 8.0 and 30.0 by default, a regular spiking cell. Each is a number, or an array
+        that broadcasts against [*B, N].
+      dt: 0.5 by default, ms per step.
+      scale: 30.0 by default; the surrogate takes (u - threshold) / scale.
+      detach_reset: False by default; True keeps the spike out of the reset's gradient.
+      surrogate: the gradient of a spike, `snnfuse.ATan()` by default.
+      learn=(), shape=(), implementation=None, out_dtype=None: see `Spiking`.
+
+    Izhikevich 2003, https://doi.org/10.1109/TNN.2003.820440. The equation as code: `snnfuse.Izhikevich`.
+    """
 
     def __init__(self, *, a=0.02, b=0.2, c=-65.0, d=8.0, threshold=30.0, **options):
         super().__init__(neurons.Izhikevich, neurons.IzhikevichParams(a, b, c, d, threshold), **options)
 
 
 class LI(Spiking):
-    """Leaky integrator, the usual readout: its output is its membrane, see `snnfuse.LI`."""
+    """Leaky integrator, the usual readout; it never spikes: xs [T, *B, N] -> (v [T, *B, N], state with v [*B, N]).
+
+        v[t] = v_rest + decay (v[t-1] - v_rest) + gain x[t];   out[t] = v[t]
+
+    Args:
+      tau: the time constant in steps, above 1; decay = 1 - 1 / tau.
+      decay: the part of v that one step keeps, in [0, 1]; exp(-1 / tau) is the exact one. Give tau or decay, not both.
+      decay_input: False by default, gain = 1; True: gain = 1 - decay.
+      v_rest: 0.0 by default, v without any input; also v before the first step.
+      learn=(), shape=(), implementation=None, out_dtype=None: see `Spiking`.
+
+    SpikingJelly's NonSpikingLIFNode. The equation as code: `snnfuse.LI`.
+    """
 
     def __init__(self, *, tau=None, decay=None, **options):
         super().__init__(neurons.LI, neurons.LIParams(_decay(tau, decay)), **options)
@@ -176,7 +298,7 @@ def _check_learn(neuron, params, learn, shape):
     if unknown := [name for name in learn if name not in names]:
         raise ValueError(f"learn must name parameters of {type(neuron).__name__}, {names}; got {unknown[0]!r}")
     if shape != () and not learn:
-        raise ValueError(f"shape is that of the learned parameters, but learn names none; got shape {shape}")
+        raise ValueError(f"shape is the shape of the learned parameters, but learn is empty; got shape {shape}")
     return learn
 
 
@@ -195,7 +317,7 @@ def _parameter(name, value, learned_shape):
 def _decay(tau, decay, suffix=""):
     tau_name, decay_name = "tau" + suffix, "decay" + suffix
     if (tau is None) == (decay is None):
-        raise ValueError(f"give {tau_name} or {decay_name}, one of them; got {tau_name}={tau}, {decay_name}={decay}")
+        raise ValueError(f"give either {tau_name} or {decay_name}; got {tau_name}={tau}, {decay_name}={decay}")
     if decay is None:
         if not _all(tau, lambda tau: tau > 1):
             raise ValueError(f"{tau_name} must be above 1 step, for {decay_name} = 1 - 1 / tau; got {tau}")
@@ -206,4 +328,6 @@ def _decay(tau, decay, suffix=""):
 
 
 def _all(value, holds):
-    return isinstance(value, jax.core.Tracer) or bool(np.all(holds(np.asarray(value))))  # a tracer has no value yet
+    return isinstance(value, jax.core.Tracer) or bool(
+        np.all(holds(np.asarray(value)))
+    )  # a tracer has no value to check
