@@ -12,13 +12,14 @@ new / old with its quartiles, and exits with 1 if a median ratio is above 1 + to
 
 import argparse
 import contextlib
-import json
+import multiprocessing
 import os
 import re
 import statistics
 import subprocess
 import sys
 import tempfile
+from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 
 CASES = {  # T and lanes, or T, B and the size of the images
@@ -48,65 +49,70 @@ def lif(T, M, dtype):
 
 
 def resnet18(T, B, size):
-    """A call of the training step of with_jax.py; both checkouts run the same code of it."""
+    """A call of a training step. The code of the step is here, so that both checkouts run the same."""
     import inspect
+    from functools import partial
 
+    import jax
+    import optax
     from flax import nnx
-    from with_jax import batches, training_step
 
-    from snnfuse import models
+    from snnfuse import models, nn
 
     names = inspect.signature(models.spiking_resnet).parameters
     policy = "policy" if "policy" in names else "precision"  # its name until commit ab62cdc
-    step, leaves = training_step(models.spiking_resnet(18, 3, 10, **{policy: "bfloat16"}, rngs=nnx.Rngs(0)))
-    data = next(batches(T, B, size))
+    model = models.spiking_resnet(18, 3, 10, **{policy: "bfloat16"}, rngs=nnx.Rngs(0))
+    model.train()
+    graphdef, state = nnx.split((model, nnx.Optimizer(model, optax.adam(1e-3), wrt=nnx.Param)))
+    leaves, tree = jax.tree.flatten(state)
+
+    @partial(jax.jit, donate_argnums=0)
+    def step(leaves, xs, labels):
+        model, optimizer = nnx.merge(graphdef, tree.unflatten(leaves))
+
+        def loss_of(model):
+            logits = nn.membrane_mean(model(xs)[0])
+            return optax.softmax_cross_entropy_with_integer_labels(logits, labels).mean()
+
+        loss, grads = nnx.value_and_grad(loss_of)(model)
+        optimizer.update(model, grads)
+        return jax.tree.leaves(nnx.state((model, optimizer))), loss
+
+    xs = jax.random.bernoulli(jax.random.key(0), 0.5, (T, B, size, size, 3))
+    labels = jax.random.randint(jax.random.key(1), (B,), 0, 10)
 
     def call():
         nonlocal leaves
-        leaves, metrics = step(leaves, *data)
-        return metrics["loss"]
+        leaves, loss = step(leaves, xs, labels)
+        return loss
 
     return call, 1
 
 
-def worker(tiny):
-    """Answers each name of a case on the input with its milliseconds. The first answer is the location of snnfuse."""
-    import snnfuse  # isort: skip  (before runner, which puts its own checkout on the path)
+CALLS = {}  # of a worker process: case -> (what is timed, how many calls it makes)
+
+
+def start(folder):
+    """Lets a worker process import the snnfuse of a folder, before anything else puts another one on the path."""
+    sys.path.insert(0, str(folder))
+    import snnfuse
+
+    if folder not in Path(snnfuse.__file__).resolve().parents:
+        raise ImportError(f"{folder}: this folder's snnfuse was wanted, {snnfuse.__file__} was imported")
+
+
+def time_case(name, tiny):
+    """Milliseconds of a case, which the first call compiles."""
     import jax
     from runner import time_ms
 
-    print(json.dumps(snnfuse.__file__), flush=True)
-    calls = {}
-    for name in map(str.strip, sys.stdin):
-        if name not in calls:
-            shape = TINY[len(CASES[name])] if tiny else CASES[name]
-            calls[name] = resnet18(*shape) if "resnet" in name else lif(*shape, name.split()[-1])
-            for _ in range(6):
-                jax.block_until_ready(calls[name][0]())
-        call, count = calls[name]
-        ms = time_ms(call, jax.block_until_ready, repeats=5, seconds=0.05)[0] / count
-        print(json.dumps(ms), flush=True)
-
-
-class Checkout:
-    def __init__(self, folder, tiny, cache):
-        # Both processes take the same choice of algorithms, which XLA otherwise makes by timing them in each process.
-        flags = os.environ.get("XLA_FLAGS", "") + f" --xla_gpu_per_fusion_autotune_cache_dir={cache}"
-        env = os.environ | dict(XLA_FLAGS=flags, XLA_PYTHON_CLIENT_PREALLOCATE="false")
-        env["PYTHONPATH"] = os.pathsep.join([str(folder), os.environ.get("PYTHONPATH", "")])
-        command = [sys.executable, __file__, "--worker", *["--tiny"] * tiny]
-        self.process = subprocess.Popen(command, env=env, text=True, stdin=subprocess.PIPE, stdout=subprocess.PIPE)
-        self.folder = folder
-
-    def check(self):
-        found = Path(json.loads(self.process.stdout.readline() or '""'))
-        if self.folder.resolve() not in found.resolve().parents:
-            sys.exit(f"{self.folder}: this folder's snnfuse was wanted, {found} was imported")
-
-    def ms(self, case):
-        print(case, file=self.process.stdin, flush=True)
-        line = self.process.stdout.readline()
-        return json.loads(line) if line else sys.exit(f"{case}: the process died, see above")
+    if name not in CALLS:
+        shape = TINY[len(CASES[name])] if tiny else CASES[name]
+        CALLS[name] = resnet18(*shape) if "resnet" in name else lif(*shape, name.split()[-1])
+        for _ in range(6):
+            jax.block_until_ready(CALLS[name][0]())
+    call, count = CALLS[name]
+    return time_ms(call, jax.block_until_ready, repeats=5, seconds=0.05)[0] / count
 
 
 @contextlib.contextmanager
@@ -115,48 +121,50 @@ def folder_of(given):
     if Path(given).is_dir():
         yield Path(given).resolve()
         return
-    root = Path(__file__).parent.parent
+    here = Path(__file__).parent
     with tempfile.TemporaryDirectory() as folder:
-        archive = subprocess.run(["git", "archive", given, "snnfuse"], cwd=root, capture_output=True)
+        archive = subprocess.run(["git", "archive", given, "../snnfuse"], cwd=here, capture_output=True)
         if archive.returncode:
             sys.exit(f"{given}: neither a folder nor a git revision: {archive.stderr.decode().strip()}")
         subprocess.run(["tar", "-x", "-C", folder], input=archive.stdout, check=True)
-        yield Path(folder)
+        yield Path(folder).resolve()
 
 
 def main(argv=None):
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("old", help="a folder or a git revision")
     parser.add_argument("new", help="a folder or a git revision")
-    parser.add_argument("--rounds", type=int, default=7, help="how often each case is timed; default 7")
+    parser.add_argument("--rounds", type=int, default=9, help="an odd number; default 9")
     parser.add_argument("--tolerance", type=float, default=0.02, help="the largest slowdown that passes; default 0.02")
     parser.add_argument("--only", default="", help="only the cases whose name matches this regular expression")
     parser.add_argument("--tiny", action="store_true", help="small shapes, also without a GPU")
     args = parser.parse_args(argv)
     slower = []
     with folder_of(args.old) as old, folder_of(args.new) as new, tempfile.TemporaryDirectory() as cache:
-        checkouts = [Checkout(folder, args.tiny, cache) for folder in (old, new)]  # they import side by side
-        for checkout in checkouts:
-            checkout.check()
+        # Both processes take the same choice of algorithms, which XLA otherwise makes by timing them in each process.
+        os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} --xla_gpu_per_fusion_autotune_cache_dir={cache}"
+        os.environ["XLA_PYTHON_CLIENT_PREALLOCATE"] = "false"
+        spawn = multiprocessing.get_context("spawn")
+        workers = [ProcessPoolExecutor(1, spawn, start, (folder,)) for folder in (old, new)]
+        ms = lambda worker, case: worker.submit(time_case, case, args.tiny).result()
         print(f"{'case':24} {'old ms':>9} {'new ms':>9}   new / old (quartiles)")
         for case in filter(re.compile(args.only).search, CASES):
             rounds = []
-            for checkout in checkouts:  # compiles, one after the other
-                checkout.ms(case)
+            for worker in workers:  # compiles, one after the other
+                ms(worker, case)
             for i in range(args.rounds):
-                pair = [checkouts[j].ms(case) for j in ((0, 1) if i % 2 else (1, 0))]
+                pair = [ms(workers[j], case) for j in ((0, 1) if i % 2 else (1, 0))]
                 rounds.append(pair if i % 2 else pair[::-1])
             ratios = [b / a for a, b in rounds]
             low, ratio, high = statistics.quantiles(ratios, n=4) if len(ratios) > 1 else ratios * 3
             a, b = (statistics.median(times) for times in zip(*rounds, strict=True))
             slower += [case] if ratio > 1 + args.tolerance else []
             print(f"{case:24} {a:9.4f} {b:9.4f}   {ratio:.4f} ({low:.4f} to {high:.4f})", flush=True)
-        for checkout in checkouts:
-            checkout.process.stdin.close()
-            checkout.process.wait()
+        for worker in workers:
+            worker.shutdown()
     print(f"slower than the tolerance: {', '.join(slower)}" if slower else "no case is slower than the tolerance")
     return bool(slower)
 
 
 if __name__ == "__main__":
-    sys.exit(worker("--tiny" in sys.argv) if "--worker" in sys.argv else main())
+    sys.exit(main())
