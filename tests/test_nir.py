@@ -171,7 +171,7 @@ def test_connections_that_skip():
     assert jax.tree.all(jax.tree.map(jnp.array_equal, state, end))
     again = interop.from_nir(interop.to_nir(model, (5,)))
     assert_same_spikes(again(xs)[0], whole)
-    with pytest.raises(ValueError, match="state must have 2 entries, one a temporal layer; got 1"):
+    with pytest.raises(ValueError, match="state must have 2 entries, one per Temporal layer; got 1"):
         model(xs, state[:1])
 
 

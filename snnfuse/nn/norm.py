@@ -1,4 +1,4 @@
-"""Batch normalisation as an affine map, which fuses with the residual and the neuron behind it."""
+"""Batch normalisation as an affine map, which runs in one kernel with the residual and the neuron after it."""
 
 from typing import Any
 
@@ -16,19 +16,19 @@ from snnfuse.ops.packing import Packed
 
 
 class BatchNorm(Timeless, nnx.BatchNorm):
-    """Batch normalisation of [T, B, ..., N] over all axes but the last, statistics in float32.
+    """Batch normalisation of [T, B, ..., N] over all axes except the last: `nnx.BatchNorm` for sequences.
 
         y = gain scale (x - mean) / sqrt(var + epsilon) + bias
 
-    `nnx.BatchNorm` (its variables, `train()`, `eval()`) over time, with a momentum of 0.9 as its default, and
+    Args:
+      gain: a constant factor, 1.0 by default. gain = threshold of the next neuron, times 1 / sqrt(2) if a residual is added,
+        is tdBN: Zheng et al. 2021, https://arxiv.org/abs/2011.05280.
+      per_step: False by default. True: every time step has its own statistics over [B, ...], and the running statistics are
+        their average. This is not fused: the neuron gets the normalised current in the dtype of xs.
+      momentum: 0.9 by default. `epsilon`, `use_running_average`, `axis_name`: as in `nnx.BatchNorm`.
 
-      gain: a factor. With the threshold of the neuron behind it, times 1 / sqrt(2) where a residual is added: tdBN, Zheng et
-        al. 2021, https://arxiv.org/abs/2011.05280.
-      per_step: every time step with its own statistics over [B, ...], the running ones being their average. Not fused: the
-        neuron is given the normalised current in the dtype of xs.
-
-    The variance is E[x^2] - E[x]^2. Before any training the running statistics are mean 0 and variance 1. The running
-    variance averages the unbiased one, as in PyTorch.
+    Variables, `train()` and `eval()` are those of `nnx.BatchNorm`. Statistics are float32, with variance E[x^2] - E[x]^2. The
+    running statistics start at mean 0 and variance 1. The running variance averages the unbiased variance, as in PyTorch.
     """
 
     def __init__(
@@ -50,7 +50,7 @@ class BatchNorm(Timeless, nnx.BatchNorm):
         self.gain, self.per_step = gain, per_step
 
     def affine(self, xs: Array) -> tuple[Array, Array]:
-        """(scale, shift), float32 [N] ([T, 1, ..., N] per step), with y = scale x + shift; updates the running averages."""
+        """(scale, shift) of y = scale x + shift, float32 [N] ([T, 1, ..., N] if per_step); updates the running averages."""
         if xs.ndim < 3 or xs.shape[-1] != self.num_features:
             raise ValueError(f"xs must be [T, B, ..., {self.num_features}]; got {xs.shape}")
         if xs.size == 0:
@@ -92,14 +92,15 @@ class NormSpiking(Temporal):
 
     Args:
       neuron: any `Spiking` module.
-      norm: a `BatchNorm` for xs; `shortcut_norm` one for the shortcut, None if it is added as it is.
-      connect: "sum", the shortcut goes into the neuron; "add", "and" or "iand", it meets the spike (see `snnfuse.Connect`).
-      pack: give back `Spikes`, whose bits the same kernel stores; for neurons that spike, and not where spikes are added.
+      norm: a `BatchNorm` for xs. `shortcut_norm`: one for the shortcut; None (the default) adds the shortcut as it is.
+      connect: "sum" (the default) adds the shortcut to the neuron's input; "add", "and" or "iand" combine it with the spikes
+        (see `snnfuse.Connect`).
+      pack: True returns packed `Spikes`, whose bits the same kernel writes. Only for neurons that spike, and not for "add".
 
-    Bytes per element and step in training, 16 bits, no shortcut: statistics 2 (x read), forward 4 (x read, s written),
-    backward 6 (x and ds read, du written) and 6 for what the statistics add to it (x and du read, dx written): 18. Normalised
-    in a pass of its own before an equally fused neuron it is 32. Kept for the backward pass: xs, which the
-    normalisation needs anyway, and the shortcut.
+    Bytes per element and step in training, 16 bits, no shortcut: 2 for the statistics (read x), 4 forward (read x, write s),
+    6 backward (read x and ds, write du) and 6 for the gradient of the statistics (read x and du, write dx), in all 18. A separate
+    normalisation before an equally fused neuron takes 32. The layer stores xs, which the normalisation needs anyway, and the
+    shortcut.
     """
 
     def __init__(
@@ -118,7 +119,7 @@ class NormSpiking(Temporal):
             raise TypeError(f"neuron must be a snnfuse.nn.Spiking module; got {type(neuron).__name__}")
         if pack and (connect == "add" or isinstance(neuron.neuron, LI) or isinstance(neuron.out_dtype, Packed)):
             raise ValueError(
-                f"pack must be False where outputs are not the numbers 0 and 1; got connect={connect!r}, "
+                f"pack must be False if outputs are not the numbers 0 and 1; got connect={connect!r}, "
                 f"neuron {type(neuron).__name__}, out_dtype {neuron.out_dtype}"
             )
         if connect != "sum":
@@ -140,11 +141,13 @@ class NormSpiking(Temporal):
         return (Spikes(*outs) if self.pack else outs), state
 
     def _assembled(self, xs, shortcut) -> tuple[Any, Any, Any, Any]:
-        """(neuron, params, inputs, out_dtype) of the one call of `unroll` that is all of this layer."""
+        """(neuron, params, inputs, out_dtype) for the one call of `unroll` that computes the whole layer."""
         if shortcut is not None and values(shortcut).shape != xs.shape:
             raise ValueError(f"shortcut must have the shape of xs, {xs.shape}; got {values(shortcut).shape}")
         if shortcut is None and (self.shortcut_norm is not None or self.connect != "sum"):
-            raise ValueError("shortcut must be given: this layer was made to take one; got None")
+            raise ValueError(
+                "shortcut must be given, because this layer has a shortcut_norm or connect is not sum; got None"
+            )
         inputs, scales, shifts = [], [], []
         for x, norm in ((xs, self.norm), (values(shortcut), self.shortcut_norm)):
             if x is None or (x is not xs and self.connect != "sum"):

@@ -18,11 +18,11 @@ def mean_pool(x: Array | Spikes) -> Array:
 
 
 def max_pool(x: Array, window: int = 3, stride: int = 2, padding: int = 1) -> Array:
-    """The largest of each window x window, [n, H, W, C] -> [n, H', W', C] with H' = (H + 2 padding - window) // stride + 1.
+    """The maximum of each window, [n, H, W, C] -> [n, H', W', C] with H' = (H + 2 padding - window) // stride + 1.
 
-    The gradient goes to the first of equal values, row by row (as in PyTorch; among spikes most are equal). For the
-    backward pass one byte an output is kept, the place of that value, instead of x and the output. `lax.reduce_window`
-    has the same values; its gradient takes a scatter.
+    Among equal values the gradient goes to the first, row by row, as in PyTorch; most spikes are equal. The backward pass
+    stores the place of that value, one byte per output, and neither x nor the output. `lax.reduce_window` returns the same
+    values, but its gradient needs a slow scatter.
     """
     if x.ndim != 4 or not 0 <= padding < window <= min(15, *(s + 2 * padding for s in x.shape[1:3])) or stride < 1:
         raise ValueError(
@@ -51,13 +51,13 @@ def _forward(how, x):
         if best is None:
             best, place = seen, jnp.zeros(seen.shape, jnp.uint8)
         else:
-            larger = (seen > best) | (seen != seen)  # a NaN is seen
+            larger = (seen > best) | (seen != seen)  # a NaN is passed on
             best, place = jnp.where(larger, seen, best), jnp.where(larger, jnp.uint8(k), place)
     return best, (place, jnp.zeros((0, H, W), x.dtype))
 
 
 def _backward(how, residuals, d_out):
-    """Input s m + r of an axis (s the stride) lies in few windows, the same for all m: one plane for each r, then interleaved."""
+    """Along an axis, the windows over input stride m + r differ only by m: compute one plane for each r, then interleave them."""
     window, stride, padding = how
     place, like = residuals
     H, W = like.shape[1:]
@@ -76,14 +76,14 @@ def _backward(how, residuals, d_out):
 
 
 def _covering(window, stride, padding):
-    """For each r < stride: the windows over position stride m + r, as (window - m, the position in it)."""
+    """For each r < stride, the windows over input stride m + r: pairs (index of the window - m, position inside the window)."""
     for r in range(stride):
         last, offset = divmod(r + padding, stride)
         yield [(last - back, offset + back * stride) for back in range(window) if offset + back * stride < window]
 
 
 def _shifted(y, shifts, sizes, fill):
-    """y[:, shift : shift + size] along both axes of space, `fill` where there is none."""
+    """y[:, shift : shift + size] along both axes of space, with `fill` outside of y."""
     pads = [(-shift, shift + size - have) for shift, size, have in zip(shifts, sizes, y.shape[1:3], strict=True)]
     config = [(0, 0, 0), *((low, high, 0) for low, high in pads), (0, 0, 0)]
     return jax.lax.pad(y, jnp.asarray(fill, y.dtype), config)

@@ -1,4 +1,4 @@
-"""In what precision a model computes, as one setting."""
+"""The precision of a model: one setting for all its layers."""
 
 from enum import StrEnum
 
@@ -7,13 +7,14 @@ from jax import lax
 
 
 class PrecisionPolicy(StrEnum):
-    """What activations are stored in and how products are formed. One word sets it for a model: `policy="bfloat16"`.
+    """The dtype of a model's activations and the precision of its products. One word sets it: `policy="bfloat16"`.
 
         "bfloat16"   activations, convolutions and dense layers in bfloat16
-        "tf32"       activations in float32, products with ten bits of mantissa where the hardware has them (a GPU)
-        "float32"    all in float32
+        "tf32"       activations in float32, products with ten bits of mantissa on hardware that has them (a GPU)
+        "float32"    everything in float32
 
-    In each, parameters, neuron states, statistics of normalisation and every reduction are float32.
+    Parameters, neuron states, statistics of normalisation and reductions are float32 in all three. A layer of your own takes it
+    as `nn.Conv(..., dtype=policy.dtype, precision=policy.lax)`.
     """
 
     BFLOAT16 = "bfloat16"
@@ -26,10 +27,10 @@ class PrecisionPolicy(StrEnum):
 
     @property
     def dtype(self):
-        """Of activations, and of the operands of products."""
+        """The dtype of activations and of the operands of products."""
         return jnp.dtype(jnp.bfloat16 if self is PrecisionPolicy.BFLOAT16 else jnp.float32)
 
     @property
     def lax(self):
-        """The `precision` that products are given."""
+        """The argument `precision` of products, a `lax.Precision` or None."""
         return {"bfloat16": None, "tf32": lax.Precision.DEFAULT, "float32": lax.Precision.HIGHEST}[self]

@@ -1,4 +1,4 @@
-"""Layers over time: which layers run along T, and how the ordinary ones run once on [T*B, ...]."""
+"""Layers that run along time, and how all other layers run once on [T*B, ...]."""
 
 from collections.abc import Callable
 
@@ -11,9 +11,11 @@ from snnfuse.nn.spikes import Spikes, values
 
 
 class Temporal(nnx.Module):
-    """A layer along time: xs is [T, B, ...], the state goes in and comes out, so that pieces in turn equal the whole.
+    """A layer that runs along time: it takes xs [T, B, ...] and a state, and returns outputs and the state after the last step.
 
-    outs, state = layer(xs, state)    state None: the one before the first step
+        outs, state = layer(xs, state)    state None: the state before the first step
+
+    Running the pieces of a sequence one after another, each from the last state, gives the same as running the whole.
     """
 
     def init_state(self, xs: PyTree) -> PyTree:
@@ -25,11 +27,11 @@ class Temporal(nnx.Module):
 
 
 class Timeless(nnx.Module):
-    """A layer without time that takes [T, B, ...] as it is, and `Spikes`: [..., in] -> [..., out]."""
+    """A layer without a state along time that takes [T, B, ...] whole, or `Spikes`: [..., in] -> [..., out]."""
 
 
 class Folded(nnx.Module):
-    """A layer without time (nnx.Conv, nnx.BatchNorm, a function) run once on [T*B, ...]: [T, B, ...] -> [T, B, ...]."""
+    """A layer without time (nnx.Conv, nnx.BatchNorm, a function), which runs once on [T*B, ...]: [T, B, ...] -> [T, B, ...]."""
 
     def __init__(self, layer: Callable):
         if isinstance(layer, Temporal):
@@ -41,10 +43,10 @@ class Folded(nnx.Module):
 
 
 class Sequential(Temporal):
-    """Layers in turn: the temporal ones with their state, all others folded (see `Folded`).
+    """Layers one after another: `Temporal` ones with their state, all others on [T*B, ...] (see `Folded`).
 
-    The state is a tuple, one entry a temporal layer. A layer that looks at the whole batch, like BatchNorm in training,
-    sees all of T*B: only without it do pieces in turn equal the whole.
+    The state is a tuple with one entry per `Temporal` layer. A layer that looks at the whole batch, like BatchNorm in training,
+    sees all of T*B; with such a layer, running a sequence in pieces does not equal running it whole.
     """
 
     def __init__(self, *layers: Callable):
@@ -67,7 +69,7 @@ class Sequential(Temporal):
         temporal = [layer for layer in self.layers if isinstance(layer, Temporal)]
         before = [None] * len(temporal) if state is None else list(state)
         if len(before) != len(temporal):
-            raise ValueError(f"state must have {len(temporal)} entries, one a temporal layer; got {len(before)}")
+            raise ValueError(f"state must have {len(temporal)} entries, one per Temporal layer; got {len(before)}")
         after = []
         for layer in self.layers:
             if isinstance(layer, Temporal):
@@ -84,14 +86,14 @@ def flatten(x: Array) -> Array:
 
 
 class PackSpikes(Timeless):
-    """Values of 0 and 1 as `Spikes`, for those who consume them to keep the bits."""
+    """Packs values of 0 and 1 into `Spikes`, so that the next layer stores only their bits."""
 
     def __call__(self, xs: Array | Spikes) -> Spikes:
         return xs if isinstance(xs, Spikes) else Spikes.of(xs)
 
 
 class Remat(Temporal):
-    """A layer that keeps for its backward pass nothing but its input, of `Spikes` the bits alone, and runs twice."""
+    """A lean layer: it stores only its input (only the bits of `Spikes`), and the backward pass recomputes the layer."""
 
     def __init__(self, layer: Temporal):
         self.layer = layer
