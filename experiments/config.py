@@ -1,104 +1,54 @@
-"""Configurations as frozen dataclasses, overridden from the command line: `--steps 100 --model.T 8`, or `--model.T=8`.
-
-A field that holds one of several dataclasses (a model, a data set) is chosen by its registered name, `--model conv`,
-and then has that one's fields. An unknown key is an error that names the known ones.
-"""
+"""The command line of a configuration: tyro reads a dataclass, after `--model NAME` and `--data NAME` chose two of its parts."""
 
 import dataclasses
 import difflib
-import types
-import typing
 from typing import Any
 
-Choices = dict[str, dict[str, type]]  # key -> registered name -> dataclass
-BOOLS = {"true": True, "1": True, "yes": True, "false": False, "0": False, "no": False}
+import tyro
+
+Choices = dict[str, dict[str, Any]]  # key -> name -> the dataclass instance that the name stands for
 
 
-def parse(arguments: list[str], config: Any, choices: Choices) -> Any:
-    """`config` with the overrides of `arguments`. Raises ValueError: an unknown key, a missing or a bad value."""
-    pairs = _pairs(arguments)
-    for key, text in pairs:
-        if key in choices:
-            config = dataclasses.replace(config, **{key: _chosen(key, text, choices[key])()})
-    for key, text in pairs:
-        if key not in choices:
-            config = _override(config, key, text, flatten(config, choices))
-    return config
+def parse(arguments: list[str], config: Any, choices: Choices, description: str = "") -> Any:
+    """`config` with the overrides of `arguments`, `--steps 100 --model.T 8` or `--model.T=8`; the last one of a key counts.
+
+    Raises ValueError for a value that the configuration refuses. Like argparse, tyro prints a message about any other
+    mistake, with the nearest keys, and exits with status 2.
+    """
+    chosen = {key: _chosen(key, arguments, known) for key, known in choices.items()}
+    config = dataclasses.replace(config, **{key: value for key, value in chosen.items() if value is not None})
+    parts = tuple(type(getattr(config, key)) for key in choices)
+    names = "\n".join(f"--{key} is one of {', '.join(known)}" for key, known in choices.items())
+    return tyro.cli(
+        type(config)[parts],
+        default=config,
+        args=arguments,
+        description=f"{description}\n{names}",
+        use_underscores=True,
+    )
 
 
-def flatten(config: Any, choices: Choices, prefix: str = "") -> dict[str, Any]:
-    """{"steps": 600, "model": "conv", "model.T": 4, ...}: what is saved with a run and compared on resuming it."""
+def _chosen(key, arguments, known):
+    """The instance that the last `--key NAME` names; None if there is none."""
+    found = None
+    for i, argument in enumerate(arguments):
+        name, equals, text = argument.partition("=")
+        if name == f"--{key}" and (equals or i + 1 < len(arguments)):
+            found = text if equals else arguments[i + 1]
+    if found is not None and found not in known:
+        close = difflib.get_close_matches(found, known, n=1)
+        hint = f" (did you mean {close[0]}?)" if close else ""
+        raise ValueError(f"--{key} must be one of {', '.join(known)}; got {found!r}{hint}")
+    return known.get(found)
+
+
+def flatten(config: Any, prefix: str = "") -> dict[str, Any]:
+    """{"steps": 600, "model": "conv", "model.T": 4, ...}: what is saved with a run and compared when it resumes."""
     flat = {}
     for field in dataclasses.fields(config):
         value, key = getattr(config, field.name), prefix + field.name
-        if key in choices:
-            flat[key] = next(name for name, cls in choices[key].items() if cls is type(value))
         if dataclasses.is_dataclass(value):
-            flat |= flatten(value, choices, key + ".")
-        else:
+            flat |= {key: value.name} | flatten(value, key + ".")
+        elif not (prefix and field.name == "name"):
             flat[key] = list(value) if isinstance(value, tuple) else value
     return flat
-
-
-def help_text(config: Any, choices: Choices) -> str:
-    lines = []
-    for key, value in flatten(config, choices).items():
-        names = f"   one of: {', '.join(choices[key])}" if key in choices else ""
-        value = ",".join(map(str, value)) if isinstance(value, list) else value
-        lines.append(f"  --{key} {value}{names}")
-    return "\n".join(lines)
-
-
-def _pairs(arguments):
-    pairs, rest = [], list(arguments)
-    while rest:
-        argument = rest.pop(0)
-        key, equals, text = argument.removeprefix("--").partition("=")
-        if not argument.startswith("--") or not key:
-            raise ValueError(f"expected --key value; got {argument!r}")
-        if not equals:
-            if not rest or rest[0].startswith("--"):
-                raise ValueError(f"--{key} needs a value")
-            text = rest.pop(0)
-        pairs.append((key, text))
-    return pairs
-
-
-def _chosen(key, text, registered):
-    if text not in registered:
-        raise ValueError(f"--{key} must be one of {', '.join(registered)}; got {text!r}")
-    return registered[text]
-
-
-def _override(config, key, text, known, prefix=""):
-    name, _, rest = key.removeprefix(prefix).partition(".")
-    fields = {field.name for field in dataclasses.fields(config)}
-    value = getattr(config, name, None)
-    if name not in fields or bool(rest) != dataclasses.is_dataclass(value):
-        lower = {k.lower(): k for k in known}
-        close = difflib.get_close_matches(key.lower(), lower, n=1)
-        hint = f" (did you mean --{lower[close[0]]}?)" if close else ""
-        raise ValueError(f"unknown key --{key}{hint}; known keys: {', '.join(known)}")
-    if rest:
-        return dataclasses.replace(config, **{name: _override(value, key, text, known, f"{prefix}{name}.")})
-    annotation = typing.get_type_hints(type(config))[name]
-    try:
-        value = _value(annotation, text)
-    except ValueError as e:
-        wanted = annotation.__name__ if isinstance(annotation, type) else str(annotation)
-        raise ValueError(f"--{key} must be {wanted}; got {text!r}") from e
-    return dataclasses.replace(config, **{name: value})
-
-
-def _value(annotation, text):
-    if isinstance(annotation, types.UnionType):
-        if text.lower() == "none" and types.NoneType in annotation.__args__:
-            return None
-        return _value(annotation.__args__[0], text)
-    if typing.get_origin(annotation) is tuple:
-        return tuple(_value(annotation.__args__[0], part) for part in text.split(",") if part)
-    if annotation is bool:
-        if text.lower() not in BOOLS:
-            raise ValueError(text)
-        return BOOLS[text.lower()]
-    return annotation(text)

@@ -1,10 +1,12 @@
 """Models by name. One is a frozen dataclass of choices with T, `readout` and
 
-build(shape, classes, rngs) -> a snnfuse.nn.Sequential: [T, B, *shape], what `encode` gives, to outputs [T, B, classes]
+build(shape, classes, rngs) -> a snnfuse.nn.Sequential, from [T, B, *shape] to outputs [T, B, classes]
 """
 
 from dataclasses import dataclass
+from typing import Annotated
 
+import tyro
 from flax import nnx
 
 from snnfuse import models, nn
@@ -13,6 +15,7 @@ from snnfuse.models.build import MEMORY
 from snnfuse.models.resnet import DEPTHS, STEMS
 from snnfuse.ops.implementations import NAMES as IMPLEMENTATIONS
 
+Name = Annotated[str, tyro.conf.arg(name="model", prefix_name=False, metavar="NAME")]
 READOUTS = {
     "rate": nn.spike_rate,
     "mean": nn.membrane_mean,
@@ -23,18 +26,22 @@ READOUTS = {
 
 @dataclass(frozen=True)
 class ConvNet:
-    """Strided convolutions, one hidden dense layer and a leaky readout, all but that with LIF neurons that learn tau.
+    """Strided convolutions and one hidden dense layer, with LIF neurons that learn tau; then a leaky readout."""
 
-    `implementation` is that of `snnfuse.unroll`: none takes the fused kernels where they run.
-    """
-
+    name: Name = "conv"
     T: int = 4
+    """time steps"""
     channels: tuple[int, ...] = (32, 64)
+    """of each convolution"""
     kernel: int = 5
+    """width of the first convolution, in pixels"""
     hidden: int = 128
     tau: float = 2.0
+    """time constant at the start, in steps"""
     readout: str = "mean"
+    """how outputs over time become logits: rate, mean, max or last"""
     implementation: str | None = None
+    """of snnfuse.unroll, such as scan or pallas; None takes the fused kernels where they run"""
 
     def __post_init__(self):
         _check(self, readout=READOUTS)
@@ -64,18 +71,22 @@ class ConvNet:
 
 @dataclass(frozen=True)
 class Resnet:
-    """Spiking-ResNet-18, -34 or -50 of the temporal fusion paper (connect "sum", LIF neurons of decay 0.2 and threshold
-    0.3), or SEW-ResNet ("add", "and", "iand", IF neurons): see `snnfuse.models`, whose options these are.
-    """
+    """Spiking-ResNet of the temporal fusion paper (connect sum), or SEW-ResNet (add, and, iand). See snnfuse.models."""
 
+    name: Name = "resnet"
     T: int = 32
+    """time steps"""
     depth: int = 18
     connect: str = "sum"
     stem: str = "imagenet"
     policy: str = "bfloat16"
+    """number format of activations"""
     memory: str = "packed"
+    """how much is stored for the backward pass"""
     readout: str = "mean"
+    """how outputs over time become logits: rate, mean, max or last"""
     implementation: str | None = None
+    """of snnfuse.unroll, such as scan or pallas; None takes the fused kernels where they run"""
 
     def __post_init__(self):
         _check(
@@ -113,7 +124,7 @@ def _check(model, **known):
             raise ValueError(f"--model.{name} must be one of {', '.join(map(str, values))}; got {value!r}")
     if model.implementation not in (None, *IMPLEMENTATIONS):
         known = ", ".join(IMPLEMENTATIONS)
-        raise ValueError(f"--model.implementation must be none or one of {known}; got {model.implementation!r}")
+        raise ValueError(f"--model.implementation must be None or one of {known}; got {model.implementation!r}")
 
 
-MODELS = {"conv": ConvNet, "resnet": Resnet}
+MODELS = {"conv": ConvNet(), "resnet": Resnet()}

@@ -3,7 +3,6 @@
 from pathlib import Path
 
 import jax
-import jax.numpy as jnp
 import matplotlib
 import numpy as np
 from flax import nnx
@@ -11,6 +10,7 @@ from flax import nnx
 matplotlib.use("Agg")
 from matplotlib import pyplot as plt  # noqa: E402
 
+from snnfuse.data.loader import load  # noqa: E402
 from snnfuse.nn import monitor  # noqa: E402
 
 STEPS = 48  # the network is shown the image for longer than in training, for there to be something to see
@@ -20,12 +20,12 @@ TRACED_RATES = (0.08, 0.2, 0.35, 0.5)  # the membranes shown are of the neurons 
 COLOURS = ["#3b6fb6", "#2a9d8f", "#e08e29", "#c8553d", "#7a5195"]
 
 
-def draw(path: Path, rows: list[dict], config, model, data) -> Path:
+def draw(path: Path, rows: list[dict], config, model, source) -> Path:
     figure = plt.figure(figsize=(14, 8.3), constrained_layout=True)
     accuracy = [row["eval_accuracy"] for row in rows if "eval_accuracy" in row][-1]
     figure.suptitle(
-        f"{path.parent}: {accuracy:.1%} of {len(data.test_labels):,} held-out images in {config.model.T} time steps"
-        + (f" ({data.note})" if data.note else "")
+        f"{path.parent}: {accuracy:.1%} of {len(source):,} held-out samples in {config.model.T} time steps"
+        + (f" ({config.data.note})" if config.data.note else "")
     )
     top, bottom = figure.subfigures(2, 1, height_ratios=(1, 1.25))
     loss, accuracy, image = top.subplots(1, 3, width_ratios=(2, 2, 1))
@@ -34,7 +34,7 @@ def draw(path: Path, rows: list[dict], config, model, data) -> Path:
     _curves(accuracy, rows, "accuracy", "accuracy")
     accuracy.set_ylim(min(0.8, min(r["eval_accuracy"] for r in rows if "eval_accuracy" in r) - 0.02), 1.005)
     raster, membranes, outputs = bottom.subplots(1, 3)
-    _activity(config, model, data, image, raster, membranes, outputs)
+    _activity(config, model, source, image, raster, membranes, outputs)
     for axes in (loss, accuracy, raster, membranes, outputs):
         axes.spines[["top", "right"]].set_visible(False)
     figure.savefig(path, dpi=110)
@@ -54,11 +54,12 @@ def _curves(axes, rows, name, label):
     axes.legend(frameon=False, fontsize=9)
 
 
-def _activity(config, model, data, image_axes, raster, membranes, outputs):
+def _activity(config, model, source, image_axes, raster, membranes, outputs):
     T = max(STEPS, config.model.T)
-    chosen = len(data.test_labels) // 3
-    image, label = data.test_images[chosen : chosen + 1], int(data.test_labels[chosen])
-    xs, outs, hidden, states = _recorded(config, model, image, T)
+    shown = load([source[len(source) // 3]], config.data.example(train=False), batch=1, shuffle=False, device=False)
+    batch = next(iter(shown))
+    label = int(batch["label"][0])
+    xs, outs, hidden, states = _recorded(config, model, batch, T)
     outs, answer = np.asarray(outs)[:, 0], int(np.asarray(outs)[:, 0].mean(0).argmax())
     image_axes.imshow(_picture(np.asarray(xs)[:, 0]), cmap="gray_r")
     image_axes.set(xticks=[], yticks=[], title=f"a held-out {label}, read as {answer}")
@@ -103,19 +104,19 @@ def _shown(hidden):
     return {f"layer {i + 1}": paths[i] for i in chosen}, paths[-1]
 
 
-def _recorded(config, model, images, T):
+def _recorded(config, model, batch, T):
     """(inputs, outputs, {path of a hidden layer: spikes}, the states of the last that is shown)."""
 
     @jax.jit
-    def run(state, images):
+    def run(state, batch):
         model = nnx.merge(graphdef, state)
-        xs = config.data.encode(jax.random.key(config.seed), jnp.asarray(images), T, train=False)
+        xs = config.data.encode(jax.random.key(config.seed), batch, T)
         (outs, _), hidden = monitor.record(model, xs)
         last = _shown(hidden)[1]
         return xs, outs, hidden, monitor.record(model, xs, layers=[last], what="state")[1][last]
 
     graphdef, state = nnx.split(model)
-    return run(state, images)
+    return run(state, batch)
 
 
 def _raster(axes, layers, T):

@@ -10,7 +10,14 @@ import jax.numpy as jnp
 from checkpoints import Checkpoints, Stopped
 from tensorboardX import SummaryWriter
 
-NOT_COMPARED = ("name", "out", "resume", "stop_at", "mesh")  # keys that may differ between a run and its resumption
+NOT_COMPARED = (
+    "name",
+    "out",
+    "resume",
+    "stop_at",
+    "mesh",
+    "workers",
+)  # keys that may differ between a run and its resumption
 
 
 class Run:
@@ -63,7 +70,7 @@ def _open_directory(flat):
     saved = path / "config.json"
     if flat["resume"]:
         if not saved.exists():
-            raise Stopped(f"--resume true, but there is no run in {path}: {saved} does not exist")
+            raise Stopped(f"--resume, but there is no run in {path}: {saved} does not exist")
         before = json.loads(saved.read_text())
         for key in sorted(before.keys() | flat.keys()):
             if key not in NOT_COMPARED and before.get(key) != flat.get(key):

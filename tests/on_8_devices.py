@@ -533,12 +533,12 @@ def test_the_experiment_trains_on_a_mesh_as_on_one_device(tmp_path, monkeypatch)
 def test_after_a_step_of_the_experiment_all_devices_have_the_same_state():
     """Also where each normalises by its own part of the batch."""
     config = dataclasses.replace(TINY, mesh="data=4", sync_batch_norm=False)
-    data, mesh = config.data.load(), parallel.make_mesh("data=4")
-    graphdef, state = train.create(config, data.train_images.shape[1:], data.classes)
+    mesh, source = parallel.make_mesh("data=4"), config.data.sources()[0]
+    graphdef, state = train.create(config, (28, 28, 1), config.data.classes)
     assert jax.tree.leaves(nnx.filter_state(state, nnx.BatchStat))
     arrays, tree = jax.tree.flatten(parallel.shard(state, mesh))
-    batch = (parallel.shard(x[:32], mesh, P("data")) for x in (data.train_images, data.train_labels))
-    arrays, _ = train.train_step(config, train.Structure(graphdef, tree), arrays, *batch, 0)
+    batch = parallel.shard(next(iter(train.in_order(config, source, 32))), mesh, P("data"))
+    arrays, _ = train.train_step(config, train.Structure(graphdef, tree), arrays, batch, 0)
     for array in arrays:
         first, *others = (np.asarray(shard.data) for shard in array.addressable_shards)
         assert len(others) == 3

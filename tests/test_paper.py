@@ -6,7 +6,6 @@ import json
 import re
 import sys
 from pathlib import Path
-from types import SimpleNamespace
 
 import jax
 import jax.numpy as jnp
@@ -22,13 +21,12 @@ sys.path.append(str(Path(__file__).parent.parent / "benchmarks"))  # last: it ha
 
 import accuracy
 import config as configuration
-import inputs
 import paper
 import runner
 import train
-from inputs import DATASETS, NMnist, Random
+from inputs import DATASETS, Random, Recordings
 
-from snnfuse.data import events
+from snnfuse.data import events, loader
 from snnfuse.models import resnet
 
 pytestmark = pytest.mark.filterwarnings("default::DeprecationWarning", "default::UserWarning")  # Orbax has its own
@@ -45,25 +43,25 @@ def parse(arguments):
 def test_every_run_is_the_papers(data, model):
     config = parse(paper.arguments(data, model))
     assert (config.model.T, config.model.depth) == (32, paper.DEPTHS[model])
-    assert config.batch == (10 if data == "dvsgesture" else 100)
+    assert config.batch == (10 if data == "dvs128_gesture" else 100)
     if data != "mnist5k":
         assert config.learning_rate == 1e-3
         assert (config.schedule, config.warmup, config.weight_decay, config.clip) == ("constant", 0, 0, None)
-        count = {"mnist": 60_000, "cifar10": 50_000, "nmnist": 60_000, "dvsgesture": 1_176}[data]
+        count = {"mnist": 60_000, "cifar10": 50_000, "nmnist": 60_000, "dvs128_gesture": 1_176}[data]
         assert config.steps == 5 * config.eval_every == 5 * (count // config.batch)
 
 
-@pytest.mark.parametrize("data, model", [("nmnist", "r18"), ("dvsgesture", "r50")])
+@pytest.mark.parametrize("data, model", [("nmnist", "r18"), ("dvs128_gesture", "r50")])
 def test_every_network_builds(data, model):
     config = parse(paper.arguments(data, model))
 
     def logits():
-        images = jnp.zeros((2, *config.data.shape), jnp.uint8)
-        xs = config.data.encode(jax.random.key(0), images, config.model.T, train=True)
+        frames = jnp.zeros((32, 2, *config.data.example(True).shape), jnp.uint8)
+        xs = config.data.encode(jax.random.key(0), {"frames": frames}, config.model.T)
         assert xs.shape[:2] == (32, 2) and xs.shape[-1] == 3
         return config.model.build(xs.shape[2:], config.data.classes, nnx.Rngs(0))(xs)[0]
 
-    assert nnx.eval_shape(logits).shape == (32, 2, 11 if data == "dvsgesture" else 10)
+    assert nnx.eval_shape(logits).shape == (32, 2, 11 if data == "dvs128_gesture" else 10)
 
 
 def test_sew_resnets_build():
@@ -71,12 +69,12 @@ def test_sew_resnets_build():
     assert nnx.eval_shape(lambda: build((8, 8, 3), 10, nnx.Rngs(0))(jnp.zeros((4, 2, 8, 8, 3)))[0]).shape == (4, 2, 10)
 
 
-@pytest.mark.parametrize("name", ["mnist", "cifar10", "nmnist", "dvsgesture"])
+@pytest.mark.parametrize("name", ["mnist", "cifar10", "nmnist", "dvs128_gesture"])
 def test_missing_data_is_said_with_what_to_do(name, tmp_path, monkeypatch, capsys):
     monkeypatch.setenv("TFDS_DATA_DIR", str(tmp_path / "data"))
     assert paper.main([name, "r18", "--out", str(tmp_path / "runs")]) == 1
     said = capsys.readouterr().err
-    assert re.search(f"python -m snnfuse.data prepare {DATASETS[name].name}", said)
+    assert re.search(f"python -m snnfuse.data prepare {name}", said)
     assert "snnfuse[data]" in said or re.search(rf"in {tmp_path}.*: \S+ from https://", said)
     assert not (tmp_path / "runs").exists()
 
@@ -93,52 +91,37 @@ def test_the_papers_optimizer_is_adam():
 
 def test_each_channel_has_its_own_noise():
     image = jnp.full((1, 28, 28, 1), 127, jnp.uint8)
-    xs = DATASETS["mnist"]().encode(jax.random.key(0), image, 8, train=True)
+    xs = DATASETS["mnist"].encode(jax.random.key(0), {"image": image}, 8)
     assert xs.shape == (8, 1, 28, 28, 3) and abs(float(xs.mean()) - 127 / 255) < 0.02
     assert abs(float((xs[..., 0] == xs[..., 1]).mean()) - 0.5) < 0.03
 
 
-class Recordings:
-    def __init__(self, split):
-        self.rng, self.n = np.random.default_rng(len(split)), 5 if split == "train" else 3
-        self.read = 0
-
-    def __len__(self):
-        return self.n
-
-    def __getitem__(self, i):
-        self.read += 1
-        rng, n = np.random.default_rng(i), 900 + i
-        columns = {name: rng.integers(0, top, n) for name, top in (("x", 34), ("y", 34), ("p", 2))}
-        return {"events": columns | {"t": np.sort(rng.integers(0, 300_000, n))}, "label": i % 10}
-
-
-def test_frames_are_made_once_and_read_from_their_file(tmp_path, monkeypatch):
-    sources = {split: Recordings(split) for split in ("train", "test")}
-    monkeypatch.setattr(inputs.catalog, "source", lambda name, split: sources[split])
-    monkeypatch.setattr(inputs.catalog, "prepared", lambda name: SimpleNamespace(data_dir=str(tmp_path)))
-    data = NMnist(bins=4)
-    first, again = data.load(), data.load()
-    assert [s.read for s in sources.values()] == [10, 6] and len(list(tmp_path.iterdir())) == 4
-    assert again.train_images.shape == (5, 4, 34, 34, 2) and isinstance(again.train_images, np.memmap)
-    for name in ("train_images", "train_labels", "test_images", "test_labels"):
-        np.testing.assert_array_equal(getattr(first, name), getattr(again, name))
-    images, labels = next(again.batches(2, seed=0))
-    want = [events.to_frames(sources["train"][int(i)]["events"], data.sensor, 4) for i in labels]
-    xs = data.encode(jax.random.key(0), jnp.asarray(images), 6, train=True)
+def test_recordings_become_frames_with_an_empty_channel():
+    sensor = events.Sensor(34, 34)
+    source = Random(like="nmnist", examples=6, events=900).sources()[0]
+    data = Recordings("nmnist", bins=4, channels=3)
+    batch = next(iter(loader.load(source, data.example(train=True), batch=2, shuffle=False)))
+    want = [events.to_frames(sample["events"], sensor, 4) for sample in source[:2]]
+    xs = data.encode(jax.random.key(0), batch, 6)
     np.testing.assert_array_equal(xs[:4, ..., :2], np.stack(want, 1))
     assert xs.shape == (6, 2, 34, 34, 3) and not xs[4:].any() and not xs[..., 2].any()
-    assert_fires(xs[:4])
+    assert_fires(xs[:4] > 0)
     with pytest.raises(ValueError, match="--model.T must be at least --data.bins, 4; got 3"):
-        data.encode(jax.random.key(0), jnp.asarray(images), 3, train=True)
+        data.encode(jax.random.key(0), batch, 3)
+    with pytest.raises(ValueError, match="--data.channels must be at least 2; got 1"):
+        Recordings("nmnist", channels=1)
 
 
-@pytest.mark.parametrize("like", ["mnist", "cifar10", "nmnist"])
+@pytest.mark.parametrize("like", ["mnist", "cifar10", "nmnist", "shd"])
 def test_random_input_has_the_shape_of_the_real(like):
-    data = Random(like=like, examples=4).load()
-    assert data.note == "random input" and data.classes == 10
-    assert data.train_images.shape == (4, *DATASETS[like]().shape) and data.test_images.shape[0] == 2
-    with pytest.raises(ValueError, match="--data.like must be one of mnist5k, mnist, cifar10, nmnist, dvsgesture"):
+    data = Random(like=like, examples=4)
+    train_source, test_source = data.sources()
+    assert data.note == "random input" and data.classes == DATASETS[like].classes
+    assert (len(train_source), len(test_source)) == (4, 2)
+    batch = next(iter(loader.load(train_source, data.example(train=True), batch=4)))
+    shape = {"mnist": (28, 28, 3), "cifar10": (32, 32, 3), "nmnist": (34, 34, 3), "shd": (1, 700, 1)}[like]
+    assert data.encode(jax.random.key(0), batch, 32).shape == (32, 4, *shape)
+    with pytest.raises(ValueError, match="--data.like must be one of mnist5k, digits, mnist,"):
         Random(like="imagenet")
 
 
@@ -160,7 +143,7 @@ def compared(tmp_path_factory):
                 return paper.main(arguments)
         with contextlib.redirect_stdout(said), contextlib.redirect_stderr(said):
             assert paper.main([*arguments, "--stop_at=2"]) == 1
-            return paper.main([*arguments, "--resume=true"])
+            return paper.main([*arguments, "--resume"])
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(runner, "RESULTS", out)

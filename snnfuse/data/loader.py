@@ -11,6 +11,7 @@ Batch number k depends on the seed and on k alone. The number of workers and thr
 each worker is a new process that imports it.
 """
 
+import weakref
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
@@ -174,6 +175,7 @@ class Position(Iterator[dict[str, Any]]):
     def __next__(self) -> dict[str, Any]:
         if self._running is None:
             self._running = iter(self._batches.pipeline(self._number))
+            weakref.finalize(self, self._running.close)  # else its threads complain when Python exits
         batch = next(self._running)
         self._number += 1
         return batch
