@@ -53,7 +53,7 @@ class Case(NamedTuple):
     rtol: float
 
 
-# name: (neuron, params, scale of x, mean of x / scale, tolerance); params are scalars here, shapes come with the case
+# name: (neuron, params, scale of x, mean of x / scale, tolerance). Params are scalars here; `make` gives them shapes.
 NEURONS = {
     "if": (sf.IF(), sf.IFParams(1.0), 0.5, 0.3, 1e-5),
     "lif": (sf.LIF(), sf.LIFParams(0.7, 1.0), 1.0, 0.1, 1e-5),
@@ -74,7 +74,7 @@ NEURONS = {
 
 
 def make(name, T=12, lanes=(3, 50), dtype=jnp.float32, seed=0) -> Case:
-    """Parameters in all the shapes that broadcast, in turn: scalar, [N], [*B, N], [B, 1, ...]."""
+    """The case `name`. Its parameters take the shapes that broadcast, in turn: scalar, [N], [*B, N], [B, 1, ...]."""
     neuron, params, scale, mean, rtol = NEURONS[name]
     keys = iter(jax.random.split(jax.random.key(seed), 20))
     shapes = [(), lanes[-1:], lanes, (*lanes[:1], *(1,) * (len(lanes) - 1))]

@@ -1,4 +1,4 @@
-"""How results are compared: spikes exactly, numbers by their largest error against the scale of the reference."""
+"""How results are compared: spikes must be equal; the largest error of numbers must be small against the reference."""
 
 import jax
 import numpy as np

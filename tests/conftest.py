@@ -3,7 +3,7 @@ import pytest
 
 
 def pytest_configure(config):
-    config.addinivalue_line("markers", "gpu: needs a GPU; skipped, and said so, where there is none")
+    config.addinivalue_line("markers", "gpu: needs a GPU; skipped, with the reason, on a machine without one")
 
 
 def pytest_collection_modifyitems(items):
@@ -15,6 +15,6 @@ def pytest_collection_modifyitems(items):
 
 @pytest.fixture
 def strict():
-    """No rank or dtype promotion: what core, ops and nn must live with."""
+    """JAX refuses rank and dtype promotion. core, ops and nn must work without either."""
     with jax.numpy_rank_promotion("raise"), jax.numpy_dtype_promotion("strict"):
         yield

@@ -1,5 +1,8 @@
 """Surrogates, resets and neurons: exact derivatives, finite differences, and the equations of the literature in NumPy."""
 
+import dataclasses
+import inspect
+import re
 from functools import partial
 
 import cases
@@ -179,7 +182,7 @@ CHAINS = [(name, "atan") for name in RELAXED] + [("lif_hard", s) for s in SURROG
 
 @pytest.mark.parametrize(("name", "surrogate"), CHAINS)
 def test_finite_differences_through_the_whole_chain(name, surrogate, x64):
-    """Each element of params, state and xs moved by itself, against the gradient under random cotangents on all outputs."""
+    """Move each element of params, state and xs by itself. The gradient, under random cotangents on all outputs, must agree."""
     make, params, scale = RELAXED[name]
     neuron, N, T, h = make(sf.Relaxed(SURROGATES[surrogate][0])), 3, 6, 1e-5
     rng = np.random.default_rng(0)
@@ -225,7 +228,7 @@ def np_if(n, p, state, x):
 
 
 def np_lif(n, p, state, x):
-    """tau dv/dt = -(v - v_rest) + x by a step of Euler, or the input as it comes (snnTorch's Leaky)."""
+    """An Euler step of tau dv/dt = -(v - v_rest) + x; without decay_input, x is added whole (as in snnTorch's Leaky)."""
     (v,) = state
     tau = 1 / (1 - p.decay)
     u = v - (v - n.v_rest) / tau + (x / tau if n.decay_input else x)
@@ -290,7 +293,7 @@ def per_channel(params, shape, rng):
 
 @pytest.mark.parametrize("reference", REFERENCES, ids=lambda r: repr(r[0]).split(", surrogate")[0].replace(" ", ""))
 def test_a_neuron_is_the_equation_of_the_literature(reference, x64):
-    """25 steps from a random state, the output and the whole state after each."""
+    """25 steps from a random state; the output and the whole state must agree after each step."""
     neuron, step, params, scale, mean = reference
     rng = np.random.default_rng(1)
     xs = scale * (rng.normal(size=(25, 4, 30)) + mean)
@@ -316,6 +319,17 @@ def test_a_neuron_is_the_equation_of_the_literature(reference, x64):
         np.testing.assert_array_equal(got[-1], last)
 
 
+@pytest.mark.parametrize("name", "IF LIF CubaLIF AdaptiveLIF ExpIF Izhikevich LI".split())
+def test_help_shows_the_equation_the_arguments_the_defaults_and_the_source(name):
+    neuron, params = getattr(sf, name), getattr(sf, f"{name}Params")
+    text = inspect.getdoc(neuron)
+    assert "[t] = " in text and "https://" in text
+    defaults = re.search(r"Params and their defaults[^:]*: ([^.]*(?:\.\d[^.]*)*)", text)[1]
+    assert re.findall(r"(\w+) = (-?[\d.]+\d)", defaults) == [(k, str(v)) for k, v in params._field_defaults.items()]
+    arguments = re.findall(r"^  (\w+): ", text, re.M)
+    assert arguments == [field.name for field in dataclasses.fields(neuron)]
+
+
 def test_before_the_first_step_a_neuron_is_at_rest():
     assert [float(leaf) for leaf in sf.Izhikevich().init_state(())] == [-65.0, -13.0]
     for neuron in (sf.LIF(v_rest=0.3), sf.CubaLIF(v_rest=0.3), sf.AdaptiveLIF(v_rest=0.3), sf.ExpIF(v_rest=0.3)):
@@ -326,7 +340,7 @@ def test_before_the_first_step_a_neuron_is_at_rest():
         assert all(not leaf.any() for leaf in others)
 
 
-# ---- back through time by hand: resets, detach, decay_input, learned decay and threshold of every shape
+# ---- gradients through time by hand: resets, detach, decay_input, learned decay and threshold of every shape
 
 RESETS = [
     sf.HardReset(),
@@ -340,7 +354,7 @@ RESETS = [
 
 
 def backward_by_hand(neuron, params, v0, xs, d_s, d_v):
-    """(spikes, d_decay, d_threshold, d_v0, d_xs), the parameters' lane by lane."""
+    """(spikes, d_decay, d_threshold, d_v0, d_xs); d_decay and d_threshold have one value a lane."""
     reset, decay, th = neuron.reset, params.decay, params.threshold
     gain = 1 - decay if neuron.decay_input else 1.0
     v, before, us, spikes = v0, [], [], []
@@ -460,7 +474,7 @@ def test_the_papers_recursion(rest, implementation):
 
 @pytest.mark.parametrize("implementation", ["scan", "interpret"])
 def test_the_papers_gradient(implementation):
-    """One step: dv/dv_prev = decay (1 - s - v ds/dv). Then all of them in turn: d_x[t] = d_v[t]."""
+    """First one step, dv/dv_prev = decay (1 - s - v ds/dv); then a whole sequence, where d_x[t] = d_v[t]."""
     v = np.concatenate([np.linspace(-1, 1.5, 400), [0.3]]).astype(
         np.float32
     )  # v of step 1; step 2 is far below threshold

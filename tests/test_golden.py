@@ -1,4 +1,4 @@
-"""The library against PyTorch: spikes exactly, the last v and every gradient, from SpikingJelly's and snnTorch's own code.
+"""The library against SpikingJelly and snnTorch: equal spikes, and the same last v and gradients up to rounding.
 
 The golden vectors, and how their equations map to ours, are in golden/make_spikingjelly.py.
 """
@@ -71,7 +71,7 @@ def stack_params(*leaves):
 
 
 def batches():
-    """The cases with the same neuron, whatever their parameters, run as one batch: compiling is what takes the time."""
+    """Cases with the same neuron run as one batch, with a row of parameters each, because compiling takes most of the time."""
     batches = defaultdict(list)
     for case in CASES.values():
         batches[neuron_of(case)].append(case)

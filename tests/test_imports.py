@@ -24,8 +24,8 @@ SEEN_BY = {  # the parts of snnfuse, each with those it may import; "" is snnfus
     "": {"core", "ops"},
 }
 INSIDE = set(SEEN_BY)
-OUTSIDE = {"data", "parallel", "training", "interop", "viz"}  # see the inside and themselves; nobody inside sees them
-SEEN_OUTSIDE = {"viz": {"data"}, "training": {"parallel"}}  # and what else they see
+OUTSIDE = {"data", "parallel", "training", "interop", "viz"}  # may import the inside; the inside may not import them
+SEEN_OUTSIDE = {"viz": {"data"}, "training": {"parallel"}}  # the other outside parts that each may import
 LAZY = {"viz": "matplotlib", "interop": "nir"}  # imported in functions only
 NEEDED = {
     "core": {"jax", "numpy"},
@@ -36,7 +36,7 @@ NOT_LIBRARY = {"experiments", "benchmarks", "tests", "notebooks"}
 
 
 def imports(path, root=ROOT):
-    """(module, line, whether at the top level) of all imports of a file, those by name through importlib too."""
+    """(module, line, whether at the top level) of all imports of a file, including calls of importlib with a name."""
     tree = ast.parse(path.read_text())
     package = path.relative_to(root).parent.parts
     top = {id(node) for statement in tree.body for node in _at_top(statement)}
@@ -135,7 +135,7 @@ def test_planted_violations_are_found(tmp_path):
 
 @pytest.mark.parametrize("folder", sorted(NOT_LIBRARY - {"tests"}))
 def test_nobody_imports_what_uses_the_library(folder):
-    """Experiments, benchmarks and notebooks see the library and themselves; tests see all."""
+    """Experiments, benchmarks and notebooks may import the library and their own files; tests may import all of them."""
     files = {path.stem for other in NOT_LIBRARY - {folder} for path in (ROOT / other).glob("*.py")}
     mine = {path.stem for path in (ROOT / folder).glob("*.py")}
     bad = [
@@ -179,7 +179,7 @@ assert 0 < spikes.mean() < 1, spikes
 
 
 def test_imports_and_runs_with_jax_flax_and_optax_alone():
-    """Every import of an optional package refused, as on a machine that has none of them."""
+    """A hook refuses every import of an optional package, as on a machine that has none of them."""
     done = subprocess.run([sys.executable, "-W", "error", "-c", REFUSING], cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
 
@@ -192,7 +192,7 @@ PUBLIC = {
 
 
 def test_public_names_are_documented():
-    """In a sentence of their own; a Params or State by its neuron, whose docstring names every field."""
+    """Each has a docstring; a Params or State has none, but the docstring of its neuron names every field."""
     bad = []
     for name, thing in PUBLIC.items():
         doc, short = inspect.getdoc(thing) or "", name.split(".")[-1]

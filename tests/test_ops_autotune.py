@@ -1,4 +1,4 @@
-"""Autotuning: it runs, keeps what it found where it says, uses it from then on, and changes no result."""
+"""Autotuning stores the fastest block sizes in its file, later calls use them, and no result changes."""
 
 import json
 
@@ -30,7 +30,9 @@ def test_finds_keeps_and_uses_the_fastest(cache, monkeypatch):
     assert list(json.loads(cache.read_text()).values()) == [list(timed[0][1])]
 
     other = next(b for _, b in timed if b != before)
-    tuning.write(next(iter(tuning.read())), other)  # whichever was fastest: now one that the heuristic would not take
+    tuning.write(
+        next(iter(tuning.read())), other
+    )  # replace the fastest, whichever it was, by sizes that the heuristic does not choose
     assert sf.explain(neuron, params, state, xs, implementation="interpret").blocks == other
     got, _ = sf.unroll(neuron, params, state, xs, implementation="interpret")
     np.testing.assert_array_equal(got, want)

@@ -1,4 +1,4 @@
-"""The contract: every implementation gives what scan gives, outputs, final state and all gradients, for every neuron."""
+"""The contract: for every neuron, every implementation gives the outputs, final state and gradients that scan gives."""
 
 import importlib.util
 from functools import partial
@@ -57,7 +57,9 @@ def check(name, implementation, **kwargs):
     rtol = case.rtol if narrow == 1.0 else max(case.rtol, 2 * narrow)
     assert_close(outs, want_outs, rtol)
     assert_close(state, want_state, case.rtol)
-    assert_close(gradients[0], want_gradients[0], 10 * rtol)  # a parameter's is a sum over time and lanes that cancels
+    assert_close(
+        gradients[0], want_gradients[0], 10 * rtol
+    )  # of a parameter: a sum over time and lanes, whose terms cancel
     assert_close(gradients[1:], want_gradients[1:], rtol)
     again = run(case.neuron, implementation, *args)
     jax.tree.map(np.testing.assert_array_equal, again, ((outs, state), gradients))  # the same bits twice
@@ -68,14 +70,14 @@ def check(name, implementation, **kwargs):
 @pytest.mark.parametrize("name", cases.NEURONS)
 def test_contract(name, case, implementation, strict):
     if implementation == "interpret" and case != "plain" and name not in ("lif", "affine", "cuba"):
-        pytest.skip("in the interpreter, on a CPU, three neurons stand for all in this case")
+        pytest.skip("the interpreter is slow: it runs this case for three neurons only")
     check(name, implementation, **CASES[case])
 
 
 @pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
 @pytest.mark.parametrize("name", ["lif", "affine"])
 def test_reused_cotangents_change_nothing(name, implementation):
-    """Also where the cotangent, which the kernel may write over, is needed afterwards: in d_x, of outs + x."""
+    """The kernel may write over the cotangent of outs. Here that cotangent is needed afterwards too: it is added to d_x."""
     case = cases.make(name, T=21, lanes=(3, 50))
 
     def gradients(implementation, reuse):
@@ -96,7 +98,7 @@ def test_reused_cotangents_change_nothing(name, implementation):
 @pytest.mark.parametrize("dtype", [f32, bf16])
 @pytest.mark.parametrize("name", ["lif", "adaptive", "affine"])
 def test_a_million_and_three_lanes(name, implementation, dtype):
-    """19 million slots: a multiply-add rounded once or twice may flip one spike or two; all other lanes must agree."""
+    """A multiply-add may be rounded once or twice, so one or two of 19 million spikes may flip; all other lanes must agree."""
     M = 1_000_003
     case = cases.make(name, T=19, lanes=(M,), dtype=dtype)
     args = case.params, case.state, case.xs
@@ -117,7 +119,7 @@ def test_a_million_and_three_lanes(name, implementation, dtype):
     rtol = 1e-5 if dtype == f32 else 2**-7
     assert_close(by_lane(got), by_lane(want), rtol)
     assert len(summed(want)) >= 1
-    assert_close(summed(got), summed(want), 1e-3)  # of a million lanes, the flipped ones among them
+    assert_close(summed(got), summed(want), 1e-3)  # sums over a million lanes, including the flipped ones
 
 
 @pytest.mark.parametrize("implementation", IMPLEMENTATIONS)

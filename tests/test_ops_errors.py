@@ -1,4 +1,4 @@
-"""Bad input: the right exception, saying which argument, what was wanted and what was got; and what is refused where."""
+"""Bad input raises an error that names the argument, what was wanted and what was got; limits of an implementation raise too."""
 
 from dataclasses import dataclass
 from functools import partial
@@ -155,7 +155,7 @@ BAD = {
 
 @pytest.mark.parametrize("how", BAD)
 def test_bad_input(how):
-    """In an eager call, and under jit with the arrays closed over."""
+    """In an eager call, and under jit with the arrays as constants."""
     call, error, message = BAD[how]
     with pytest.raises(error, match=message):
         unroll(**call)
@@ -187,7 +187,7 @@ def test_pallas_on_a_cpu_says_what_runs_there():
         NotImplementedError, match="implementation 'pallas': it needs a GPU, the device is a cpu; `interpret` runs"
     ):
         unroll(implementation="pallas")  # fmt: skip
-    (outs, _), (want, _) = unroll(), unroll(implementation="scan")  # and None chooses what does
+    (outs, _), (want, _) = unroll(), unroll(implementation="scan")  # None picks one that runs
     np.testing.assert_array_equal(outs, want)
 
 
@@ -206,7 +206,7 @@ def test_float64_is_for_scan():
 
 
 class ClosesOverAnArray:
-    """Valid: it broadcasts against the lanes. But a kernel sees a block of lanes, and which of them it cannot know."""
+    """A valid neuron, whose array broadcasts against the lanes. A kernel cannot run it: it does not know which lanes its block holds."""
 
     def __init__(self, gain):
         self.gain = gain
@@ -220,7 +220,7 @@ class ClosesOverAnArray:
 
 @pytest.mark.parametrize(("kind", "N"), [(np.asarray, 3), (jnp.asarray, 32), (np.asarray, 128)])
 def test_a_step_that_closes_over_an_array_runs_under_scan_alone(N, kind):
-    """N may be the lanes of a block: even then the array is not taken for a block's."""
+    """Also if N happens to be the number of lanes of a block: the kernel must not take the array for that of its block."""
     gain = np.linspace(0.5, 3.0, N, dtype=np.float32)
     neuron, xs = ClosesOverAnArray(kind(gain)), jnp.full((6, 2, N), 0.4)
     outs, _ = unroll(neuron, xs=xs, implementation="scan")
@@ -250,7 +250,7 @@ def test_none_takes_scan_on_a_gpu_for_a_step_that_closes_over_an_array():
 
 
 def test_an_enclosing_name_reaches_every_leaf_of_a_tree_of_out_dtypes():
-    """The tree of out_dtype follows the outputs, one output in a dictionary included."""
+    """out_dtype may be one dtype or a tree like the outputs, also if that is a dictionary with one output."""
     neuron = Custom(lambda p, s, x: (s, {"x": x}))
     assert unroll(neuron, out_dtype={"x": jnp.bfloat16})[0]["x"].dtype == jnp.bfloat16
     assert unroll(neuron, out_dtype=jnp.bfloat16)[0]["x"].dtype == jnp.bfloat16
@@ -260,7 +260,7 @@ def test_an_enclosing_name_reaches_every_leaf_of_a_tree_of_out_dtypes():
 
 @pytest.mark.parametrize("implementation", ["scan", "interpret"])
 def test_nothing_is_modified(implementation):
-    """NumPy arguments, of a call that fails and of one that runs, keep every bit; nothing of JAX's is donated."""
+    """Neither a call that fails nor one that runs changes its NumPy arguments or donates its JAX arrays."""
     params = sf.LIFParams(np.full(3, 0.7, np.float32), np.ones((2, 1), np.float32))
     state, xs = sf.LIFState(np.full((2, 3), 0.2, np.float32)), np.full((5, 2, 3), 0.6, np.float32)
     before = jax.tree.map(np.copy, (params, state, xs))

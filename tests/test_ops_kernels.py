@@ -1,4 +1,4 @@
-"""What the kernels are made of: how many, how long to compile, what they keep, and that tests would see them break."""
+"""How many kernels a call has, how large its program is, what it stores; and planted bugs that the comparison must find."""
 
 import math
 import re
@@ -64,7 +64,7 @@ def test_lowers_for_cuda_to_one_kernel_and_with_the_gradient_to_two(name, implem
 
 @pytest.mark.parametrize("implementation", LOWERED)
 def test_lowers_for_cuda_in_a_shard_map_that_checks_what_varies(implementation):
-    """Types say so of all that a kernel returns, and JAX sums the gradient of a shared parameter over the devices."""
+    """Every result is typed as varying over the devices, and JAX sums the gradient of a shared parameter over them."""
     if implementation == "mosaic" and jax.__version_info__ < (0, 11, 2):
         pytest.skip("Mosaic GPU is used from JAX 0.11.2 on")
     neuron, *args, _ = cases.make("lif", T=20, lanes=(4, 256))
@@ -82,7 +82,7 @@ def test_lowers_for_cuda_in_a_shard_map_that_checks_what_varies(implementation):
     assert text.count("all_reduce") == len(jax.tree.leaves(args[0]))
 
 
-def test_none_takes_the_fused_kernel_on_a_gpu_and_scan_for_a_neuron_it_cannot_have():
+def test_none_takes_the_fused_kernel_on_a_gpu_and_scan_for_a_neuron_that_mixes_lanes():
     neuron, *args, _ = cases.make("lif")
     assert kernels(partial(sf.unroll, neuron), *args) == [LOWERED["pallas"]]
     assert kernels(partial(sf.unroll, SumsLanes(neuron)), *args) == []
@@ -129,7 +129,7 @@ def final_state(neuron, implementation, params, state, xs):
 
 @pytest.mark.parametrize("name", ["lif", "affine", "cuba"])
 def test_a_run_for_the_state_alone(name):
-    """It has one result a state leaf, none of size T, and the same values."""
+    """The kernel returns one array for each leaf of the state, and none with T steps; the values are those of a full run."""
     neuron, *args, rtol = cases.make(name, T=21, lanes=(3, 50))
     for implementation in LOWERED if jax.__version_info__ >= (0, 11, 2) else ["pallas"]:
         text = lower(partial(final_state, neuron, implementation), *args)
@@ -151,13 +151,16 @@ def test_what_nobody_asks_for_is_not_computed():
     text = lower(jax.value_and_grad(loss), params, xs)
     calls = [line for line in text.splitlines() if "custom_call" in line and "triton" in line]
     ins, outs = zip(*(line.rsplit(" : ", 1)[1].split(" -> ") for line in calls), strict=True)
-    assert [i.count("tensor") for i in ins] == [3, 4]  # params and xs; and, backward, the cotangent of the spikes
+    assert [i.count("tensor") for i in ins] == [
+        3,
+        4,
+    ]  # params and xs; the backward kernel also gets the cotangent of the spikes
     assert [o.count("tensor") for o in outs] == [2, 2]  # spikes and final state; the gradients of the params
     assert "16x512" in outs[0] and "16x512" not in outs[1]
 
 
 class SumsLanes:
-    """Lateral inhibition: not pointwise."""
+    """A neuron with lateral inhibition, so it is not pointwise over lanes."""
 
     def __init__(self, inner):
         self.inner = inner
@@ -214,7 +217,7 @@ PLANTED = {
 
 @pytest.mark.parametrize("bug", [None, *PLANTED])
 def test_planted_bugs_in_the_backward_kernel_are_caught(bug, monkeypatch):
-    """The comparison of the contract test, with a bug planted in the chunk that the backward kernel is made of."""
+    """The comparison of the contract test must fail when `chunk_backward`, the body of the backward kernel, has a bug."""
     real = fused.chunk_backward
 
     def planted(*args):
@@ -281,7 +284,9 @@ def test_any_shape_any_option_any_blocks(T, lanes, chunk, block, reset, surrogat
     assert_close(got[1:], want[1:], 1e-5)
     scale = max(np.abs(g).max() for g in jax.tree.leaves(want)) * np.sqrt(T)
     for a, b in zip(jax.tree.leaves(got[0]), jax.tree.leaves(want[0]), strict=True):
-        np.testing.assert_allclose(a, b, atol=1e-5 * scale)  # sums that may cancel, against the scale of their terms
+        np.testing.assert_allclose(
+            a, b, atol=1e-5 * scale
+        )  # a sum may cancel, so its error is compared with the scale of its terms
 
 
 def test_the_reference_of_the_property_test_fires():

@@ -1,4 +1,4 @@
-"""`unroll` under JAX's and Flax's transformations, and what is asked of its gradient: all as plain scan gives it."""
+"""`unroll` under the transformations of JAX and Flax, and with some gradients not wanted: the results are those of scan."""
 
 from dataclasses import dataclass, field
 from functools import lru_cache, partial
@@ -132,7 +132,7 @@ def test_vmap_in_vmap_along_other_axes(implementation):
 @IMPLEMENTATIONS
 @pytest.mark.parametrize("loop", ["scan", "map"])
 def test_inside_a_loop(loop, implementation):
-    """scan: a sequence in pieces, its gradient through all of them. map: one problem after another."""
+    """scan: one sequence in pieces, with the gradient through all of them. map: one problem after another."""
     f = partial(unroll, implementation)
     if loop == "scan":
         args, cotangents = problem()
@@ -155,7 +155,7 @@ def test_inside_a_loop(loop, implementation):
 
 
 def test_linearize_and_jvp():
-    """Forward mode is scan's alone; the fused kernels have a reverse mode and say so."""
+    """Only scan has forward mode. A fused kernel has reverse mode, and its error says so."""
     args, cotangents = problem()
     want_out, gradients = plain(args, cotangents)
     out, linear = jax.linearize(partial(unroll, "scan"), *args)
@@ -200,7 +200,7 @@ def test_donation(implementation):
 
 @dataclass(frozen=True)
 class Counted:
-    """A LIF that counts how often its step is traced; the count is no part of what it is."""
+    """A LIF that counts how often its step is traced; equality ignores the count."""
 
     lif: sf.LIF = sf.LIF()
     traces: count = field(default_factory=count, compare=False)
@@ -240,7 +240,7 @@ def test_a_second_call_does_not_trace_again(implementation):
 
 
 def test_eager_calls_trace_the_kernels_once():
-    """The checks of a call trace the step once; the second call does that and nothing else."""
+    """The checks of each call trace the step once; a second call traces nothing more."""
     neuron, xs = Counted(), jax.random.normal(jax.random.key(0), (T, 130))
     run = lambda decay, xs: sf.unroll(neuron, sf.LIFParams(decay), None, xs, implementation="interpret")
     assert_fires(run(jnp.float32(0.7), xs)[0])
@@ -253,7 +253,7 @@ def only(*names):
     return lambda params, state, xs: {n: {"params": params, "state": state, "xs": xs}[n] for n in names}
 
 
-ASKED = {  # what is differentiated, and what is used of (spikes, final state)
+ASKED = {  # (what is differentiated, which of (spikes, final state) the loss uses)
     "params, by the spikes": (only("params"), lambda s, final: s),
     "xs, by the spikes": (only("xs"), lambda s, final: s),
     "the state, by the final state": (only("state"), lambda s, final: final),
@@ -299,7 +299,7 @@ def test_explicit_zeros_give_zeros():
 
 @dataclass(frozen=True)
 class Uneven:
-    """A LIF whose lanes do not start alike."""
+    """A LIF whose initial state differs from lane to lane."""
 
     lif: sf.LIF = sf.LIF()
     step = property(lambda self: self.lif.step)
@@ -311,7 +311,7 @@ class Uneven:
 @IMPLEMENTATIONS
 @pytest.mark.parametrize("neuron", [sf.LIF(v_rest=0.2), Uneven()], ids=["constant", "uneven"])
 def test_gradients_from_the_initial_state(neuron, implementation):
-    """state=None, where it is constant and compiled in, and where it is not, against the same state handed over."""
+    """state=None equals the same state as an argument, both if it is a constant that is compiled in and if it is not."""
     params, xs = sf.LIFParams(jnp.full(10, 0.7), jnp.float32(1.0)), problem()[0][2]
 
     def f(implementation, state, params, xs):
@@ -329,7 +329,7 @@ def test_gradients_from_the_initial_state(neuron, implementation):
 
 
 def test_a_module_with_a_fused_implementation_under_nnx():
-    """nnx.jit, nnx.grad and nnx.vmap (its JAX counterparts with the module's state), against the module with scan."""
+    """nnx.jit, nnx.grad and nnx.vmap of a module with "interpret" give what they give with "scan"."""
     xs, d_s = jax.random.normal(jax.random.key(0), (2, 3, T, *LANES))
 
     def run(implementation):

@@ -1,6 +1,6 @@
 """The Triton kernels, on a machine that may have neither a GPU nor Triton.
 
-Their text is run by NumPy, read by eye (once: a golden text), and compiled to PTX where Triton is installed.
+Their text is run by NumPy, compared with a golden text that was reviewed by eye, and compiled to PTX if Triton is installed.
 """
 
 import importlib.util
@@ -32,7 +32,7 @@ GOLDEN = pathlib.Path(__file__).parent / "golden" / "triton_lif.txt"
 
 @pytest.fixture
 def numpy_kernels(monkeypatch):
-    """TritonKernels, run by NumPy in place of Triton."""
+    """NumPy runs the kernels of TritonKernels in place of Triton."""
     triton_on_numpy.install(monkeypatch)
     fused._run.clear_cache()
     yield
@@ -51,7 +51,7 @@ def unroll(neuron, blocks, out_dtype, params, state, xs):
 
 @pytest.mark.parametrize("name", cases.NEURONS)
 def test_every_equation_means_the_same(name):
-    """The text of step and pullback, against the jaxprs they are the text of."""
+    """The functions `step` and `pullback` of the text, against the jaxprs that they were made from."""
     neuron, *args, _ = cases.make(name, T=1, lanes=(200,))
     problem = problem_of(neuron, *args)
     lanes = (200,)
@@ -118,7 +118,7 @@ def test_a_kernel_for_the_state_alone(case, numpy_kernels):
 
 
 def test_in_a_shard_map_that_checks_what_varies(numpy_kernels):
-    """jax-triton says of no result that it varies."""
+    """jax-triton does not mark its results as varying over devices, so snnfuse must."""
     neuron, *args, _ = cases.make("lif", T=6, lanes=(4, 10))
 
     def gradient(run, params, state, xs):
@@ -220,7 +220,7 @@ FUNCTIONS = {
     "a constant": lambda u: jnp.full_like(u, 0.5),
 }
 if jax.__version_info__ >= (0, 12):
-    del FUNCTIONS["erf"]  # there JAX makes it of integer operations on its bits, which no kernel takes
+    del FUNCTIONS["erf"]  # there JAX computes erf by integer operations on its bits, which no kernel can run
 
 
 @pytest.mark.parametrize("function", FUNCTIONS)
@@ -270,13 +270,13 @@ def lif_text():
 
 
 def test_the_text_for_lif_is_as_reviewed():
-    """To change it: SNNFUSE_WRITE_GOLDEN=1, and read what it says."""
+    """To change the golden text, run this with SNNFUSE_WRITE_GOLDEN=1 and review the diff."""
     if os.environ.get("SNNFUSE_WRITE_GOLDEN"):
         GOLDEN.write_text(lif_text())
     got, want = (
         [line for line in text.splitlines() if jax.__version_info__[:2] == (0, 11) or not line.startswith("    #")]
         for text in (lif_text(), GOLDEN.read_text())
-    )  # which line made the sum of two cotangents, JAX's versions see differently
+    )  # versions of JAX name different source lines for the sum of two cotangents
     assert got == want
 
 
@@ -331,7 +331,7 @@ def test_compiles_to_ptx(name, case, capability, monkeypatch):
 
 
 def compiled(name, make, out_dtype, capability, monkeypatch):
-    """The PTX of the forward and the backward kernel of one call, as jax-triton would have them compiled."""
+    """The PTX of the forward and the backward kernel of one call, compiled as jax-triton would."""
     blocks = make.pop("blocks", Blocks(128, 4, min(8, make["T"])))
     neuron, params, xs = structs(name, **make)
     ptx = []
@@ -368,7 +368,7 @@ TYPES = dict(float32="fp32", bfloat16="bf16", float16="fp16", int8="i8", uint8="
 
 
 def to_ptx(kernel, args, shapes, warps, constants, capability):
-    """By Triton's compiler alone, with the types and the alignment that jax-triton gives it; no device is needed."""
+    """Compile with Triton alone, with the types and the alignment that jax-triton would pass. This needs no device."""
     from triton import compile
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource

@@ -1,6 +1,6 @@
-"""Just enough of Triton, in NumPy, to run the generated kernels anywhere: a program at a time, its lanes an array.
+"""The part of Triton that the generated kernels use, in NumPy: it runs one program at a time, with its lanes as an array.
 
-A load or a store outside its array is an error unless masked, as it is on a GPU but without the luck.
+A load or a store outside its array raises an error unless it is masked. A GPU may let it pass unnoticed.
 """
 
 import math
@@ -110,7 +110,7 @@ def module(text):
 
 
 def run(function, args, out_shapes, programs, constants):
-    """A kernel over its grid."""
+    """Run a kernel once for each program of its grid."""
     outs = [np.zeros(s.shape, s.dtype) for s in out_shapes]
     pointers = [a if np.ndim(a) == 0 else Pointer(np.array(a).reshape(-1)) for a in args]
     pointers += [Pointer(o.reshape(-1)) for o in outs]

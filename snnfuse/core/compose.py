@@ -47,7 +47,7 @@ CONNECTIONS = {
 
 @dataclass(frozen=True)
 class Connect:
-    """A neuron whose spike s meets a shortcut r: x is (x of inner, r), and out = g(s, r).
+    """A neuron whose output combines its spike s with a shortcut r: x is (x of inner, r), and out = g(s, r).
 
     g(s, r) is s + r ("add"), s r ("and") or (1 - s) r ("iand"). Fang et al. 2021, https://arxiv.org/abs/2102.04159.
     """

@@ -1,10 +1,9 @@
 """The neuron equations, each written once: the baseline, both fused kernels and every gradient trace these steps.
 
-In all of them x is the input current, v the membrane potential, and u the membrane potential before the reset. A neuron
-spikes where u >= threshold. Each parameter broadcasts against [*B, N]: a scalar, one value a channel, or one a neuron. A
-Python number in `params` is compiled in as a constant; an array gets a gradient. Time constants are in steps.
-
-The defaults of a neuron's parameters are those of its `Params`; `reset`, `surrogate` and the other choices are fields.
+In all of them x is the input current, v the membrane potential, u the membrane potential before the reset, and s the
+spike. `params` holds the numbers that may be trained: each broadcasts against [*B, N], so it is a scalar, one value a
+channel, or one a neuron. A Python number in `params` is compiled in as a constant; an array gets a gradient. The choices
+that are never trained, such as the reset, are fields of the neuron. Time constants are in steps.
 """
 
 from dataclasses import dataclass
@@ -42,9 +41,17 @@ class IFState(NamedTuple):
 
 @dataclass(frozen=True)
 class IF:
-    """Integrate-and-fire.
+    """Integrate-and-fire: the input current x adds up in the membrane potential v, without a leak.
 
-    u[t] = v[t-1] + x[t];   s[t] = u[t] >= threshold;   v[t] = reset(u[t], s[t])
+        u[t] = v[t-1] + x[t];   s[t] = u[t] >= threshold;   v[t] = reset(u[t], s[t])
+
+    Params and their defaults: threshold = 1.0.
+
+    Args:
+      reset: what a spike does to v: `HardReset`, `SoftReset` or `NoReset`.
+      surrogate: the derivative of the spike that the backward pass uses, such as `ATan`.
+
+    Abbott 1999, on Lapicque 1907, https://doi.org/10.1016/S0361-9230(99)00161-6.
     """
 
     reset: Reset = HardReset()
@@ -69,16 +76,22 @@ class LIFState(NamedTuple):
 
 @dataclass(frozen=True)
 class LIF:
-    """Leaky integrate-and-fire.
+    """Leaky integrate-and-fire: the membrane potential v decays towards v_rest and adds up the input current x.
 
         u[t] = v_rest + decay (v[t-1] - v_rest) + gain x[t];   s[t] = u[t] >= threshold;   v[t] = reset(u[t], s[t])
 
-    `decay`, in (0, 1), is the factor by which v shrinks in a step: 1 - 1 / tau for the Euler step, exp(-1 / tau) exactly.
-    `gain` is 1 - decay with `decay_input` and 1 without. How to get the neurons of other codes:
+    Params and their defaults: decay = 0.5, threshold = 1.0. `decay`, in (0, 1), is the factor by which v - v_rest shrinks
+    in a step. For a time constant of tau steps it is exp(-1 / tau), or 1 - 1 / tau with the Euler method.
 
-    SpikingJelly LIFNode(tau): decay 1 - 1 / tau, decay_input, v_rest = v_reset (0 for a soft reset).
-    Temporal fusion paper, v = decay v (1 - s) + rest s + x: HardReset(v_reset=rest / decay), decay 0.2, threshold 0.3,
-    Rectangle(). Its v is our u, before the reset.
+    Args:
+      reset: what a spike does to v: `HardReset`, `SoftReset` or `NoReset`.
+      decay_input: True: gain is 1 - decay. False: gain is 1.
+      v_rest: the resting potential, and v before the first step.
+      surrogate: the derivative of the spike that the backward pass uses, such as `ATan`.
+
+    To match SpikingJelly's LIFNode(tau): decay = 1 - 1 / tau, decay_input=True, v_rest = its v_reset (0 for a soft reset).
+    To match the temporal fusion paper, v = decay v (1 - s) + rest s + x: HardReset(v_reset=rest / decay), Rectangle(),
+    decay = 0.2, threshold = 0.3. The v of that paper is our u.
 
     Neftci, Mostafa and Zenke 2019, https://arxiv.org/abs/1901.09948.
     """
@@ -115,7 +128,16 @@ class CubaLIF:
         i[t] = decay_syn i[t-1] + x[t]
         u[t] = v_rest + decay (v[t-1] - v_rest) + gain i[t];   s[t] = u[t] >= threshold;   v[t] = reset(u[t], s[t])
 
-    `gain` is 1 - decay with `decay_input` and 1 without. snnTorch calls it Synaptic(alpha=decay_syn, beta=decay).
+    Params and their defaults: decay_syn = 0.5, decay = 0.5, threshold = 1.0. Both decays are in (0, 1), as in `LIF`.
+
+    Args:
+      reset: what a spike does to v: `HardReset`, `SoftReset` or `NoReset`.
+      decay_input: True: gain is 1 - decay. False: gain is 1.
+      v_rest: the resting potential, and v before the first step. The synaptic current i starts at 0.
+      surrogate: the derivative of the spike that the backward pass uses, such as `ATan`.
+
+    snnTorch calls it Synaptic(alpha=decay_syn, beta=decay). Neftci, Mostafa and Zenke 2019,
+    https://arxiv.org/abs/1901.09948.
     """
 
     reset: Reset = HardReset()
@@ -147,10 +169,19 @@ class AdaptiveLIFState(NamedTuple):
 
 @dataclass(frozen=True)
 class AdaptiveLIF:
-    """Leaky integrate-and-fire whose threshold rises with its own spikes.
+    """Leaky integrate-and-fire whose threshold A rises with each of its own spikes and decays back.
 
         A[t] = threshold + beta a[t-1];   u[t] = v_rest + decay (v[t-1] - v_rest) + gain x[t]
         s[t] = u[t] >= A[t];   v[t] = reset(u[t], s[t], A[t]);   a[t] = decay_adapt a[t-1] + s[t]
+
+    Params and their defaults: decay = 0.9, decay_adapt = 0.95, beta = 0.2, threshold = 1.0. `a` is a decaying count of
+    spikes, and `beta` is how much one spike raises the threshold. Both decays are in (0, 1), as in `LIF`.
+
+    Args:
+      reset: what a spike does to v: `HardReset`, `SoftReset` or `NoReset`.
+      decay_input: True: gain is 1 - decay. False: gain is 1.
+      v_rest: the resting potential, and v before the first step. a starts at 0.
+      surrogate: the derivative of the spike that the backward pass uses, such as `ATan`.
 
     Bellec et al. 2018, https://arxiv.org/abs/1803.09574.
     """
@@ -182,13 +213,21 @@ class ExpIFState(NamedTuple):
 
 @dataclass(frozen=True)
 class ExpIF:
-    """Exponential integrate-and-fire.
+    """Exponential integrate-and-fire: LIF with an exponential upswing before the spike.
 
         u[t] = v_rest + decay (v[t-1] - v_rest) + (1 - decay) (delta exp((v[t-1] - theta) / delta) + x[t])
         s[t] = u[t] >= threshold;   v[t] = reset(u[t], s[t])
 
-    `theta` is the rheobase threshold and `delta` > 0 the sharpness of the upswing. With decay = 1 - 1 / tau this is
-    SpikingJelly's EIFNode. Fourcaud-Trocme et al. 2003, https://doi.org/10.1523/JNEUROSCI.23-37-11628.2003.
+    Params and their defaults: decay = 0.5, theta = 0.8, delta = 1.0, threshold = 1.0. Above `theta`, the rheobase
+    threshold, v grows by itself. A small `delta` > 0 makes the upswing sharp.
+
+    Args:
+      reset: what a spike does to v: `HardReset`, `SoftReset` or `NoReset`.
+      v_rest: the resting potential, and v before the first step.
+      surrogate: the derivative of the spike that the backward pass uses, such as `ATan`.
+
+    With decay = 1 - 1 / tau this is SpikingJelly's EIFNode. Fourcaud-Trocme et al. 2003,
+    https://doi.org/10.1523/JNEUROSCI.23-37-11628.2003.
     """
 
     reset: Reset = HardReset(v_reset=-0.1)
@@ -220,13 +259,21 @@ class IzhikevichState(NamedTuple):
 
 @dataclass(frozen=True)
 class Izhikevich:
-    """Izhikevich's neuron. v and its parameters are in mV, the step `dt` in ms; the defaults are a regular spiking cell.
+    """Izhikevich's neuron: a quadratic membrane v with a recovery variable w. v is in mV.
 
         u[t] = v[t-1] + dt (0.04 v[t-1]^2 + 5 v[t-1] + 140 - w[t-1] + x[t])
         r[t] = w[t-1] + dt a (b v[t-1] - w[t-1])
         s[t] = u[t] >= threshold;   v[t] = (1 - s[t]) u[t] + s[t] c;   w[t] = r[t] + d s[t]
 
-    The surrogate is given (u - threshold) / scale. Izhikevich 2003, https://doi.org/10.1109/TNN.2003.820440.
+    Params and their defaults (a regular spiking cell): a = 0.02, b = 0.2, c = -65.0, d = 8.0, threshold = 30.0.
+
+    Args:
+      dt: the length of a step in ms.
+      scale: in mV; the surrogate gets (u - threshold) / scale, which has no unit.
+      detach_reset: True: the reset treats the spike as a constant in the backward pass.
+      surrogate: the derivative of the spike that the backward pass uses, such as `ATan`.
+
+    Izhikevich 2003, https://doi.org/10.1109/TNN.2003.820440.
     """
 
     dt: float = 0.5
@@ -256,9 +303,17 @@ class LIState(NamedTuple):
 
 @dataclass(frozen=True)
 class LI:
-    """Leaky integrator, the usual readout: it never spikes; its output is v.
+    """Leaky integrator, the usual readout of a network: it never spikes, and its output is v.
 
-    v[t] = v_rest + decay (v[t-1] - v_rest) + gain x[t];   out[t] = v[t]
+        v[t] = v_rest + decay (v[t-1] - v_rest) + gain x[t];   out[t] = v[t]
+
+    Params and their defaults: decay = 0.5, as in `LIF`.
+
+    Args:
+      decay_input: True: gain is 1 - decay. False: gain is 1.
+      v_rest: the resting potential, and v before the first step.
+
+    Bellec et al. 2018, https://arxiv.org/abs/1803.09574.
     """
 
     decay_input: bool = False

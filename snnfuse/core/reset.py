@@ -20,7 +20,7 @@ class HardReset:
         s = lax.stop_gradient(s) if self.detach else s
         kept = (1 - s) * u
         if isinstance(self.v_reset, Real) and self.v_reset == 0:
-            return kept  # compilers keep a product with zero, since it may be NaN
+            return kept  # a compiler cannot drop s * 0 by itself, because 0 * NaN is NaN
         return kept + s * self.v_reset
 
 

@@ -86,8 +86,8 @@ def _triton_heuristic(problem):
         if problem.M >= 2**22:
             return Blocks(256, 2, fit(8, 512))
         return Blocks(128, 2 if problem.M < 2**19 else 1, fit(8, 512), prefetch=True)
-    # LIF: best or within 1 % of it at T = 32 and 256, M = 2^17 to 2^24. Chunks of 32 gain nothing, and cost half the
-    # speed and more where a thread has 8 lanes. Adaptive LIF is measured in chunks of 8.
+    # LIF: best or within 1 % of it at T = 32 and 256, M = 2^17 to 2^24. Chunks of 32 are not faster; with 8 lanes
+    # a thread they are half as fast or less. Adaptive LIF is measured with chunks of 8.
     return Blocks(256, 4, fit(16, 500))
 
 

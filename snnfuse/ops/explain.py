@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 
 from snnfuse.core.neuron import Neuron, PyTree
-from snnfuse.ops import implementations, triton
+from snnfuse.ops import implementations
 from snnfuse.ops.check import check_call
 from snnfuse.ops.packing import Packed
 from snnfuse.ops.problem import Problem
@@ -64,8 +64,8 @@ def explain(
 
     It takes the arguments of `unroll` and raises the same errors; an array may be a `jax.ShapeDtypeStruct`. `bandwidth`
     is in bytes a second; a copy reaches about 2.9e12 on an H100. With `source` the result also holds the text of the
-    kernels that "triton" would compile, whichever implementation runs, so that you can read the generated code. Nothing
-    is run or compiled.
+    kernels that "triton" would compile, even if another implementation runs, so that you can read the generated code.
+    Nothing is run or compiled.
     """
     leaves, tree = jax.tree.flatten((params, state, xs))
     arrays = [leaf for leaf in leaves if hasattr(leaf, "shape")]
@@ -80,6 +80,8 @@ def explain(
     said = _explain(problems[0], implementation, bandwidth)
     if not source:
         return said
+    from snnfuse.ops import triton
+
     if (why := triton.why_not_kernels(problems[0])) is not None:
         raise NotImplementedError(f"source: {why}")
     return replace(said, source=triton.source(problems[0]))

@@ -55,7 +55,7 @@ class Kernels(Protocol):
 class Passes(Protocol):
     """The same pair of functions as `Kernels`, for arrays [T, *B, N]. Hashable.
 
-    Whatever `forward` returns as `kept`, `backward` is given.
+    `kept` is what `forward` stores for `backward`.
     """
 
     problem: Problem
@@ -69,7 +69,7 @@ class Passes(Protocol):
 
 @dataclass(frozen=True)
 class KernelPasses:
-    """The passes that are kernels. On several devices, each runs the kernels on its own lanes."""
+    """The passes made of a pair of kernels. On several devices, each device runs the kernels on its own lanes."""
 
     kernels: Kernels
 
@@ -87,7 +87,7 @@ class KernelPasses:
 
 
 class Fused:
-    """What the fused implementations share. A subclass defines `why_not`, `blocks`, `candidates` and `kernels`."""
+    """The methods that all fused implementations share. A subclass defines `why_not`, `blocks`, `candidates` and `kernels`."""
 
     def kernels(self, problem: Problem, blocks: tuple) -> Kernels:
         raise NotImplementedError
@@ -162,7 +162,7 @@ def _step(problem, params, state, x):
 
 
 def _float(problem, leaves):
-    """Cast to the dtype of the arithmetic. The cast comes at the last moment: until then 16-bit inputs take half the registers."""
+    """Cast to the dtype of the arithmetic. It is called just before each use, because 16-bit inputs take half the registers until they are cast."""
     return tuple(leaf.astype(problem.dtype) for leaf in leaves)
 
 

@@ -1,7 +1,7 @@
 """The table of implementations: what each one offers, where it lives, and which one a call runs.
 
-An implementation is imported when somebody asks for it by name, or when `None` comes to it. So a JAX that lacks what one
-of them needs still imports snnfuse and runs the others.
+An implementation is imported when a call names it, or when `implementation=None` tries it. So snnfuse also runs on a
+JAX that lacks what one implementation needs: the others still work.
 """
 
 import importlib
@@ -13,7 +13,7 @@ from snnfuse.ops.problem import Leaves, Problem
 
 
 class Implementation(Protocol):
-    """One way to run a neuron over time. `snnfuse.ops.fused.Fused` implements all but three methods of a fused one."""
+    """One way to run a neuron over time. A fused one inherits `passes` and `run` from `snnfuse.ops.fused.Fused`."""
 
     def why_not(self, problem: Problem) -> str | None:
         """The reason why this implementation cannot run `problem` on this device, or None if it can."""
@@ -25,7 +25,7 @@ class Implementation(Protocol):
         """The block sizes that `autotune` tries; empty for an implementation without blocks."""
 
     def passes(self, problem: Problem, blocks: tuple | None = None) -> Passes:
-        """The forward and the backward pass, with `blocks` or else with those that a call runs with."""
+        """The forward and the backward pass, with these block sizes; None means those of `self.blocks(problem)`."""
 
     def run(self, problem: Problem, params: Leaves, state: Leaves, xs: Leaves) -> tuple[Leaves, Leaves]:
         """(outs, final state), differentiable."""
@@ -40,8 +40,8 @@ _TABLE = {
     "interpret": ("snnfuse.ops.pallas_triton", "INTERPRET"),
 }
 NAMES = tuple(_TABLE)
-# What `implementation=None` tries, in this order. On an H100 the Triton lowering is faster than Mosaic GPU (LIF, T = 32,
-# M = 2^20: 0.93 and 0.87 of the copy rate in float32, 0.84 and 0.82 in bfloat16), while JAX has it.
+# `implementation=None` tries these in this order. "pallas" is first because it is faster than "mosaic" on an H100: LIF,
+# T = 32, M = 2^20 reaches 0.93 and 0.87 of the copy rate in float32, 0.84 and 0.82 in bfloat16.
 PREFERENCE = ("pallas", "mosaic", "triton", "scan")
 
 

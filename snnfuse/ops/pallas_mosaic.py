@@ -220,7 +220,7 @@ class MosaicKernels:
         return plgpu.load(ref, layout=self._layout(), optimized=False).astype(jnp.float32)
 
     def _load_once(self, ref, mine):
-        """Load an initial state. The product with one changes its type: in a `shard_map` the load is typed as varying, the carry not."""
+        """Load a first or last state. In a `shard_map` a load is typed as varying; the product with one gives it the type of the carry."""
         return self._load(ref.at[mine]) * 1.0
 
     def _full(self, value):

@@ -15,7 +15,7 @@ from snnfuse.ops.device import platform
 from snnfuse.ops.packing import Packed
 from snnfuse.ops.problem import Problem
 
-LOWERING = "jax.experimental.pallas.triton"  # JAX has deprecated it; a later one will come without
+LOWERING = "jax.experimental.pallas.triton"  # deprecated: a later JAX will not have it
 
 
 class Pallas(fused.Fused):
@@ -61,7 +61,7 @@ def _why_no_lowering() -> str | None:
     try:
         importlib.import_module(LOWERING)
     except ImportError as e:
-        return f"JAX {jax.__version__} has no Triton lowering of Pallas ({e}); 'mosaic' and 'triton' do without it"
+        return f"JAX {jax.__version__} has no Triton lowering of Pallas ({e}); 'mosaic' and 'triton' do not need it"
     return None
 
 
@@ -171,7 +171,7 @@ class PallasKernels:
 
     @staticmethod
     def _reused(inputs, out_shape):
-        """{argument: result}: one d_x is written over one cotangent. That is safe, as a chunk is read before it is written."""
+        """{argument: result}: one d_x is written over one cotangent. That is safe because a chunk is read before it is written."""
         like = lambda a: (a.shape, a.dtype)
         first = sum(map(len, inputs[:4]))
         pairs = [(first + i, o) for i, d in enumerate(inputs[4]) for o, a in enumerate(out_shape) if like(a) == like(d)]

@@ -30,7 +30,7 @@ def on_lanes(method, kernels, params, *groups, **options):
     if left := [a for a in mesh.axis_names if mesh.manual_axes and a not in mesh.manual_axes and mesh.shape[a] > 1]:
         raise NotImplementedError(  # XLA would abort the process
             f"a fused kernel in a shard_map over {mesh.manual_axes} needs {left} there too, all axes of the mesh; "
-            "implementation='scan' runs over some"
+            "implementation='scan' does not need them"
         )
     leaves, tree = jax.tree.flatten(varying((params, groups)))
     call = _Lanes(method, options, kernels, tree, len(params), len(kernels.problem.lane_shape))
@@ -46,7 +46,7 @@ def on_lanes(method, kernels, params, *groups, **options):
 
 
 def varying(tree):
-    """In `jax.shard_map`, give all leaves one type: varying over every axis that any of them varies over. A kernel needs that."""
+    """In `jax.shard_map`, mark every leaf as varying over each mesh axis that any leaf varies over. A kernel needs one type."""
     axes = {a for leaf in jax.tree.leaves(tree) for a in _varies(leaf)}
 
     def cast(leaf):
@@ -71,7 +71,7 @@ def like(d, primal):
 
 @dataclass(frozen=True)
 class _Lanes:
-    """One such call over a flat list of leaves. `rank` is the rank of [*B, N]; the first `num_params` leaves are params."""
+    """One call of `on_lanes`, over a flat list of leaves. `rank` is the rank of [*B, N]; the first `num_params` leaves are params."""
 
     method: str
     options: dict
@@ -114,7 +114,7 @@ class _Lanes:
         flat = lambda a: a.reshape(*a.shape[: a.ndim - self.rank], problem.M)
         kernels = getattr(replace(self.kernels, problem=problem), self.method)
         results = kernels(tuple(periodic(p, shape) for p in params), *jax.tree.map(flat, groups), **self.options)
-        _, results = varying((leaves, results))  # some kinds of call do not type their results
+        _, results = varying((leaves, results))  # some kinds of kernel call do not mark their results
         return jax.tree.map(lambda a: a.reshape(*a.shape[:-1], *shape), results)
 
     def sharding_rule(self, mesh, operands, results):

@@ -213,15 +213,16 @@ def _evaluate(jaxpr, consts, *args, traceback=None):
                 inner = next(p for k in ("jaxpr", "call_jaxpr", "fun_jaxpr") if (p := eqn.params.get(k)) is not None)
                 inner, inner_consts = (inner.jaxpr, inner.consts) if isinstance(inner, jex.ClosedJaxpr) else (inner, ())
                 results = _evaluate(inner, [_scalar(c) for c in inner_consts], *values, traceback=here)
-            elif name == "add_any":  # the sum of cotangents, which not every kernel compiler knows by this name
+            elif name == "add_any":  # a sum of cotangents; not every kernel compiler has this primitive
                 results = [values[0] + values[1]]
             elif name == "stop_gradient" or (name == "reshape" and jnp.shape(values[0]) == eqn.outvars[0].aval.shape):
                 results = values[:1]
-            elif name == "one_minus_square":  # of tanh's gradient, since JAX 0.11; as JAX computes it
+            elif name == "one_minus_square":  # in the gradient of tanh since JAX 0.11; computed as JAX does
                 results = [(1.0 + values[0]) * (1.0 - values[0])]
             elif name == "integer_pow":
                 results = [_power(values[0], eqn.params["y"])]
-            elif name == "convert_element_type" and jnp.result_type(values[0]) == jnp.bool_:  # likewise
+            elif name == "convert_element_type" and jnp.result_type(values[0]) == jnp.bool_:
+                # a select, because kernel compilers compile this cast differently too
                 dtype = eqn.params["new_dtype"]
                 results = [jax.lax.select(values[0], jnp.ones_like(values[0], dtype), jnp.zeros_like(values[0], dtype))]
             else:

@@ -34,7 +34,7 @@ class Scan:
 SCAN = Scan()
 
 
-@partial(jax.jit, static_argnums=0, inline=True)  # outside of `jit`, an equal call finds the compiled loop again
+@partial(jax.jit, static_argnums=0, inline=True)  # outside of `jit`, an equal call reuses the compiled loop
 def _scan(problem: Problem, params: Leaves, state: Leaves, xs: Leaves) -> tuple[Leaves, Leaves]:
     params = tuple(p.astype(problem.dtype) for p in params)
     if problem.initial is not None:
@@ -56,7 +56,7 @@ def _scan(problem: Problem, params: Leaves, state: Leaves, xs: Leaves) -> tuple[
 
 @dataclass(frozen=True)
 class ScanPasses:
-    """The `fused.Passes` that JAX derives from the scan. What it keeps for the backward pass is JAX's pullback."""
+    """The `fused.Passes` that JAX derives from the scan. `kept` is the pullback that `jax.vjp` returns."""
 
     problem: Problem
 

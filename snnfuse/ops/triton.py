@@ -48,7 +48,7 @@ TRITON = Triton()
 
 
 def why_not_kernels(problem: Problem) -> str | None:
-    """None if there are kernels for this problem, whatever is installed here."""
+    """None if Triton kernels can be generated for this problem. Triton need not be installed."""
     if problem.dtype != jnp.float32:
         return f"it computes in float32; xs is {problem.dtype}"
     dtypes = [d for d in problem.out_dtypes if not isinstance(d, Packed)]

@@ -66,9 +66,9 @@ RESERVED = frozenset(
 def function(name, jaxpr, inputs, outputs, *, known=(), hints=()):
     """(the text of a jaxpr as a function, the name of each expression in it).
 
-    A comment above each equation quotes the line of the neuron's source that it came from. The name of a value is that of
-    the same expression in `known`, or else comes from `hints`, or is the name of the output. Equal expressions are written
-    once.
+    A comment above each equation quotes the line of the neuron's source that it came from. A value gets its name from the
+    first of these that has one: the same expression in `known`, its variable in `hints`, the output that it is. Equal
+    expressions are written once.
     """
     known, hints = dict(known), dict(hints)
     taken = {*RESERVED, *inputs}

@@ -77,7 +77,7 @@ def _module(problem, *functions):
 
 
 class _Names:
-    """Names for the leaves of params, state, xs and outs: those that the neuron uses, made unique."""
+    """Unique names for the leaves of params, state, xs and outs, taken from the neuron's own names."""
 
     def __init__(self, problem: Problem):
         step, taken = problem.step, set(equations.RESERVED)
@@ -90,7 +90,7 @@ class _Names:
 
 
 def _leaf_names(tree, root, full=False):
-    """The last word of each leaf's key path, or all of them after `root` where that is not unique or `full`."""
+    """A name for each leaf: the last word of its key path; with `full`, or if two would be equal, `root` and the whole path."""
     paths = [path for path, _ in jax.tree_util.tree_leaves_with_path(tree.unflatten(range(tree.num_leaves)))]
     words = [re.findall(r"\w+", jax.tree_util.keystr(path)) for path in paths]
     short = [w[-1] if w and not w[-1].isdigit() else None for w in words]
