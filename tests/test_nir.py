@@ -425,9 +425,24 @@ def test_graphs_that_cannot_be_read(graph, error, message):
         interop.from_nir(graph)
 
 
-def test_a_late_reset_needs_one_decay():
-    with pytest.raises(NotImplementedError, match="node 'lif': the late reset needs one decay above 0 for all neurons"):
-        interop.from_nir(graph_of(lif=uneven(tau=np.array([2e-4, 3e-4]))), interop.SNNTORCH)
+@pytest.mark.parametrize("reset, delay", [("late", True), ("prompt", False)])
+def test_snntorchs_resets_take_a_decay_for_each_neuron(reset, delay):
+    tau, xs = np.array([2e-4, 4e-4]), np.asarray(inputs(2, scale=2))
+    graph = nir.NIRGraph.from_list(uneven(tau=tau, r=tau / 1e-4))  # a gain of 1
+    v, want = np.zeros(xs.shape[1:], np.float32), []
+    for x in xs:
+        reset_now = v > 1
+        v = np.float32(1 - 1e-4 / tau) * v + x - reset_now
+        want.append(v > 1)
+        v = v if delay else v - want[-1] + reset_now.astype(np.float32)
+    assert_fires(np.stack(want))
+    got, _ = interop.from_nir(graph, dataclasses.replace(interop.SNNTORCH, reset=reset))(xs)
+    assert_same_spikes(got, np.stack(want))
+
+
+def test_snntorchs_neurons_leak_to_zero():
+    with pytest.raises(NotImplementedError, match="node 'lif': snnTorch's neurons leak to 0; got v_leak 0.5"):
+        interop.from_nir(graph_of(lif=uneven(v_leak=np.full(2, 0.5))), interop.SNNTORCH)
 
 
 @pytest.mark.parametrize(

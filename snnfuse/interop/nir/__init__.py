@@ -4,13 +4,18 @@ NIR's neurons are equations in continuous time, which every simulator steps in i
 does is in its files. A `Dialect` says how:
 
     NIR           the definition, by forward Euler with dt = 0.1 ms: hard reset, a spike above the threshold
-    SNNTORCH      1.0: Leaky and Synaptic with the reset they have by default; reset_delay=False is reset="soft", Leaky with
-                  reset_mechanism="zero" is reset="hard" (Synaptic with "zero" also empties its synapse: no dialect)
+    SNNTORCH      1.0: Leaky and Synaptic as they are by default. reset_delay=False is reset="prompt". For Leaky,
+                  reset_mechanism="zero" is reset="hard" with detach=True (with reset_delay=False: detach=False). Synaptic
+                  with "zero" has no dialect: it also drops the input of the step after a spike
     SPIKINGJELLY  2.0: a spike at the threshold, too
-    NORSE         1.1, exported with its dt of 1 ms, by which it multiplies tau; its importer does not: to export to it take
-                  Dialect(dt=1e-3, jumps=("IF",))
-    SINABS        2.0: LIF, IAF and ExpLeak with spike_fn=SingleSpike (the default spikes several times a step) and without
-                  min_v_mem; tau in steps; LIF(norm_input=False) is jumps=("LIF", "LI")
+    NORSE         1.1, exported with its dt of 1 ms, by which it multiplies tau. Its importer does not multiply: to export
+                  to it use Dialect(dt=1e-3, jumps=("IF",))
+    SINABS        2.0 to 3.1: LIF, IAF and ExpLeak with spike_fn=SingleSpike (by default they spike several times a step) and
+                  without min_v_mem; tau in steps; LIF(norm_input=False) is jumps=("LIF", "LI")
+
+A file holds no surrogate: pass that of the exporter to get its gradients. By default snnTorch has `ATan(2)`, SpikingJelly
+`Sigmoid(4)` (CUBALIFNode: `Rectangle(1)`), Norse `FastSigmoid(1)` (it does not use its alpha), and sinabs exp(-|u| / w) / w with
+w half the threshold. One gradient differs: sinabs' SumPool2d gives none to a window of zeros, and `Pool` does.
 
 With u the membrane before and v after the reset, a node steps as
 
@@ -28,7 +33,7 @@ those after `snnfuse.nn.flatten`.
 """
 
 from snnfuse.interop.nir.dialect import NIR, NORSE, SINABS, SNNTORCH, SPIKINGJELLY, Dialect
-from snnfuse.interop.nir.layers import Flatten, Graph, LateSoftReset, Pool, Scale, Threshold
+from snnfuse.interop.nir.layers import Flatten, Graph, Pool, Scale, Threshold
 from snnfuse.interop.nir.reading import from_nir
 from snnfuse.interop.nir.writing import to_nir
 
@@ -41,7 +46,6 @@ __all__ = [
     "Dialect",
     "Flatten",
     "Graph",
-    "LateSoftReset",
     "Pool",
     "Scale",
     "Threshold",

@@ -13,8 +13,9 @@ class Dialect:
     Args:
       dt: of a step, in the unit of the file's time constants (NIR: seconds).
       decay: "euler", 1 - dt / tau, or "exponential", exp(-dt / tau).
-      reset: "hard" (NIR's: v = v_reset), "soft" (v = u - v_threshold; v_reset is not looked at), or "late" (soft, but
-        after the decay of the next step: u[t] = decay u[t-1] + ... - v_threshold s[t-1]).
+      reset: "hard" (NIR's: v = v_reset) or "soft" (v = u - v_threshold; v_reset is not used); or snnTorch's soft reset, "late"
+        (reset_delay=True) or "prompt" (reset_delay=False), whose equations are in `snnfuse.interop.snntorch`.
+      detach: the reset is a constant in the gradient, for "hard" and "soft". "late" is detached and "prompt" is not.
       fires: ">" (NIR's) or ">=" the threshold. Exact in both: float32 has a next number.
       jumps: types of nodes whose input is added whole, not integrated over dt: of "LIF", "LI", "IF" and "I" (gain r),
         "CubaLIF" and "CubaLI" (gain w_in).
@@ -22,7 +23,8 @@ class Dialect:
 
     dt: float = 1e-4
     decay: Literal["euler", "exponential"] = "euler"
-    reset: Literal["hard", "soft", "late"] = "hard"
+    reset: Literal["hard", "soft", "late", "prompt"] = "hard"
+    detach: bool = False
     fires: Literal[">", ">="] = ">"
     jumps: tuple[str, ...] = ()
 
@@ -31,7 +33,7 @@ class Dialect:
             raise ValueError(f"dt must be above 0; got {self.dt}")
         for name, choices in {
             "decay": ("euler", "exponential"),
-            "reset": ("hard", "soft", "late"),
+            "reset": ("hard", "soft", "late", "prompt"),
             "fires": (">", ">="),
         }.items():
             if getattr(self, name) not in choices:

@@ -1,7 +1,6 @@
 """What NIR has and `snnfuse.nn` has not: layers of one node each, and layers in a graph."""
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from functools import reduce
 from operator import add
 from typing import Any, Literal
@@ -103,16 +102,6 @@ class Pool(nnx.Module):
         padding = [(p, p) for p in self.padding]
         total = nnx.pool(x, 0.0, jax.lax.add, self.window, self.stride, padding)
         return total if self.kind == "sum" else total / np.prod(self.window)
-
-
-@dataclass(frozen=True)
-class LateSoftReset:
-    """v = u - s threshold / decay: the threshold is taken off after the next decay, as snnTorch's reset_delay=True does."""
-
-    decay: float
-
-    def __call__(self, u, s, threshold):
-        return u - s * (threshold / self.decay)
 
 
 def chain(layers):

@@ -10,10 +10,12 @@ import numpy as np
 from flax import nnx
 
 from snnfuse import nn
+from snnfuse.core import neurons
 from snnfuse.core.reset import HardReset, SoftReset
 from snnfuse.core.surrogate import ATan, Surrogate
+from snnfuse.interop import snntorch
 from snnfuse.interop.nir.dialect import NIR, Dialect, require
-from snnfuse.interop.nir.layers import Flatten, Graph, LateSoftReset, Pool, Scale, Threshold, chain
+from snnfuse.interop.nir.layers import Flatten, Graph, Pool, Scale, Threshold, chain
 
 
 def from_nir(graph: Any, dialect: Dialect = NIR, *, surrogate: Surrogate = ATan()) -> nn.Temporal:  # noqa: B008
@@ -129,7 +131,10 @@ def _neuron(name, kind, node, dialect, surrogate):
         gain = gain * (
             _last(node.w_in) * (1.0 if jumps else 1 - decay_syn)
         )  # i is linear: its gains are one, before it
-    if not leakless and np.allclose(gain, 1 - decay, rtol=1e-5, atol=0):
+    of_snntorch = dialect.reset in ("late", "prompt") and kind in ("IF", "LIF", "CubaLIF")
+    if of_snntorch and options.pop("v_rest", 0.0) != 0:
+        raise NotImplementedError(f"node {name!r}: snnTorch's neurons leak to 0; got v_leak {_number(node.v_leak)}")
+    if not (leakless or of_snntorch) and np.allclose(gain, 1 - decay, rtol=1e-5, atol=0):
         options["decay_input"] = True
     elif not np.allclose(gain, 1, rtol=1e-5, atol=0):
         before = [Scale(gain)]
@@ -138,14 +143,16 @@ def _neuron(name, kind, node, dialect, surrogate):
         synapse = [nn.LI(decay=_number(decay_syn))] if kind == "CubaLI" else []
         return [*before, *synapse, nn.LI(decay=decay, **options)]
     options |= {"threshold": _number(_firing(_last(node.v_threshold), dialect)), "surrogate": surrogate}
+    if of_snntorch:
+        choices = {"reset_delay": dialect.reset == "late", "surrogate": surrogate}
+        if kind == "CubaLIF":
+            params = neurons.CubaLIFParams(_number(decay_syn), decay, options["threshold"])
+            return [*before, nn.Spiking(snntorch.Synaptic, params, **choices)]
+        return [*before, nn.Spiking(snntorch.Leaky, neurons.LIFParams(decay, options["threshold"]), **choices)]
     if dialect.reset == "hard":
-        options["reset"] = HardReset(_same(name, "v_reset", node.v_reset))
-    elif dialect.reset == "soft":
-        options["reset"] = SoftReset()
-    elif not isinstance(decay, float) or decay == 0:
-        raise NotImplementedError(f"node {name!r}: the late reset needs one decay above 0 for all neurons; got {decay}")
+        options["reset"] = HardReset(_same(name, "v_reset", node.v_reset), dialect.detach)
     else:
-        options["reset"] = LateSoftReset(decay)
+        options["reset"] = SoftReset(dialect.detach)
     if kind == "IF":
         return [*before, nn.IF(**options)]
     if kind == "LIF":

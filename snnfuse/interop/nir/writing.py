@@ -14,8 +14,9 @@ from flax import nnx
 from snnfuse import nn
 from snnfuse.core import neurons
 from snnfuse.core.reset import HardReset, SoftReset
+from snnfuse.interop import snntorch
 from snnfuse.interop.nir.dialect import NIR, Dialect, require
-from snnfuse.interop.nir.layers import Flatten, Graph, LateSoftReset, Pool, Scale, Threshold
+from snnfuse.interop.nir.layers import Flatten, Graph, Pool, Scale, Threshold
 from snnfuse.models.resnet import Residual
 from snnfuse.ops.packing import Packed
 
@@ -168,7 +169,9 @@ def _node(nir, layer, signal, dialect, where):
 def _neuron_node(nir, layer, signal, dialect, where):
     neuron, params = layer.neuron, layer.params
     kind = type(neuron).__name__
-    if type(neuron) not in (neurons.IF, neurons.LIF, neurons.CubaLIF, neurons.LI):
+    if of_snntorch := isinstance(neuron, snntorch.Leaky | snntorch.Synaptic):
+        kind = "LIF" if isinstance(neuron, snntorch.Leaky) else "CubaLIF"
+    elif type(neuron) not in (neurons.IF, neurons.LIF, neurons.CubaLIF, neurons.LI):
         raise NotImplementedError(f"{where}: NIR has no node for the neuron {kind}")
     if isinstance(layer.out_dtype, Packed):
         raise NotImplementedError(f"{where}: its out_dtype is {layer.out_dtype}, and NIR's spikes are not packed")
@@ -179,23 +182,27 @@ def _neuron_node(nir, layer, signal, dialect, where):
     else:
         decay = np.asarray(params.decay, np.float64)
         cuba = kind == "CubaLIF"
-        gain = 1 - decay if neuron.decay_input else np.ones_like(decay)
+        gain = 1 - decay if getattr(neuron, "decay_input", False) else np.ones_like(decay)
         fields["tau_mem" if cuba else "tau"] = fill(_tau(decay, dialect, where))
         fields["r"] = fill(gain if jumps and not cuba else gain / (1 - decay))
-        fields["v_leak"] = fill(neuron.v_rest)
+        fields["v_leak"] = fill(getattr(neuron, "v_rest", 0.0))
         if cuba:
             decay = np.asarray(params.decay_syn, np.float64)
             fields["tau_syn"] = fill(_tau(decay, dialect, where))
             fields["w_in"] = fill(1.0 if jumps else 1 / (1 - decay))
     if kind != "LI":
-        names = {"hard": HardReset, "soft": SoftReset, "late": LateSoftReset}
-        if type(neuron.reset) is not names[dialect.reset]:
+        if of_snntorch:
+            reset, name = None, "late" if neuron.reset_delay else "prompt"
+        else:
+            reset = neuron.reset
+            name = {HardReset: "hard", SoftReset: "soft"}.get(type(reset))
+        if name != dialect.reset:
             raise NotImplementedError(
-                f"{where}: its reset is {neuron.reset}, that of the dialect {dialect.reset!r}. NIR itself knows only the "
+                f"{where}: its reset is {reset or name}, that of the dialect {dialect.reset!r}. NIR itself knows only the "
                 f"hard one; dataclasses.replace(dialect, reset=...) writes another, for who reads it so"
             )
         fields["v_threshold"] = fill(_above(params.threshold, dialect))
-        fields["v_reset"] = fill(getattr(neuron.reset, "v_reset", 0.0))
+        fields["v_reset"] = fill(getattr(reset, "v_reset", 0.0))
     return getattr(nir, kind)(**fields)
 
 

@@ -73,7 +73,7 @@ def snntorch_cases():
     several = leaky(OUT, reset_mechanism="zero", reset_delay=False)
     several.beta = torch.linspace(0.5, 0.95, OUT)
     soft = Sequential(Linear(N, OUT), leaky(OUT, reset_delay=False))
-    soft[0].weight.data /= 16  # snnTorch's reset is the soft one only while every spike leaves v below the threshold
+    soft[0].weight.data /= 16  # "soft" reads it too: every spike leaves v below the threshold
     conv = Sequential(
         Conv2d(2, 4, 3, stride=2, padding=1),
         leaky((4, 4, 3)),
@@ -84,8 +84,8 @@ def snntorch_cases():
     )
     hard = {"reset": "hard"}
     yield "snntorch_leaky", "SNNTORCH", {}, dense(leaky), run, export, (N,)
-    yield "snntorch_leaky_soft", "SNNTORCH", {"reset": "soft"}, soft, run, export, (N,)
-    yield "snntorch_leaky_zero", "SNNTORCH", hard, dense(leaky, reset_mechanism="zero"), run, export, (N,)
+    yield "snntorch_leaky_soft", "SNNTORCH", {"reset": "prompt"}, soft, run, export, (N,)
+    yield "snntorch_leaky_zero", "SNNTORCH", hard | {"detach": True}, dense(leaky, reset_mechanism="zero"), run, export, (N,)
     yield "snntorch_leaky_betas", "SNNTORCH", hard, Sequential(Linear(N, OUT), several), run, export, (N,)
     yield "snntorch_synaptic", "SNNTORCH", {}, dense(synaptic), run, export, (N,)
     yield "snntorch_conv", "SNNTORCH", {}, conv, run, export, IMAGE
