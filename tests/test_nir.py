@@ -427,7 +427,7 @@ def test_graphs_that_cannot_be_read(graph, error, message):
 
 @pytest.mark.parametrize("reset, delay", [("late", True), ("prompt", False)])
 def test_snntorchs_resets_take_a_decay_for_each_neuron(reset, delay):
-    tau, xs = np.array([2e-4, 4e-4]), np.asarray(inputs(2, scale=2))
+    tau, xs = np.array([2e-4, 4e-4]), np.asarray(inputs(2, scale=1.5)) - 0.3
     graph = nir.NIRGraph.from_list(uneven(tau=tau, r=tau / 1e-4))  # a gain of 1
     v, want = np.zeros(xs.shape[1:], np.float32), []
     for x in xs:

@@ -80,9 +80,9 @@ def test_surrogates(row):
 def test_a_convolution():
     (row,) = (row for row in ROWS if "Conv2d" in row)
     want, layer = golden(row), eval(TABLE[row], NAMES)
-    layer.kernel[...] = np.moveaxis(want["weight"], 1, -1)
+    layer.kernel[...] = np.moveaxis(want["weight"], (0, 1), (-1, -2))
     y, d_x, d_params = pull_back(layer, GOLDEN["images"][..., :3], GOLDEN["g_images"])
-    got = dict(y=y, d_x=d_x, d_weight=np.moveaxis(np.asarray(d_params["kernel"]), -1, 1))
+    got = dict(y=y, d_x=d_x, d_weight=np.moveaxis(np.asarray(d_params["kernel"]), (-1, -2), (0, 1)))
     assert_close(jax.tree.map(np.asarray, got), {name: want[name] for name in got}, RTOL)
 
 

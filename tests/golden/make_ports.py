@@ -46,7 +46,9 @@ def inputs():
     u = np.concatenate([[0.0], np.linspace(-3, 3, 101) + 0.013])
     images = rng.standard_normal((T // 5, B, 5, 6, 8))
     arrays = dict(x=x, g=rng.standard_normal(x.shape), u=u, g_u=rng.standard_normal(u.shape), images=images)
-    return {k: v.astype(np.float32) for k, v in arrays.items()} | {"g_images": rng.standard_normal(images.shape).astype(np.float32)}
+    return {k: v.astype(np.float32) for k, v in arrays.items()} | {
+        "g_images": rng.standard_normal(images.shape).astype(np.float32)
+    }
 
 
 def run_neuron(code, x):
@@ -74,7 +76,10 @@ def run(code, arrays, scale=1.0):
         x, g = torch.tensor(arrays["u"], requires_grad=True), arrays["g_u"]
         node, y = None, eval(code, modules)(x)
     elif code.startswith("layer."):
-        x, g = torch.tensor(arrays["images"][..., :3] if "Conv2d" in code else arrays["images"], requires_grad=True), arrays["g_images"]
+        x, g = (
+            torch.tensor(arrays["images"][..., :3] if "Conv2d" in code else arrays["images"], requires_grad=True),
+            arrays["g_images"],
+        )
         torch.manual_seed(0)
         node = eval(code, {"layer": layer})
         for m in node.modules():

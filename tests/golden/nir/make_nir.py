@@ -85,7 +85,15 @@ def snntorch_cases():
     hard = {"reset": "hard"}
     yield "snntorch_leaky", "SNNTORCH", {}, dense(leaky), run, export, (N,)
     yield "snntorch_leaky_soft", "SNNTORCH", {"reset": "prompt"}, soft, run, export, (N,)
-    yield "snntorch_leaky_zero", "SNNTORCH", hard | {"detach": True}, dense(leaky, reset_mechanism="zero"), run, export, (N,)
+    yield (
+        "snntorch_leaky_zero",
+        "SNNTORCH",
+        hard | {"detach": True},
+        dense(leaky, reset_mechanism="zero"),
+        run,
+        export,
+        (N,),
+    )
     yield "snntorch_leaky_betas", "SNNTORCH", hard, Sequential(Linear(N, OUT), several), run, export, (N,)
     yield "snntorch_synaptic", "SNNTORCH", {}, dense(synaptic), run, export, (N,)
     yield "snntorch_conv", "SNNTORCH", {}, conv, run, export, IMAGE
