@@ -1,6 +1,6 @@
-"""Figures of spikes, membranes, rates and events: arrays in, matplotlib Axes out. Extra `viz`.
+"""Figures of spikes, membranes, rates and events: functions of arrays that return matplotlib Axes. Needs the extra `viz`.
 
-Time is in steps, or, where `dt` says how many milliseconds a step is, in ms. Without `ax` a new figure is made.
+Time is in steps, or in ms if `dt` is given, the milliseconds per step. Without `ax`, a new figure is made.
 """
 
 from pathlib import Path
@@ -15,12 +15,12 @@ INK, FAINT = "#222222", "#b0b0b0"
 
 
 def raster(spikes, ax=None, *, dt: float | None = None):
-    """A bar for each spike: time across, neurons up. `spikes` [T, N], anything that is 0 or not."""
+    """A bar for each spike: time on the x axis, neurons on the y axis. `spikes` [T, N]; every value except 0 is a spike."""
     spikes = _array("spikes", spikes, "[T, N]", 2)
     T, N = spikes.shape
     ax = _axes(ax)
     t, neuron = np.nonzero(spikes)
-    half = max(0.4, N / 400)  # of a row, and never too short to be seen
+    half = max(0.4, N / 400)  # rows high; long enough to be visible with many neurons
     ax.vlines(t * (dt or 1), neuron - half, neuron + half, color=INK, lw=1)
     ax.set(ylabel="neuron", ylim=(-0.6, N - 0.4))
     _whole_numbers(ax)
@@ -28,16 +28,16 @@ def raster(spikes, ax=None, *, dt: float | None = None):
 
 
 def traces(v, ax=None, *, threshold: float | None = None, spikes=None, dt: float | None = None):
-    """Membrane potentials `v` [T, N], a row a neuron from the first at the top: choose few, v[:, :5].
+    """Membrane potentials `v` [T, N]: one row per neuron, the first at the top. Choose a few neurons, as in v[:, :5].
 
-    Each row has the same scale. `threshold` adds a dashed line to each, `spikes` [T, N] a bar above each spike.
+    All rows have the same scale. `threshold` adds a dashed line to each row, and `spikes` [T, N] a bar above each spike.
     """
     v = _array("v", v, "[T, N]", 2)
     T, N = v.shape
     if spikes is not None:
         spikes = _array("spikes", spikes, "[T, N]", 2)
         if spikes.shape != v.shape:
-            raise ValueError(f"spikes must be of the shape of v, {v.shape}; got {spikes.shape}")
+            raise ValueError(f"spikes must have the shape of v, {v.shape}; got {spikes.shape}")
     ax = _axes(ax)
     low, high = min(0.0, v.min()), max(v.max(), threshold if threshold is not None else v.max())
     span = (high - low) or 1.0
@@ -62,10 +62,10 @@ def traces(v, ax=None, *, threshold: float | None = None, spikes=None, dt: float
 
 
 def rate_histogram(spikes, ax=None, *, dt: float | None = None, bins: int = 20):
-    """How many neurons fire at which rate; those that never fire are counted in the legend. `spikes` [T, ..., N].
+    """A histogram of the neurons' firing rates; the legend counts the neurons that never fire. `spikes` [T, ..., N].
 
-    The rate is in spikes a step, or in Hz where `dt`, the milliseconds of a step, is given. Axes between T and N are
-    samples, averaged over.
+    The rate is in spikes per step, or in Hz if `dt` is given, the milliseconds per step. It is averaged over all axes between
+    T and N.
     """
     spikes = _array("spikes", spikes, "[T, ..., N]", 2, more=True)
     rates = (spikes != 0).mean(axis=tuple(range(spikes.ndim - 1))) * (1e3 / dt if dt else 1)
@@ -81,7 +81,7 @@ def rate_histogram(spikes, ax=None, *, dt: float | None = None, bins: int = 20):
 
 
 def rates_over_training(rates: dict[str, Any], ax=None, *, steps=None):
-    """The firing rate of each layer over training: {layer: [K]}, at the training steps `steps` [K], or 0..K-1."""
+    """The firing rate of each layer over training: `rates` {layer: [K]}, at the training steps `steps` [K], or at 0..K-1."""
     curves = {name: _array(f"rates[{name!r}]", r, "[K]", 1) for name, r in rates.items()}
     if not curves:
         raise ValueError(f"rates must have at least one layer; got {rates!r}")
@@ -90,7 +90,7 @@ def rates_over_training(rates: dict[str, Any], ax=None, *, steps=None):
     ax = _axes(ax)
     for i, (name, curve) in enumerate(curves.items()):
         if len(curve) != len(steps):
-            raise ValueError(f"rates[{name!r}] must be one a step, of length {len(steps)}; got {len(curve)}")
+            raise ValueError(f"rates[{name!r}] must have one value per step, so length {len(steps)}; got {len(curve)}")
         ax.plot(steps, curve, color=COLOURS[i % len(COLOURS)], lw=1.6, label=name)
     ax.set(xlabel="training step", ylabel="firing rate (spikes per step)")
     ax.set_ylim(bottom=0)
@@ -99,9 +99,9 @@ def rates_over_training(rates: dict[str, Any], ax=None, *, steps=None):
 
 
 def frames(counts, ax=None, *, most: int = 8, dt: float | None = None):
-    """Event frames `counts` [T, H, W, P] side by side: ON blue, OFF red (P = 2: OFF, ON), the stronger the more events.
+    """Event frames `counts` [T, H, W, P] side by side: ON events blue, OFF events red (P = 2: OFF, ON). A stronger colour is more events.
 
-    Of more than `most` frames as many are shown, evenly spaced.
+    If T is larger than `most`, `most` evenly spaced frames are shown.
     """
     pictures, T = _pictures(counts)
     shown = np.unique(np.linspace(0, T - 1, min(most, T)).round().astype(int))
@@ -125,9 +125,9 @@ def frames(counts, ax=None, *, most: int = 8, dt: float | None = None):
 
 
 def spike_video(counts, path: str | Path | None = None, *, fps: float = 10.0, dt: float | None = None):
-    """Event frames `counts` [T, H, W, P] as a matplotlib Animation, coloured as in `frames`; saved if `path`, a .gif, is given.
+    """Event frames `counts` [T, H, W, P] as a matplotlib Animation, coloured as in `frames`. `path`, a .gif, saves it.
 
-    In Jupyter: `matplotlib.rc("animation", html="jshtml")` shows what is returned.
+    In Jupyter, `matplotlib.rc("animation", html="jshtml")` shows the returned animation.
     """
     pictures, T = _pictures(counts)
     if path is not None and Path(path).suffix != ".gif":
@@ -147,7 +147,7 @@ def spike_video(counts, path: str | Path | None = None, *, fps: float = 10.0, dt
         return (image,)
 
     video = FuncAnimation(ax.figure, show, frames=T, interval=1e3 / fps)
-    pyplot.close(ax.figure)  # else a notebook shows the still beside it
+    pyplot.close(ax.figure)  # otherwise a notebook also shows the still figure
     if path is not None:
         video.save(path, writer=PillowWriter(fps=fps))
     return video

@@ -1,4 +1,4 @@
-"""The networks: against a PyTorch build of the paper's, their memory settings, and what they say to bad input."""
+"""The networks: compared with a PyTorch build of the paper's network, in every memory setting; errors for bad input."""
 
 import json
 import sys
@@ -31,7 +31,7 @@ on_gpu = pytest.param("packed", "pallas", marks=pytest.mark.gpu)
 
 @pytest.mark.parametrize("memory, implementation", [("packed", "scan"), ("lean", "scan"), on_gpu])
 def test_spiking_resnet18_is_that_of_pytorch(memory, implementation):
-    """Logits, every gradient, the running averages, and the logits in eval mode thereafter."""
+    """Compare logits, every gradient, the running averages, and then the logits in eval mode."""
     model = resnet18(memory=memory, implementation=implementation)
     x, cotangent = inputs()
     xs = jnp.asarray(x, jnp.float32).transpose(0, 1, 3, 4, 2)
@@ -89,8 +89,8 @@ def test_load_torch_says_what_is_wrong_and_changes_nothing():
             {**good, "fc.weight": good["fc.weight"][:3]},
             r"state_dict\['fc.weight'\] must be \(10, 512\); got \(3, 512\)",
         ),
-        ({k: v for k, v in good.items() if k != "bn1.bias"}, "missing or not known: bn1.bias"),
-        ({**good, "layer9.0.conv1.weight": good["fc.bias"]}, "missing or not known: layer9.0.conv1.weight"),
+        ({k: v for k, v in good.items() if k != "bn1.bias"}, "missing or unknown: bn1.bias"),
+        ({**good, "layer9.0.conv1.weight": good["fc.bias"]}, "missing or unknown: layer9.0.conv1.weight"),
     ):
         with pytest.raises(ValueError, match=message):
             models.load_torch(model, bad)

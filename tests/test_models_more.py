@@ -1,4 +1,4 @@
-"""More of the networks: shapes, learning, pieces in turn, attention, what a training step on a GPU transposes, bad input."""
+"""More tests of the networks: shapes, learning, sequences in pieces, attention, transposes in a training step on a GPU, errors."""
 
 import re
 from functools import partial
@@ -15,7 +15,7 @@ from test_ops_kernels import h100
 
 from snnfuse import models, nn
 
-FAMILIES = {  # a small one, the size of its images, and a learning rate
+FAMILIES = {  # (a small network, the size of its images, a learning rate)
     "sew_resnet": (partial(models.sew_resnet, 18, stem="cifar"), 8, 3e-3),
     "spiking_vgg11": (partial(models.spiking_vgg11, hidden=64, neuron=partial(nn.LIF, tau=2.0)), 32, 1e-2),
     "spikformer": (partial(models.spikformer, depth=1, width=32, heads=2), 8, 3e-3),
@@ -25,7 +25,7 @@ RESNETS += [(18, "imagenet", "add"), (34, "imagenet", "and"), (50, "cifar", "ian
 
 
 def shape_of(make, *shape, dtype=jnp.float32):
-    """(shape, dtype) of the outputs; nothing is computed."""
+    """(shape, dtype) of the outputs, without computing them."""
     model = nnx.eval_shape(lambda: make(rngs=nnx.Rngs(0)))
     outs = nnx.eval_shape(lambda model, xs: model(xs)[0], model, jax.ShapeDtypeStruct(shape, dtype))
     return outs.shape, outs.dtype
@@ -50,7 +50,7 @@ def test_shapes_of_vgg_and_spikformer(memory, policy):
 
 @pytest.fixture
 def narrow(monkeypatch):
-    """A quarter of the widths."""
+    """Make the networks a quarter as wide."""
     quarter = lambda widths: tuple(width // 4 for width in widths)
     monkeypatch.setattr(models.resnet, "WIDTHS", quarter(models.resnet.WIDTHS))
     monkeypatch.setattr(models.vgg, "STAGES", tuple(map(quarter, models.vgg.STAGES)))
@@ -89,7 +89,7 @@ def test_pieces_in_turn_equal_the_whole(family, narrow):
     model = make(2, 4, rngs=nnx.Rngs(0))
     for _, norm in nnx.iter_modules(model):
         if isinstance(norm, nn.BatchNorm):
-            norm.var[...] = jnp.full_like(norm.var[...], 2e-4)  # so that a network without training fires
+            norm.var[...] = jnp.full_like(norm.var[...], 2e-4)  # so that an untrained network fires
     model.eval()
     xs = jax.random.normal(jax.random.key(0), (4, 1, size, size, 2))
     run = nnx.jit(lambda model, xs, state: model(xs, state))
@@ -103,9 +103,11 @@ def test_pieces_in_turn_equal_the_whole(family, narrow):
     assert jax.tree.structure(between) == jax.tree.structure(start)
 
 
-@pytest.mark.parametrize("tokens", [(3,), (4, 6)])  # less and more than the 5 features of a head: both orders
+@pytest.mark.parametrize(
+    "tokens", [(3,), (4, 6)]
+)  # fewer and more than the 5 features of a head: both orders of the product
 def test_self_attention_is_q_k_v(tokens):
-    """Each head, each step, with integers that float32 holds exactly; of `Spikes` the same, and no value is kept."""
+    """Compare each head and step, with integers that are exact in float32. `Spikes` give the same, and no value is stored."""
     heads, dim = 2, 5
     xs = jax.random.bernoulli(jax.random.key(0), 0.4, (9, 3, *tokens, 3 * heads * dim)).astype(jnp.float32)
     attend = models.SelfAttention(heads, scale=0.25)
@@ -131,7 +133,7 @@ def test_self_attention_is_q_k_v(tokens):
 
 
 def transposed(model, *, B):
-    """Shapes of all operands of `transpose`, in a training step lowered for an H100, that have B in their size."""
+    """Shapes of the transposed arrays whose size is a multiple of B, in a training step lowered for an H100."""
     optimizer = nnx.Optimizer(model, optax.sgd(0.1), wrt=nnx.Param)
     graphdef, state = nnx.split((model, optimizer))
 
@@ -152,7 +154,7 @@ def transposed(model, *, B):
 
 @pytest.mark.parametrize("memory", ["packed", "lean"])
 def test_a_training_step_transposes_no_sequence(memory, monkeypatch):
-    """No size of a weight is a multiple of 11, that of every sequence is."""
+    """B = 11: the size of every sequence is a multiple of it, and the size of no weight is."""
     monkeypatch.setitem(models.resnet.DEPTHS, 18, (1, 1, 0, 0))
     options = dict(policy="bfloat16", memory=memory, implementation="pallas")
     model = nnx.eval_shape(lambda: models.spiking_resnet(18, 3, 10, **options, rngs=nnx.Rngs(0)))

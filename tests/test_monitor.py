@@ -1,4 +1,4 @@
-"""Monitors: what they record is what the layers did, a run without them is as before, and operations are counted right."""
+"""Monitors: records equal what the layers compute, a run without a monitor does not change, operations are counted right."""
 
 import jax
 import jax.numpy as jnp
@@ -15,7 +15,7 @@ T, B = 12, 3
 
 
 class Block(nnx.Module):
-    """A residual block: no Sequential, and its second neuron is named by it."""
+    """A residual block that is no Sequential and names its neurons itself."""
 
     def __init__(self, n, rngs):
         self.linear, self.norm = nnx.Linear(n, n, rngs=rngs), nnx.BatchNorm(n, rngs=rngs)
@@ -59,7 +59,7 @@ def test_spikes_and_states_of_any_module():
 
 
 def test_a_monitor_leaves_nothing_behind():
-    """The jaxpr of a run is what it was; so are the model's arrays, of which BatchNorm in training writes some."""
+    """A monitor changes neither the jaxpr of a run nor the model's arrays, some of which BatchNorm writes in training."""
     model, xs = Net(), inputs(6)
     graphdef, before = nnx.split(model)
     run = lambda: str(jax.make_jaxpr(lambda state, xs: nnx.merge(graphdef, state)(xs))(before, xs))
@@ -112,7 +112,7 @@ def test_rates_and_dead_neurons():
 
 
 def count_by_hand(x, kernel, stride, low, out):
-    """Products of the nonzero inputs [N, H, W, C] with a kernel [k, k, C / groups, outs], one by one."""
+    """Count one by one the products of the nonzero inputs [N, H, W, C] with a kernel [k, k, C / groups, outs]."""
     k, _, per_group, outs = kernel
     total = 0
     for _, h, w, _ in zip(*np.nonzero(x), strict=True):
@@ -142,7 +142,7 @@ def test_operations_of_a_convolution_at_its_borders(stride, padding, groups):
 
 
 def test_operations_of_a_network():
-    """The first layer sees no spikes, the second does; energy by the formula."""
+    """The inputs of the first layer are no spikes, those of the second are. The energy follows the formula."""
     model = nn.Sequential(
         nnx.Linear(7, 5, rngs=nnx.Rngs(0)), nn.LIF(tau=2.0, threshold=0.3), nnx.Linear(5, 3, rngs=nnx.Rngs(1))
     )
@@ -156,7 +156,7 @@ def test_operations_of_a_network():
 
 
 def test_fused_normalisation_bits_and_rematerialisation():
-    """Layers of snnfuse.nn: a neuron within a kernel with its normalisation, spikes kept as bits, blocks that run twice."""
+    """Layers of snnfuse.nn: a neuron fused with its normalisation, packed spikes, and a lean block."""
     rngs = nnx.Rngs(0)
     first = nn.NormSpiking(nn.LIF(tau=2.0), nn.BatchNorm(3, rngs=rngs), pack=True)
     block = nn.Sequential(nn.Conv(3, 4, (3, 3), rngs=rngs, dtype="bfloat16"), nn.IF())

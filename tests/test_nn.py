@@ -1,4 +1,4 @@
-"""The modules: parameters, gradients, streaming, time folding, NNX transforms, and what they say to bad input."""
+"""The modules: parameters, gradients, sequences in pieces, layers folded over time, NNX transforms, and errors for bad input."""
 
 from functools import partial
 
@@ -16,10 +16,12 @@ import snnfuse
 from snnfuse import nn
 from snnfuse.nn.monitor import record
 
-strict = pytest.mark.usefixtures("strict")  # not where flax's layers or optax run: they promote dtypes and ranks
+strict = pytest.mark.usefixtures(
+    "strict"
+)  # not for tests that run Flax's layers or optax, which promote dtypes and ranks
 
 B, N = 3, 5
-# every module with all its parameters learned, one a channel, and inputs that make it fire
+# every module with all its parameters learned, one per channel, and a scale of inputs at which it fires
 MODULES = {
     "IF": (partial(nn.IF, learn=("threshold",)), 0.3),
     "LIF": (partial(nn.LIF, tau=2.0, learn=("decay", "threshold"), reset=snnfuse.SoftReset()), 0.6),
@@ -50,7 +52,7 @@ def module(name):
 @strict
 @pytest.mark.parametrize("name", MODULES)
 def test_a_module_is_unroll_by_hand(name):
-    """Outputs, final state and the gradient of every learned parameter and of xs, under random cotangents."""
+    """Compare outputs, final state and the gradients of xs and every learned parameter, under random cotangents."""
     layer, xs = module(name)
     graphdef, params, rest = nnx.split(layer, nnx.Param, ...)
 
@@ -187,7 +189,7 @@ def test_pieces_in_turn_equal_the_whole(firing, cuts):
 
 
 def test_state_matters(network):
-    """Pieces that do not hand over the state differ: the test above can fail."""
+    """Pieces that do not pass on the state give other spikes, so the test above can fail."""
     model, xs = network
     assert not np.allclose(run(model, xs)[0][3:], run(model, xs[3:])[0], rtol=1e-3)
 
@@ -214,7 +216,7 @@ def test_gradients_reach_every_parameter(network):
         "layers",
         0,
         "bias",
-    )  # taken out again by the normalisation: its gradient is 0 but for rounding
+    )  # the normalisation subtracts it again, so its gradient is only rounding
     dead = [path for path, g in found if not float(jnp.abs(g[...]).max()) > 1e-7 and path != before_batch_norm]
     assert dead == []
 
@@ -278,7 +280,7 @@ def test_nnx_transforms(network):
 
 
 def test_a_network_learns(network):
-    """Two classes, by the rate in which half of the input; the loss falls and the learned decay moves."""
+    """Two classes differ in which half of the input is active. The loss falls and the learned decay changes."""
     rngs = nnx.Rngs(0)
     model = nn.Sequential(
         nnx.Linear(8, 16, rngs=rngs), nn.ParametricLIF(threshold=0.5), nnx.Linear(16, 2, rngs=rngs), nn.LI(tau=2.0)

@@ -1,4 +1,4 @@
-"""What Flax offers to look at a model works on every module and every model: tabulate, display, print, pickle, iter_modules."""
+"""Flax's tools work on every module and every model: tabulate, display, print, pickle and iter_modules. help() is complete."""
 
 import inspect
 import pickle

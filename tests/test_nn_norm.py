@@ -1,4 +1,4 @@
-"""Layers of convolutional networks: fused normalisation against the same unfused, kept bits, convolutions, pooling."""
+"""Layers of convolutional networks: fused against unfused normalisation, packed spikes, convolutions, pooling."""
 
 from functools import partial
 
@@ -22,7 +22,7 @@ from snnfuse.nn.spikes import values
 strict = pytest.mark.usefixtures("strict")
 
 T, B, H, N = 6, 3, 2, 4
-# what normalises xs; the shortcut: none, a sequence, or one that is normalised; how it meets the neuron
+# (normalisation of xs; shortcut: none, a sequence, or a normalised sequence; how it is connected to the neuron)
 LAYERS = {
     "alone": ({}, None, "sum"),
     "tdBN": (dict(gain=0.7), None, "sum"),
@@ -36,7 +36,7 @@ LAYERS = {
 
 
 def batch_norm(seed, **options):
-    """With scale, bias and running averages unlike those it starts with."""
+    """A BatchNorm whose scale, bias and running averages differ from their initial values."""
     norm = nn.BatchNorm(N, rngs=nnx.Rngs(0), **options)
     keys = jax.random.split(jax.random.key(seed), 4)
     for variable, key in zip((norm.scale, norm.bias, norm.mean, norm.var), keys, strict=True):
@@ -59,7 +59,7 @@ def make(name, implementation="scan", dtype=jnp.float32, pack=False):
 
 
 def unfused(layer, xs, state, shortcut):
-    """The same layer in three: BatchNorm, the shortcut, the neuron by scan; in float32, but for statistics per step."""
+    """The same layer in three parts: BatchNorm, shortcut, neuron by scan. In float32, except with statistics per step."""
     dtype = xs.dtype
     current = layer.norm(xs if layer.norm.per_step else xs.astype(jnp.float32)).astype(jnp.float32)
     r = None if shortcut is None else shortcut.astype(jnp.float32)
@@ -100,7 +100,7 @@ RUNS += [
 @strict
 @pytest.mark.parametrize("name, implementation, dtype, mode", RUNS)
 def test_norm_spiking_is_norm_then_shortcut_then_neuron(name, implementation, dtype, mode):
-    """Spikes exactly, state, every gradient, running averages."""
+    """Compare spikes exactly, and the state, every gradient and the running averages to rounding."""
     layer, xs, shortcut = make(name, implementation, jnp.dtype(dtype))
     getattr(layer, mode)()
     (outs, state), (d_params, d_xs, d_shortcut), averages = gradients(nn.NormSpiking.__call__, layer, xs, shortcut)
@@ -110,7 +110,7 @@ def test_norm_spiking_is_norm_then_shortcut_then_neuron(name, implementation, dt
     assert_close(state, want[1], 1e-5)
     assert_close(averages, want_averages, 1e-6)
     assert_close(d_params, want_params, 1e-5)
-    rounding = 1e-5 if dtype == "float32" else 2**-7  # of the sums of two or three in 16 bits
+    rounding = 1e-5 if dtype == "float32" else 2**-7  # of sums of two or three numbers in 16 bits
     assert_close((d_xs, d_shortcut), (want_xs, want_shortcut), rounding)
     for path, gradient in nnx.to_flat_state(d_params):
         assert jnp.all(gradient[...] != 0), f"no gradient reaches {path}"
@@ -143,7 +143,7 @@ def test_gain_and_per_step_by_hand():
 
 
 def test_running_averages_are_those_of_torch():
-    """torch: running = 0.9 running + 0.1 now, of the mean and of the variance over n - 1; normalising is by n."""
+    """PyTorch: running = 0.9 running + 0.1 now, with the variance over n - 1; the normalisation itself divides by n."""
     norm, xs = nn.BatchNorm(N, rngs=nnx.Rngs(0)), make("alone")[1]
     norm.eval()
     np.testing.assert_allclose(norm(xs), xs / np.sqrt(1 + 1e-5), rtol=1e-6)  # before any training: mean 0, variance 1
@@ -163,7 +163,7 @@ def test_running_averages_are_those_of_torch():
 @strict
 @pytest.mark.parametrize("per_step", [False, True])
 def test_axis_name_shares_statistics(per_step):
-    """Three shards of one sample under vmap equal the whole batch: spikes, gradients and running averages."""
+    """Three shards of one sample each, under vmap, give the spikes, gradients and running averages of the whole batch."""
     layer, xs, _ = make("alone")
     layer.norm.per_step = per_step
     want, (d_params, d_xs, _), averages = gradients(nn.NormSpiking.__call__, layer, xs, None)
@@ -216,11 +216,11 @@ def test_layers_on_spikes_keep_bits_and_give_the_same(layer, dtype):
     (want, _), (got, vjp) = run(params, xs, lambda xs: xs), run(params, xs, lambda xs: nn.Spikes(xs, sf.pack(xs, 8)))
     assert want[0].dtype == dtype and float(jnp.abs(want[2]).max()) > 0
     assert_close(got, want, 0.0)
-    assert all(leaf.size < xs.size for leaf in jax.tree.leaves(vjp)), "the values are kept"
+    assert all(leaf.size < xs.size for leaf in jax.tree.leaves(vjp)), "the values are stored"
 
 
 def block(memory, implementation):
-    """conv, neuron, conv, neuron on 4 channels; spikes packed, kept as numbers, or all of it run again."""
+    """conv, neuron, conv, neuron on 4 channels, with spikes stored as bits or numbers, or the whole block recomputed."""
     rngs, pack = nnx.Rngs(0), memory != "fast"
     lif = lambda: nn.LIF(decay=0.5, threshold=0.6, learn="decay", implementation=implementation)
     spiking = lambda: nn.NormSpiking(lif(), nn.BatchNorm(4, rngs=rngs), pack=pack)
@@ -241,7 +241,7 @@ def vjp_of_block(memory, implementation):
     return params, lambda params, xs: jax.vjp(f, params, xs, has_aux=True)
 
 
-def test_packed_keeps_less_and_remat_still_less():
+def test_packed_stores_less_and_lean_still_less():
     xs = jax.ShapeDtypeStruct((16, 2, 8, 8, 4), jnp.float32)
     sequence, kept = xs.size * 4, {}
     for memory in ("fast", "packed", "lean"):
@@ -292,7 +292,7 @@ def conv_and_gradients(f, x, kernel):
 @example(sizes=(8, 12), taps=(7, 7), strides=(2, 2), pads=((3, 3), (3, 3)), inputs=3)  # pixels to channels
 @example(sizes=(8, 12), taps=(3, 3), strides=(2, 2), pads=((0, 1), (0, 1)), inputs=3)  # "SAME"
 @example(sizes=(9, 6), taps=(2, 4), strides=(3, 1), pads=((1, 0), (1, 2)), inputs=1)
-@example(sizes=(7, 6), taps=(3, 3), strides=(2, 2), pads=((1, 1), (1, 1)), inputs=5)  # as it is
+@example(sizes=(7, 6), taps=(3, 3), strides=(2, 2), pads=((1, 1), (1, 1)), inputs=5)  # lax's convolution
 @example(sizes=(7, 6), taps=(3, 3), strides=(1, 1), pads=((-1, 1), (1, 0)), inputs=5)
 def test_each_form_of_a_convolution_gives_the_same(sizes, taps, strides, pads, inputs):
     x = jax.random.normal(jax.random.key(0), (2, *sizes, inputs))
@@ -360,8 +360,8 @@ def test_conv_and_linear_are_those_of_flax(flax, ours, args, options, shape):
 
 
 @strict
-def test_of_spikes_as_bool_no_more_is_kept():
-    """By the stem of a ResNet: neither the values in the dtype of the products, nor the pixels made channels."""
+def test_a_stem_on_bools_stores_only_the_bools():
+    """A ResNet's stem stores neither its input in the dtype of the products, nor the pixels moved into channels."""
     xs = random_spikes(2, 3, 8, 8, 3)
     stem = nn.Conv(3, 4, (7, 7), 2, padding=3, use_bias=False, dtype="bfloat16", rngs=nnx.Rngs(0))
     graphdef, params = nnx.split(stem)
@@ -391,7 +391,7 @@ def test_layers_take_small_numbers_of_any_dtype(dtype, computed_in):
 @strict
 @pytest.mark.parametrize("window, stride, padding", [(3, 2, 1), (2, 2, 0), (3, 1, 1), (2, 3, 0), (5, 2, 2)])
 def test_max_pool_is_reduce_window(window, stride, padding):
-    """Values, and the gradient to the first of equal values: of spikes, nearly all windows have a tie."""
+    """Compare values, and the gradient, which goes to the first of equal values: nearly all windows of spikes have a tie."""
 
     def reference(x):
         ones, pads = lambda n: (1, n, n, 1), ((0, 0), (padding,) * 2, (padding,) * 2, (0, 0))
@@ -488,7 +488,7 @@ def test_batch_norm_in_a_sequential_sees_time(per_step):
     assert dense(xs[:, :, 0])[0].shape == (3, 4, 5)
 
 
-def test_layers_that_want_numbers_take_those_of_spikes():
+def test_layers_without_packing_use_the_values_of_spikes():
     spikes = nn.Spikes.of((jax.random.uniform(jax.random.key(0), (3, 2, 4, 4, 5)) < 0.3).astype(jnp.float32))
     layers = [nn.IF(implementation="scan"), norm_spiking(norm=nn.BatchNorm(5, rngs=nnx.Rngs(0))), nn.spike_rate]
     for layer in [*layers, nn.mean_pool]:

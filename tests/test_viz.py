@@ -1,4 +1,4 @@
-"""Figures: they hold the data they were given, on the axes they were given, and say what is wrong with what they cannot draw."""
+"""Figures hold the given data on the given axes, and errors name what cannot be drawn."""
 
 import sys
 
@@ -32,7 +32,7 @@ def test_raster():
     assert drawn == set(zip(*np.nonzero(SPIKES), strict=True)) and len(bars) == SPIKES.sum()
     assert (ax.get_xlabel(), ax.get_ylabel()) == ("time (ms)", "neuron")
     assert ax.get_xlim() == (-1, 59)
-    viz.raster(np.zeros((4, 3)))  # silence is a picture too
+    viz.raster(np.zeros((4, 3)))  # no spikes at all can be drawn too
 
 
 def test_traces():
@@ -92,12 +92,12 @@ def test_a_figure_is_drawn_where_it_is_told():
     [
         (lambda: viz.raster(SPIKES[0]), r"spikes must be \[T, N\], and not empty; got shape \(7,\)"),
         (lambda: viz.traces(SPIKES[None]), r"v must be \[T, N\], and not empty; got shape \(1, 30, 7\)"),
-        (lambda: viz.traces(SPIKES, spikes=SPIKES[:3]), r"spikes must be of the shape of v, \(30, 7\); got \(3, 7\)"),
+        (lambda: viz.traces(SPIKES, spikes=SPIKES[:3]), r"spikes must have the shape of v, \(30, 7\); got \(3, 7\)"),
         (lambda: viz.rate_histogram(np.zeros((0, 3))), r"spikes must be \[T, ..., N\], and not empty"),
         (lambda: viz.rates_over_training({}), "rates must have at least one layer; got {}"),
         (
             lambda: viz.rates_over_training({"a": [1.0]}, steps=[1, 2]),
-            r"rates\['a'\] must be one a step, of length 2; got 1",
+            r"rates\['a'\] must have one value per step, so length 2; got 1",
         ),
         (lambda: viz.frames(COUNTS[0]), r"counts must be \[T, H, W, P\], and not empty; got shape \(5, 6, 2\)"),
         (lambda: viz.frames(np.zeros((2, 3, 3, 4))), "with P 1 or 2 polarities"),

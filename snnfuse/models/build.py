@@ -1,4 +1,4 @@
-"""What the networks share: their options, checked once, and the layers made with them."""
+"""The options that all networks share, checked once, and the layers made with them."""
 
 from collections.abc import Callable, Sequence
 from functools import partial
@@ -17,7 +17,7 @@ _torch_uniform = nnx.initializers.variance_scaling(1 / 3, "fan_in", "uniform")  
 
 
 def check_option(name: str, value: Any, known: Sequence) -> None:
-    """Raises ValueError if `value` is none of `known`."""
+    """Raise ValueError unless `value` is one of `known`."""
     if value not in known:
         raise ValueError(f"{name} must be one of {', '.join(map(str, known))}; got {value!r}")
 
@@ -28,9 +28,9 @@ class Build:
     Args:
       neuron: makes a neuron, `neuron(implementation=...)`.
       policy: see `snnfuse.nn.PrecisionPolicy`.
-      memory: what is kept for the backward pass. "fast": conv outputs, and spikes as numbers; "packed": spikes as bits; "lean":
-        of each block its input alone, spikes as bits, and the block runs again. What spikes are added to (connect "add") is
-        no spike, and kept as numbers.
+      memory: what is stored for the backward pass. "fast": outputs of convolutions, and spikes as numbers. "packed": the same,
+        with spikes as bits. "lean": only the input of each block, as bits if it is spikes; the backward pass recomputes the
+        block. Sums of spikes (connect "add") are not spikes and are stored as numbers.
       implementation: see `snnfuse.unroll`.
     """
 
@@ -68,13 +68,13 @@ class Build:
         return dict(dtype=policy.dtype, precision=policy.lax, rngs=self.rngs)
 
     def spiking(self, width: int, *, pack: bool = True, **options: Any) -> nn.NormSpiking:
-        """Normalisation and neuron of `width` channels; `pack` where spikes are kept as bits at all."""
+        """Normalisation and neuron of `width` channels. It returns packed spikes if `pack`, unless memory is "fast"."""
         return nn.NormSpiking(self.neuron(), self.norm(width), pack=pack and self.memory != "fast", **options)
 
     def packed(self) -> list[nn.PackSpikes]:
-        """What makes bits of spikes that come without, such as those of a max-pool."""
+        """A layer that packs spikes after a layer that does not, such as a max-pool; none if memory is "fast"."""
         return [] if self.memory == "fast" else [nn.PackSpikes()]
 
     def block(self, layer: nn.Temporal) -> nn.Temporal:
-        """The layer, as one that is run again if memory is to be lean."""
+        """The layer, wrapped in `nn.Remat` if memory is "lean"."""
         return nn.Remat(layer) if self.memory == "lean" else layer

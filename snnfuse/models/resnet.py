@@ -1,4 +1,4 @@
-"""Spiking residual networks, of blocks whose normalisation, residual and neuron are one kernel."""
+"""Spiking residual networks. Normalisation, residual and neuron of a block run in one kernel."""
 
 from collections.abc import Callable
 from functools import partial
@@ -16,12 +16,12 @@ DEPTHS = {18: (2, 2, 2, 2), 34: (3, 4, 6, 3), 50: (3, 4, 6, 3)}
 WIDTHS = (64, 128, 256, 512)
 STEMS = ("imagenet", "cifar")
 
-# The neuron of the temporal fusion paper: u = 0.2 v + x, a spike at 0.3, v = 0 after it; rectangular surrogate of width 1.
+# The neuron of the temporal fusion paper: u = 0.2 v + x, a spike at u >= 0.3, then v = 0; rectangular surrogate of width 1.
 paper_lif = partial(nn.LIF, decay=0.2, threshold=0.3, surrogate=Rectangle())
 
 
 class Residual(nn.Temporal):
-    """`join(main(xs), shortcut(xs))`; without a shortcut it is xs itself."""
+    """`join(main(xs), shortcut(xs))`; without a shortcut layer, xs itself is the shortcut."""
 
     def __init__(self, main: nn.Sequential, join: nn.NormSpiking, shortcut: nn.Sequential | None = None):
         self.main, self.join, self.shortcut = main, join, shortcut
@@ -52,17 +52,18 @@ def spiking_resnet(
     implementation: str | None = None,
     rngs: nnx.Rngs,
 ) -> nn.Sequential:
-    """Spiking-ResNet-18, -34 or -50: [T, B, H, W, in_features] -> [T, B, classes] in float32; `nn.membrane_mean` of it
-    is what the paper classifies by.
+    """Spiking-ResNet-18, -34 or -50: [T, B, H, W, in_features] -> [T, B, classes] in float32.
+
+    The paper classifies by the mean of the outputs over T, `nn.membrane_mean`.
 
     Args:
-      connect: "sum", the shortcut's current is added to that of the block's last neuron: Spiking-ResNet, as in the temporal
+      connect: "sum" adds the shortcut to the input current of the block's last neuron: Spiking-ResNet, as in the temporal
         fusion paper (https://arxiv.org/abs/2408.00280). "add", "and" or "iand": see `sew_resnet`.
       neuron: makes a neuron, `neuron(implementation=...)`.
       stem: "imagenet", 7 x 7 of stride 2 and a max-pool, or "cifar", 3 x 3.
       policy, memory, implementation: see `snnfuse.models.build.Build`.
 
-    Layers are initialised as in torchvision and SpikingJelly. Images below 32 x 32 end as maps of 1 x 1.
+    Layers are initialised as in torchvision and SpikingJelly. The last maps are 1 x 1 if images are smaller than 32 x 32.
     """
     check_option("depth", depth, tuple(DEPTHS))
     check_option("stem", stem, STEMS)
@@ -83,19 +84,19 @@ def spiking_resnet(
 
 
 def sew_resnet(depth: int, in_features: int, classes: int, *, connect: str = "add", **options: Any) -> nn.Sequential:
-    """SEW-ResNet-18, -34 or -50: the shortcut meets the spikes of a block, with `connect` "add", "and" or "iand".
+    """SEW-ResNet-18, -34 or -50: `connect` "add", "and" or "iand" combines the shortcut with the spikes of a block.
 
-    Integrate-and-fire neurons with the reset detached, unless `neuron` says otherwise; options are those of
+    The neurons are integrate-and-fire with a detached reset, unless `neuron` is given. The options are those of
     `spiking_resnet`. Fang et al. 2021, https://arxiv.org/abs/2102.04159.
     """
     if connect == "sum":
-        raise ValueError("connect must be add, and or iand; got 'sum', which is spiking_resnet's")
+        raise ValueError("connect must be add, and or iand; got 'sum', for which use spiking_resnet")
     options = {"neuron": partial(nn.IF, reset=HardReset(detach=True))} | options
     return spiking_resnet(depth, in_features, classes, connect=connect, **options)
 
 
 class _Build(Build):
-    """And residual blocks."""
+    """`Build` with residual blocks."""
 
     def __init__(self, *options, connect):
         super().__init__(*options)
@@ -120,6 +121,6 @@ class _Build(Build):
                 shortcut_norm = self.norm(width)
             else:
                 beside = nn.Sequential(*self.layer(features, width, 1, stride=stride, pack=False))
-        # the sums that "add" makes are no bits
+        # "add" makes sums, which are not bits
         join = self.spiking(width, pack=self.connect != "add", shortcut_norm=shortcut_norm, connect=self.connect)
         return Residual(nn.Sequential(*main), join, beside)

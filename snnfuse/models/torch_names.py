@@ -1,4 +1,4 @@
-"""Parameters from and to PyTorch's names and layouts, those of torchvision's ResNets and SpikingJelly's spiking ones."""
+"""Parameters under PyTorch's names and in its layouts, as in torchvision's ResNets and SpikingJelly's spiking ResNets."""
 
 from collections.abc import Iterator, Mapping
 from typing import Any
@@ -12,17 +12,17 @@ from snnfuse.models.resnet import Residual
 
 
 def load_torch(model: nn.Sequential, state_dict: Mapping[str, Any]) -> None:
-    """Fill a model of `spiking_resnet` in place from a PyTorch state dict (arrays, or CPU tensors).
+    """Fill a model made by `spiking_resnet`, in place, from a PyTorch state dict (arrays, or CPU tensors).
 
-    Raises ValueError, and leaves the model as it was, if a name is missing or not known, or a shape is another.
+    Raises ValueError and does not change the model if a name is missing or unknown, or if a shape differs.
     """
     if not any(isinstance(layer, Residual) for layer in _layers(model)):
-        raise ValueError(f"model must be one of spiking_resnet; got {type(model).__name__} without residual blocks")
+        raise ValueError(f"model must be made by spiking_resnet; got {type(model).__name__} without residual blocks")
     given = {name: np.asarray(value) for name, value in state_dict.items() if not name.endswith("num_batches_tracked")}
     wanted = dict(torch_variables(model))
     if wrong := sorted(set(given) ^ set(wanted)):
         raise ValueError(
-            f"state_dict must have the names of the model; missing or not known: {', '.join(wrong[:5])}"
+            f"state_dict must have the names of the model; missing or unknown: {', '.join(wrong[:5])}"
             + (f" and {len(wrong) - 5} more" if len(wrong) > 5 else "")
         )
     values = {}
@@ -35,7 +35,7 @@ def load_torch(model: nn.Sequential, state_dict: Mapping[str, Any]) -> None:
 
 
 def torch_variables(model: nn.Sequential) -> Iterator[tuple[str, nnx.Variable]]:
-    """(PyTorch's name, variable) of all parameters and running averages of a model of `spiking_resnet`."""
+    """(PyTorch's name, variable) for all parameters and running averages of a model made by `spiking_resnet`."""
     layers = _layers(model)
     stem, *_ = layers
     yield from _conv_norm("conv1", "bn1", *stem.layers[:2])

@@ -1,4 +1,4 @@
-"""Spikformer: a vision transformer whose queries, keys and values are spikes, so that attention needs no softmax."""
+"""Spikformer: a vision transformer. Its queries, keys and values are spikes, so attention needs no softmax."""
 
 from collections.abc import Callable
 from functools import partial
@@ -16,7 +16,7 @@ from snnfuse.models.resnet import Residual
 
 PATCHES = (1, 2, 4, 8, 16)
 
-# SpikingJelly's LIFNode(tau=2.0, detach_reset=True), which Spikformer is built with: u = (v + x) / 2, a spike at 1.
+# The neuron of Spikformer, SpikingJelly's LIFNode(tau=2.0, detach_reset=True): u = (v + x) / 2, a spike at u >= 1.
 spikformer_lif = partial(nn.LIF, tau=2.0, decay_input=True, reset=HardReset(detach=True), surrogate=Sigmoid())
 
 
@@ -25,8 +25,9 @@ class SelfAttention(nn.Timeless):
 
         y = scale (q k^T) v = scale q (k^T v),   for each head, over all N tokens of a step
 
-    Its cost is N^2 D or N D^2 / heads: the cheaper order is taken. Of 0 and 1 both are sums of integers, exact in float32
-    (in bfloat16 what is above 256 is rounded). Called on `Spikes` it keeps their bits for the backward pass.
+    The two orders cost N^2 D and N D^2 / heads; the layer takes the cheaper one. With inputs of 0 and 1 both are sums of
+    integers, which are exact in float32; bfloat16 rounds those above 256. Called on `Spikes`, it stores their bits for the
+    backward pass.
     """
 
     def __init__(self, heads: int, *, scale: float = 0.125, policy: nn.PrecisionPolicy | str = "float32"):
@@ -67,7 +68,7 @@ def spikformer(
     implementation: str | None = None,
     rngs: nnx.Rngs,
 ) -> nn.Sequential:
-    """Spikformer-4-256, or another: [T, B, H, W, in_features] -> [T, B, classes] in float32, whose mean over T classifies.
+    """Spikformer, by default Spikformer-4-256: [T, B, H, W, in_features] -> [T, B, classes] in float32; classify by the mean over T.
 
         x = patches(image);   x = x + neuron(norm(conv(x)))
         x = x + neuron(norm(linear(neuron(attention(q, k, v)))));   q, k, v = neuron(norm(linear(x)))
@@ -75,14 +76,15 @@ def spikformer(
         logits = linear(mean of x over tokens)
 
     Args:
-      depth, width, heads: encoder blocks, features of a token, heads of attention. `expand`: features within the MLP, in widths.
+      depth, width, heads: the number of encoder blocks, of features of a token, and of attention heads.
+      expand: the hidden features of the MLP are expand * width.
       patch: the side of a token in pixels: 1, 2, 4, 8 or 16. Four 3 x 3 convolutions, of width / 8 to width, make the tokens;
-        a 3 x 3 max-pool of stride 2 follows the last log2(patch) of them.
-      neuron: makes a neuron, `neuron(implementation=...)`; that of attention is `neuron(threshold=0.5, implementation=...)`.
+        a 3 x 3 max-pool of stride 2 follows each of the last log2(patch) of them.
+      neuron: makes a neuron, `neuron(implementation=...)`; attention uses `neuron(threshold=0.5, implementation=...)`.
 
-    The other options are those of `snnfuse.models.build.Build`. x is a sum of spikes, small integers, and kept as numbers.
-    Weights are normal of variance 4e-4, but those of the head, see `nn.Linear`. SpikingJelly's Spikformer, which is built alike,
-    pools before the neuron, not behind it. Zhou et al. 2022, https://arxiv.org/abs/2209.15425.
+    The other options are those of `snnfuse.models.build.Build`. x is a sum of spikes, so it holds small integers and is stored
+    as numbers. Weights are drawn from a normal distribution of variance 4e-4, except those of the head. SpikingJelly's Spikformer
+    is built alike, but pools before the neuron, not after it. Zhou et al. 2022, https://arxiv.org/abs/2209.15425.
     """
     check_option("patch", patch, PATCHES)
     if width % 8 or width % heads:

@@ -1,4 +1,4 @@
-"""Spiking VGG: a plain stack of convolutions, each with its normalisation and neuron in one kernel."""
+"""Spiking VGG: a plain stack of convolutions. Normalisation and neuron after each one run in one kernel."""
 
 from collections.abc import Callable
 from functools import partial
@@ -8,7 +8,7 @@ from flax import nnx
 from snnfuse import nn
 from snnfuse.models.build import Build
 
-# widths of 3 x 3 convolutions, stage by stage
+# widths of the 3 x 3 convolutions of each stage
 STAGES = ((64,), (128,), (256, 256), (512, 512), (512, 512))
 
 vgg_lif = partial(nn.LIF, tau=2.0)
@@ -26,15 +26,15 @@ def spiking_vgg11(
     implementation: str | None = None,
     rngs: nnx.Rngs,
 ) -> nn.Sequential:
-    """Spiking VGG-11 with normalisation: [T, B, H, W, in_features] -> [T, B, classes] in float32, for H and W of 32 or more.
+    """Spiking VGG-11 with normalisation: [T, B, H, W, in_features] -> [T, B, classes] in float32; H and W are 32 or more.
 
-    Eight 3 x 3 convolutions with BatchNorm and neuron, a 2 x 2 max-pool after each of five stages, the mean over space, two
-    dense layers of `hidden` with BatchNorm and neuron, a dense layer. The other options are
-    those of `snnfuse.models.build.Build`.
+    Eight 3 x 3 convolutions, each with BatchNorm and neuron; a 2 x 2 max-pool after each of five stages; the mean over space; two
+    dense layers of `hidden` features, each with BatchNorm and neuron; a dense layer. The other options are those of
+    `snnfuse.models.build.Build`.
 
-    `spiking_vgg11_bn` of SpikingJelly but for: the mean over space, where that has 7 x 7 places (a map of 224 x 224; it
-    repeats those of a smaller one); the normalised dense layers, which that leaves silent (weights of variance 1e-4) on small
-    images, so it has no dropout; no bias before a BatchNorm. Simonyan and Zisserman 2015, https://arxiv.org/abs/1409.1556.
+    It differs from `spiking_vgg11_bn` of SpikingJelly in three ways. It takes the mean over space; SpikingJelly's pools to 7 x 7
+    places. Its dense layers have BatchNorm in place of dropout; SpikingJelly's (weights of variance 1e-4) stay silent on small
+    images. Its layers before a BatchNorm have no bias. Simonyan and Zisserman 2015, https://arxiv.org/abs/1409.1556.
     """
     build = Build(neuron, policy, memory, implementation, rngs)
     layers, features = [], in_features
