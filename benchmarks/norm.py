@@ -5,7 +5,7 @@
 "unfused" is `nn.BatchNorm`, then `nn.LIF`: the normalised current is stored, and the neuron's kernels read it. "fused" is
 `nn.NormSpiking`: the kernels take a scale and a shift. Rows named "two passes" are of an experiment that is not in the
 library (commit edfe6a7): it ran the backward kernel twice instead of adding what the batch statistics contribute in a pass
-of its own, and took 3 to 8 % less time than "fused".
+of its own, and took 4 to 8 % less time than "fused".
 
 `gradient_error` is the largest error against "unfused", divided by the largest gradient. A membrane on the other side of the
 threshold, or of an edge of the surrogate's window, gives an error of its own size there. In 16 bits "unfused" rounds the
