@@ -11,6 +11,7 @@ VENV ?= .venv
 CUDA := $(shell nvidia-smi 2>/dev/null | sed -n 's/.*CUDA Version: \(1[23]\)\..*/cuda\1/p')
 BIN := $(VENV)/bin
 TESTS ?= tests
+FAST := core ops_contract ops_errors ops_implementations ops_packing nn # the tests of kernels and transforms take longer
 
 .PHONY: demo test test-fast test-gpu bench bench-compare report docs lint clean
 
@@ -24,7 +25,7 @@ test: $(VENV)/dev
 	$(BIN)/python -m pytest $(TESTS) -n auto -m "not gpu"
 
 test-fast: $(VENV)/dev
-	$(BIN)/python -m pytest tests/test_core.py tests/test_ops_*.py tests/test_nn.py tests/test_golden.py -n auto -m "not gpu"
+	$(BIN)/python -m pytest $(FAST:%=tests/test_%.py) -n auto -m "not gpu"
 
 test-gpu: $(VENV)/dev
 	XLA_PYTHON_CLIENT_PREALLOCATE=false $(BIN)/python -m pytest $(TESTS) -n 8 -m gpu
