@@ -166,7 +166,7 @@ else:
     raise AssertionError("the hook refuses nothing")
 import jax.numpy as jnp
 import snnfuse, snnfuse.nn, snnfuse.data, snnfuse.parallel, snnfuse.training, snnfuse.nn.monitor, snnfuse.viz, snnfuse.interop.nir
-for call in (lambda: snnfuse.viz.raster([[1]]), lambda: snnfuse.interop.nir.from_nir("x.nir")):
+for call in (lambda: snnfuse.viz.raster([[1]]), lambda: snnfuse.interop.nir.from_nir("x.nir", snnfuse.interop.nir.NIR)):
     try:
         call()
     except ImportError as error:

@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import sys
+import warnings
 from functools import partial
 from pathlib import Path
 
@@ -132,7 +133,7 @@ def test_other_nodes():
             nir.Threshold(threshold),
             nir.Flatten({"input": np.array([2, 2, 3])}, 1, -1),  # [C, H W]
         ]
-        model = interop.from_nir(nir.NIRGraph.from_list(nir.Input(np.array([2, 4, 6])), *nodes))
+        model = interop.from_nir(nir.NIRGraph.from_list(nir.Input(np.array([2, 4, 6])), *nodes), interop.NIR)
         x = np.pad(xs * nodes[0].scale, [(0, 0)] * 4 + [(1, 1)])
         windows = np.lib.stride_tricks.sliding_window_view(x, (2, 3), (3, 4))[..., ::2, ::2, :, :].sum((-1, -2))
         want = (windows * factor > threshold).reshape(*windows.shape[:3], -1)
@@ -156,7 +157,7 @@ def test_connections_that_skip():
     inner = nir.NIRGraph.from_list(weights[0], lif())
     nodes = {"in": nir.Input([5]), "w2": weights[1], "lif": lif(), "out": nir.Output([5]), "first": inner}
     edges = [("in", "first"), ("first", "w2"), ("w2", "lif"), ("first", "lif"), ("in", "lif"), ("lif", "out")]
-    model = interop.from_nir(nir.NIRGraph(nodes, edges))
+    model = interop.from_nir(nir.NIRGraph(nodes, edges), interop.NIR)
     assert isinstance(model, interop.Graph)
     xs = inputs(5)
     neuron = nn.LIF(tau=2.0, decay_input=True, threshold=float(np.nextafter(np.float32(0.9), 1)))
@@ -169,7 +170,7 @@ def test_connections_that_skip():
     second, state = model(xs[7:], state)
     assert_same_spikes(jnp.concatenate([first, second]), whole)
     assert jax.tree.all(jax.tree.map(jnp.array_equal, state, end))
-    again = interop.from_nir(interop.to_nir(model, (5,)))
+    again = interop.from_nir(interop.to_nir(model, (5,)), interop.NIR)
     assert_same_spikes(again(xs)[0], whole)
     with pytest.raises(ValueError, match="state must have 2 entries, one per Temporal layer; got 1"):
         model(xs, state[:1])
@@ -230,7 +231,7 @@ def test_there_and_back_along_a_line():
     xs = inputs(11, 2)
     graph = interop.to_nir(line(), (11, 2))
     assert [type(n).__name__ for n in graph.nodes.values()] == "Input Conv1d IF Flatten Linear LI Output".split()
-    np.testing.assert_allclose(interop.from_nir(graph)(xs)[0], line()(xs)[0], atol=1e-5)
+    np.testing.assert_allclose(interop.from_nir(graph, interop.NIR)(xs)[0], line()(xs)[0], atol=1e-5)
 
 
 @pytest.mark.parametrize("connect", ["sum", "add"])
@@ -254,7 +255,7 @@ def test_there_and_back_with_residual_blocks(connect):
     model.eval()
     want = run(model, xs)
     assert_fires(want)
-    np.testing.assert_array_equal(run(interop.from_nir(interop.to_nir(model, (6, 8, 2))), xs), want)
+    np.testing.assert_array_equal(run(interop.from_nir(interop.to_nir(model, (6, 8, 2)), interop.NIR), xs), want)
 
 
 def test_there_and_back_late():
@@ -417,12 +418,23 @@ def edited(edges=(), without=(), **nodes):
             ValueError,
             "subgraph 'sub' must have one Output; got 0",
         ),
+        (edited(edges=[("w", "out")]), ValueError, "graph: the edge w -> out is there twice"),
+        (
+            edited(w=nir.Linear(np.array([[1, np.nan], [0, 1]]))),
+            ValueError,
+            "node 'w': weight must be finite; got 1 NaN",
+        ),
+        (
+            graph_of(lif=uneven(r=np.array([1, np.inf]))),
+            ValueError,
+            "node 'lif': r must be finite; got 1 NaN or infinite of 2",
+        ),
         (7, TypeError, "graph must be a nir.NIRGraph or the path of a .nir file; got int"),
     ],
 )
 def test_graphs_that_cannot_be_read(graph, error, message):
     with pytest.raises(error, match=message):
-        interop.from_nir(graph)
+        interop.from_nir(graph, interop.NIR)
 
 
 @pytest.mark.parametrize("reset, delay", [("late", True), ("prompt", False)])
@@ -438,6 +450,34 @@ def test_snntorchs_resets_take_a_decay_for_each_neuron(reset, delay):
     assert_fires(np.stack(want))
     got, _ = interop.from_nir(graph, dataclasses.replace(interop.SNNTORCH, reset=reset))(xs)
     assert_same_spikes(got, np.stack(want))
+
+
+def test_a_layer_that_can_never_spike_is_named():
+    """The same file is silent, or not, with another dt: NIR does not say it, so the caller does."""
+    graph = graph_of(w=nir.Linear(0.5 * np.eye(2)), lif=uneven(tau=np.full(2, 4e-4), r=np.full(2, 4.0)))
+    with pytest.warns(
+        UserWarning, match="node 'lif' cannot spike within 1000 steps on any 0/1 input.*dt = 1e-07 the exp"
+    ):
+        interop.from_nir(graph, interop.Dialect(dt=1e-7))
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        interop.from_nir(graph, interop.NIR)
+    with pytest.raises(TypeError, match="dialect"):
+        interop.from_nir(graph)
+
+
+@pytest.mark.parametrize("content", [b"", b"no HDF5", None])
+def test_files_that_cannot_be_read_are_named(content, tmp_path):
+    path = tmp_path / "broken.nir"
+    if content is None:
+        h5py = pytest.importorskip("h5py")
+        h5py.File(path, "w").close()
+    else:
+        path.write_bytes(content)
+    with pytest.raises(ValueError, match="broken.nir cannot be read as a NIR graph: "):
+        interop.from_nir(path, interop.NIR)
+    with pytest.raises(FileNotFoundError, match="missing.nir"):
+        interop.from_nir(tmp_path / "missing.nir", interop.NIR)
 
 
 def test_snntorchs_neurons_leak_to_zero():
@@ -523,4 +563,4 @@ def test_other_bad_arguments(monkeypatch):
         interop.Graph([nn.IF()], [(-1,), (1,)])
     monkeypatch.setitem(sys.modules, "nir", None)
     with pytest.raises(ImportError, match=r'pip install "snnfuse\[nir\]"'):
-        interop.from_nir("x.nir")
+        interop.from_nir("x.nir", interop.NIR)

@@ -1,5 +1,7 @@
 """Reading: a graph as a model."""
 
+import warnings
+from collections import Counter
 from collections.abc import Callable
 from graphlib import CycleError, TopologicalSorter
 from pathlib import Path
@@ -14,34 +16,42 @@ from snnfuse.core import neurons
 from snnfuse.core.reset import HardReset, SoftReset
 from snnfuse.core.surrogate import ATan, Surrogate
 from snnfuse.interop import snntorch
-from snnfuse.interop.nir.dialect import NIR, Dialect, require
+from snnfuse.interop.nir.dialect import Dialect, require
 from snnfuse.interop.nir.layers import Flatten, Graph, Pool, Scale, Threshold, chain
 
 
-def from_nir(graph: Any, dialect: Dialect = NIR, *, surrogate: Surrogate = ATan()) -> nn.Temporal:  # noqa: B008
+def from_nir(graph: Any, dialect: Dialect, *, surrogate: Surrogate = ATan()) -> nn.Temporal:  # noqa: B008
     """The model of a NIR graph: a `snnfuse.nn.Sequential`, or a `Graph` where connections skip.
 
     Args:
       graph: a `nir.NIRGraph`, or the path of a .nir file; feed-forward, with one Input and one Output. Edges into one
         node are summed. Subgraphs are opened.
-      dialect: how its neurons step; `NIR`, or the exporter that wrote it: `SNNTORCH`, `SPIKINGJELLY`, `NORSE`, `SINABS`.
+      dialect: how its neurons step: `SNNTORCH`, `SPIKINGJELLY`, `NORSE` or `SINABS`, the exporter that wrote it; or `NIR` or a
+        `Dialect(dt=...)`. It has no default: a file holds no dt, and with a wrong one a network may never spike.
       surrogate: of every spiking layer.
 
     A neuron parameter that is the same everywhere becomes a number, another an array by channel or neuron; v_leak and
     v_reset must be the same everywhere. Where the gain of the input is neither 1 nor 1 - decay, a `Scale` stands before
     the neuron.
 
+    Warns:
+      UserWarning: a neuron node that no 0/1 input to the layer before it can make spike within 1,000 steps. Often dt is wrong.
+
     Raises:
       NotImplementedError: a node or connection that has no counterpart here, by name.
-      ValueError: the graph is not one: loose ends, another number of Inputs or Outputs than one.
+      ValueError: the graph is not one: loose ends, an edge that is there twice, another number of Inputs or Outputs than
+        one, a parameter that is NaN or infinite; or the file cannot be read.
     """
     nir = require()
     if isinstance(graph, str | Path):
-        graph = nir.read(graph, type_check=False)
+        graph = _read(nir, graph)
     if not isinstance(graph, nir.NIRGraph):
         raise TypeError(f"graph must be a nir.NIRGraph or the path of a .nir file; got {type(graph).__name__}")
     nodes, edges, entry, exit = _open(nir, graph)
     before = {name: [a for a, b in edges if b == name] for name in nodes}
+    for name, node in nodes.items():
+        _check_finite(name, node)
+        _warn_if_silent(name, node, [nodes[a] for a in before[name]], dialect)
     try:
         order = list(TopologicalSorter(before).static_order())
     except CycleError as error:
@@ -64,6 +74,56 @@ def from_nir(graph: Any, dialect: Dialect = NIR, *, surrogate: Surrogate = ATan(
     if sources == chain(layers):
         return nn.Sequential(*layers)
     return Graph(layers, sources)
+
+
+def _read(nir, path):
+    try:
+        return nir.read(path, type_check=False)
+    except FileNotFoundError:
+        raise
+    except Exception as error:  # h5py and nir raise OSError, TypeError, AssertionError, KeyError, ... without the path
+        raise ValueError(f"{path} cannot be read as a NIR graph: {type(error).__name__}: {error}") from error
+
+
+def _check_finite(name, node):
+    for field, value in vars(node).items():
+        if isinstance(value, np.ndarray | float) and np.issubdtype(np.asarray(value).dtype, np.floating):
+            if bad := int(np.sum(~np.isfinite(value))):
+                raise ValueError(
+                    f"node {name!r}: {field} must be finite; got {bad} NaN or infinite of {np.size(value)}"
+                )
+
+
+STEPS_TO_SPIKE = 1000
+
+
+def _warn_if_silent(name, node, sources, dialect):
+    """Warn where every neuron needs more than `STEPS_TO_SPIKE` steps of the strongest input, each source fed 0 or 1."""
+    kind = type(node).__name__
+    known = ("Affine", "Linear", "Conv1d", "Conv2d")
+    if kind not in ("IF", "LIF") or not sources or any(type(source).__name__ not in known for source in sources):
+        return
+    drive = 0.0
+    for source in sources:
+        weight = np.asarray(source.weight, np.float64)
+        bias = getattr(source, "bias", None)
+        strongest = np.maximum(weight, 0).sum(tuple(range(1, weight.ndim))) + (0 if bias is None else np.asarray(bias))
+        drive = drive + strongest.max()
+    jumps = kind in dialect.jumps
+    if kind == "IF":
+        rest, one_step = 0.0, 1.0 if jumps else dialect.dt
+        total = STEPS_TO_SPIKE * one_step
+    else:
+        decay = _decay(name, node.tau, dialect)
+        rest, one_step = np.max(node.v_leak), 1.0 if jumps else 1 - decay.min()
+        total = np.sum(decay.max() ** np.arange(STEPS_TO_SPIKE)) if jumps else 1 - decay.min() ** STEPS_TO_SPIKE
+    drive, threshold = np.max(node.r) * drive, np.min(node.v_threshold)
+    if rest + drive * total < threshold:
+        warnings.warn(
+            f"node {name!r} cannot spike within {STEPS_TO_SPIKE} steps on any 0/1 input: one step adds at most "
+            f"{drive * one_step:.3g} to a membrane whose threshold is {threshold:.3g}. Is dt = {dialect.dt:g} the exporter's?",
+            stacklevel=3,
+        )
 
 
 def _layers(name: str, node: Any, dialect: Dialect, surrogate: Surrogate) -> list[Callable]:
@@ -217,6 +277,8 @@ def _open(nir, graph, prefix=""):
         if missing := [n for n in (a, b) if n not in graph.nodes]:
             raise ValueError(f"graph: the edge {prefix}{a} -> {prefix}{b} names no node {missing[0]!r}")
         edges.append((ends[a][1] if a in ends else prefix + a, ends[b][0] if b in ends else prefix + b))
+    if twice := [edge for edge, count in Counter(edges).items() if count > 1]:
+        raise ValueError(f"graph: the edge {twice[0][0]} -> {twice[0][1]} is there twice")
     found = []
     for kind in (nir.Input, nir.Output):
         names = [prefix + name for name, node in graph.nodes.items() if isinstance(node, kind)]
