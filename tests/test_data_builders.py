@@ -167,10 +167,19 @@ def broken(n: int = 20, **change) -> bytes:
 
 BAD_NMNIST = {
     "truncated": (broken()[:-2], "truncated: 98 bytes"),
-    "no events": (b"", "no events"),
     "coordinate": (broken(x=np.full(20, 34)), "event 0 has x = 34, outside 0..33"),
     "time": (broken(t=np.r_[np.arange(19), 5]), "event 19 has t = 5, before 18"),
 }
+
+
+def test_an_empty_recording_is_a_sample(tmp_path, monkeypatch):
+    write_nmnist_archives(tmp_path, {"Train/3/00021.bin": b""})
+    trust(monkeypatch, "nmnist", tmp_path)
+    catalog.prepare("nmnist", tmp_path / "data", manual=tmp_path)
+    source = catalog.source("nmnist", "train", tmp_path / "data")
+    (empty,) = [sample for sample in source if sample["index"] == 21]
+    assert len(source) == 20 and {len(values) for values in empty["events"].values()} == {0}
+    assert not ev.to_frames(empty["events"], NMNIST, 4).any()
 
 
 @pytest.mark.parametrize("fault", BAD_NMNIST)

@@ -124,8 +124,7 @@ def test_camera_moves_as_n_mnist_stabilises():
 
 def test_a_black_picture_is_a_sample_without_events():
     events = camera.Camera().record(np.zeros((28, 28)))
-    with pytest.raises(ev.BadSample, match="black: no events"):
-        ev.check(events, camera.Camera().sensor, "black")
+    assert len(ev.check(events, camera.Camera().sensor, "black")["t"]) == 0
     with pytest.raises(ValueError, match="image must be"):
         camera.Camera().record(np.full((28, 28), 255.0))
 

@@ -31,8 +31,16 @@ from snnfuse.data.optional import require
 Example = Callable[[dict, np.random.Generator], dict[str, np.ndarray]]
 
 
-def _augmented(sample: dict, sensor: Sensor, augment: Augment, rng: np.random.Generator) -> ev.Events:
-    return sample["events"] if augment == NONE else augment(sample["events"], sensor, rng)
+def _augmented(options, sample: dict, rng: np.random.Generator) -> ev.Events:
+    events = ev.check(sample["events"], options.sensor, on_unsorted=options.on_unsorted)
+    return events if options.augment == NONE else options.augment(events, options.sensor, rng)
+
+
+def _check_options(options) -> None:
+    ev.check_split(options.split, options.T, options.dt)
+    ev.at_least("T", options.T, 1)
+    if options.on_unsorted not in ev.ON_UNSORTED:
+        raise ValueError(f"on_unsorted must be 'raise' or 'sort'; got {options.on_unsorted!r}")
 
 
 @dataclass(frozen=True)
@@ -40,8 +48,8 @@ class Frames:
     """Recordings as frames. The workers make the frames; they travel to the device as bits or as bytes.
 
     `store="bits"` keeps whether there was an event: `frames` is [T, B, n] in a batch. `store="bytes"` keeps how many
-    there were: [T, B, H, W, P]. More than 255 are an error, or become 255 with `saturate`. `split` and `dt` are those of
-    `to_frames`.
+    there were: [T, B, H, W, P]. More than 255 are an error, or become 255 with `saturate`. `split`, `dt` and `on_unsorted`
+    are those of `to_frames`.
     """
 
     axes: ClassVar[dict[str, int]] = {"frames": 1}  # where the batch axis is, if it is not the first
@@ -52,17 +60,19 @@ class Frames:
     store: str = "bits"
     saturate: bool = False
     augment: Augment = NONE
+    on_unsorted: str = "raise"
 
     def __post_init__(self):
         if self.store not in ("bits", "bytes"):
             raise ValueError(f"store must be 'bits' or 'bytes'; got {self.store!r}")
+        _check_options(self)
 
     @property
     def shape(self) -> Sensor:
         return self.augment.sensor(self.sensor)
 
     def __call__(self, sample: dict, rng: np.random.Generator) -> dict[str, np.ndarray]:
-        events = _augmented(sample, self.sensor, self.augment, rng)
+        events = _augmented(self, sample, rng)
         counts = ev.to_frames(events, self.shape, self.T, split=self.split, dt=self.dt)
         stored = pk.pack_bits(counts) if self.store == "bits" else ev.to_uint8(counts, saturate=self.saturate)
         return {"frames": stored, "label": np.int32(sample["label"])}
@@ -87,9 +97,14 @@ class PackedFrames:
     split: str = "time"
     dt: int | None = None
     augment: Augment = NONE
+    on_unsorted: str = "raise"
+
+    def __post_init__(self):
+        _check_options(self)
+        ev.at_least("size", self.size, 0)
 
     def __call__(self, sample: dict, rng: np.random.Generator) -> dict[str, np.ndarray]:
-        events = _augmented(sample, self.sensor, self.augment, rng)
+        events = _augmented(self, sample, rng)
         packed = pk.pack_events(events, self.augment.sensor(self.sensor), self.size)
         return {"frames": packed, "label": np.int32(sample["label"])}
 
@@ -148,9 +163,15 @@ class _Fetch:
         mine = _order(len(self.source), self.seed, epoch, self.shuffle)[: self.used][self.shard[0] :: self.shard[1]]
         indices = mine[at * self.batch : (at + 1) * self.batch].tolist()
         read = getattr(self.source, "__getitems__", lambda wanted: [self.source[i] for i in wanted])
-        samples = [self.example(sample, rng) for sample in read(indices)]
+        samples = [self._example(i, sample, rng) for i, sample in zip(indices, read(indices), strict=True)]
         axes = getattr(self.example, "axes", {})
         return {name: np.stack([sample[name] for sample in samples], axes.get(name, 0)) for name in samples[0]}
+
+    def _example(self, index: int, sample: dict, rng: np.random.Generator) -> dict[str, np.ndarray]:
+        try:
+            return self.example(sample, rng)
+        except ev.BadSample as fault:
+            raise fault.renamed(f"sample {index}") from None
 
 
 @dataclass(frozen=True)

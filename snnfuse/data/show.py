@@ -63,7 +63,8 @@ def render(name: str, split: str, index: int, out: Path, folder=None, T: int = 1
         pictures = [np.squeeze(sample["image"].repeat(8, 0).repeat(8, 1))]
     else:
         events, sensor = sample["events"], Sensor(*info.metadata["sensor"])
-        line += f", {len(events['t'])} events in {int(events['t'][-1] - events['t'][0]) * 1e-6:.3f} s"
+        seconds = (int(events["t"][-1]) - int(events["t"][0])) * 1e-6 if len(events["t"]) else 0
+        line += f", {len(events['t'])} events in {seconds:.3f} s"
         if sensor.height == 1:
             pictures = strip(_raster(events, sensor, 350), 2)
         else:

@@ -84,14 +84,13 @@ class EventSet(DataSet):
 
     def _events(self, name, events: Events, start: int, on_unsorted: str, was_sorted: list[str]) -> Events:
         try:
-            check(events, self.SENSOR, name)
+            events = check(events, self.SENSOR, name)
         except Unsorted as fault:
             if on_unsorted != "sort":
                 raise Unsorted(name, f"{fault.why} (on_unsorted='sort' sorts it)") from None
-            order = np.argsort(events["t"], kind="stable")
-            events = {column: values[order] for column, values in events.items()}
+            events = check(events, self.SENSOR, name, on_unsorted="sort")
             was_sorted.append(str(fault))
         t = events["t"].astype(np.int64) - start
-        if t[0] < 0 or t[-1] >= 2**32:
+        if len(t) and (t[0] < 0 or t[-1] >= 2**32):
             raise BadSample(name, f"times {t[0]}..{t[-1]} after {start} microseconds do not fit 32 bits")
         return events | {"t": t}

@@ -108,7 +108,7 @@ class CIFAR10DVS(EventSet):
 
     def _job(self, files: Files, name: str, label: str, index: int) -> Iterator[Sample]:
         events = formats.read_aedat2(files.read(name), name)
-        start = int(events["t"].min(initial=2**32))
+        start = int(events["t"].min()) if len(events["t"]) else 0
         yield name, {"events": events, "start": start, "label": label, "index": index}
 
 
@@ -171,6 +171,8 @@ class DVS128Gesture(EventSet):
         about = {"user": int(user[4:]), "light": self.LIGHTS.index(light)}
         for i, trial in enumerate(trials):
             inside = (events["t"] >= trial.start) & (events["t"] < trial.end)
+            if not inside.any():  # a gesture always has events, so this file of labels is another recording's
+                raise BadSample(f"{labels} trial {i}", f"no events from {trial.start} to {trial.end}")
             cut = {column: values[inside] for column, values in events.items()}
             yield f"{labels} trial {i}", {"events": cut, "start": trial.start, "label": trial.label} | about
 
