@@ -10,7 +10,7 @@ import pytest
 FOLDER = Path(__file__).parents[1] / "notebooks"
 NOTEBOOKS = sorted(FOLDER.glob("*.ipynb"))
 LONGEST = 10  # lines of a function or class
-SHRUNK = {"STEPS": 10, "RECORDINGS": 20}  # what the long ones do less of here
+SHRUNK = {"STEPS": 10, "RECORDINGS": 20}  # the test runs fewer of these
 pytestmark = pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
 
 
@@ -23,7 +23,7 @@ def source(cell):
 
 
 def shown(cell):
-    return "interactive" not in cell["metadata"].get("tags", [])  # sliders are for who runs it
+    return "interactive" not in cell["metadata"].get("tags", [])  # sliders need a running kernel
 
 
 def test_opens_with_one_sentence(path):
@@ -55,7 +55,7 @@ def test_holds_its_outputs_and_nothing_else(path):
 
 
 @pytest.mark.notebook
-@pytest.mark.filterwarnings("default")  # those of Jupyter are not ours; what a notebook warns of, its outputs hold
+@pytest.mark.filterwarnings("default")  # Jupyter's own warnings are not ours; the outputs show those of a notebook
 def test_runs(path, monkeypatch, tmp_path):
     nbformat, nbclient = pytest.importorskip("nbformat"), pytest.importorskip("nbclient")
     pytest.importorskip("ipykernel")

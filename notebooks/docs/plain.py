@@ -1,4 +1,4 @@
-"""Docstrings are plain text: what Markdown would take for its own is escaped, and names of ours become links."""
+"""Docstrings are plain text. This escapes what Markdown would interpret, and turns the names of snnfuse into links."""
 
 import re
 
@@ -19,7 +19,7 @@ class Plain(griffe.Extension):
 def _plain(paragraph):
     if paragraph.startswith("    "):
         return paragraph
-    if EQUATION.match(paragraph):  # the docstring has no other line to be indented against
+    if EQUATION.match(paragraph):  # it begins the docstring, so its indentation is lost
         return "\n".join("    " + line for line in paragraph.splitlines())
     lines, section = [], False
     for line in paragraph.splitlines():
