@@ -39,11 +39,7 @@ _array_of = operator.attrgetter("_raw_value")
 _set_array = nnx.Variable._raw_value.__set__
 
 
-def _references(values: list) -> list[int]:
-    return list(map(sys.getrefcount, values))
-
-
-ALONE = _references([object()])[0] + 1  # references to an array that only the list and its variable hold
+ALONE = max(map(sys.getrefcount, [object()])) + 1  # references to an array that only a list and its variable hold
 CHECK_EVERY = 64  # calls; by then the flag's copy has long arrived and reading it does not wait
 
 
@@ -191,8 +187,8 @@ class _Binding:
                 for now, last, name in zip(arrays, self.arrays, self.program.names, strict=True)
             ]
         self.arrays = [None] * len(arrays)
-        references = _references(arrays)
-        if max(references, default=0) > ALONE:
+        if max(map(sys.getrefcount, arrays), default=0) > ALONE:
+            references = list(map(sys.getrefcount, arrays))
             arrays = [jnp.copy(x) if n > ALONE else x for x, n in zip(arrays, references, strict=True)]
         return arrays
 

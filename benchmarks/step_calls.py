@@ -1,0 +1,217 @@
+"""What does it cost to call a training step, and how close does a call come to the time that the GPU works?
+
+    python benchmarks/step_calls.py                          on a GPU; 5 minutes on an H100, most of it compiling
+    python benchmarks/step_calls.py --only host              the host alone; also on a CPU
+
+Ways to call the same step, written once as a function of (model, optimizer, arrays):
+
+    nnx.jit          as Flax documents it
+    cached_partial   nnx.cached_partial of it
+    flat             jax.jit of a flat, donated list of arrays: what the others are compared with
+    compiled_step    snnfuse.training.compiled_step
+
+Rows of the case "host" hold `call_ms`: the milliseconds until a call returns, with the 228 variables of SEW-ResNet-18 and
+Adam, each a single number, so that nothing is computed. The other rows are whole training steps. `ms` is wall time of a
+call when calls follow each other, `busy_ms` the time that the GPU works in it. Small networks also take K = `steps` steps
+in a call, and read their data from the device (`DeviceData`).
+"""
+
+import functools
+import glob
+import statistics
+import tempfile
+import time
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import runner
+from flax import nnx
+from flax.nnx import graphlib
+from runner import Case, main, question, split
+
+from snnfuse import models, nn, training
+
+WAYS = ("compiled_step", "flat", "cached_partial", "nnx.jit")
+WORKLOADS = {  # B, size, classes, how to build: the four of SpikingJelly's model zoo, T = 4
+    "sew-resnet-18": (32, 224, 1000, functools.partial(models.sew_resnet, 18, stem="imagenet")),
+    "vgg-11": (128, 32, 10, models.spiking_vgg11),
+    "spikformer-4-384": (64, 32, 10, functools.partial(models.spikformer, depth=4, width=384, heads=12)),
+    "sew-resnet-18-cifar": (128, 32, 10, functools.partial(models.sew_resnet, 18, stem="cifar")),
+}
+SMALL = {
+    "mnist 784-1000-10": (25, 64, (784, 1000, 10)),
+    "shd 700-256-256-20": (100, 256, (700, 256, 256, 20)),
+}  # T, B, N
+T = 4
+
+
+@question("step_calls", gpu=False, ways=("compiled_step,nnx.jit", f"ways of the workloads, of {', '.join(WAYS)}"))
+def cases(args):
+    for way in WAYS:
+        yield Case(dict(case="host", implementation=way), host, (way,))
+    if not (args.tiny or jax.default_backend() == "gpu"):
+        return
+    first, *others = split(args.ways)
+    yield from workloads([first], args.tiny)
+    for name, (steps_of_time, B, _) in SMALL.items():
+        for way, steps in (("nnx.jit", 1), ("compiled_step", 1), ("compiled_step", 32), ("DeviceData", 32)):
+            key = dict(case=name, implementation=way, T=steps_of_time, B=B, dtype="float32", steps=steps)
+            yield Case(key, small, (name, way, steps, args.tiny))
+    yield from workloads(others, args.tiny)
+
+
+def workloads(ways, tiny):
+    for way in ways:
+        for name, (B, size, _, _) in WORKLOADS.items():
+            key = dict(case=name, implementation=way, T=T, B=B, size=size, dtype="bfloat16")
+            yield Case(key, workload, (name, way, tiny))
+
+
+def bind(way, step, objects):
+    """`step` on `objects` as a function of the arrays alone."""
+    if way == "compiled_step":
+        return functools.partial(training.compiled_step(step), *objects)
+    if way == "nnx.jit":
+        return functools.partial(nnx.jit(step), *objects)
+    if way == "cached_partial":
+        return nnx.cached_partial(nnx.jit(step), *objects)
+    graphdef, state = nnx.split(objects)
+    leaves, tree = jax.tree.flatten(state)
+    held = [[jnp.copy(leaf) for leaf in leaves]]
+
+    @functools.partial(jax.jit, donate_argnums=0)
+    def flat(leaves, *arrays):
+        objects = nnx.merge(graphdef, tree.unflatten(leaves))
+        out = step(*objects, *arrays)
+        return jax.tree.leaves(nnx.state(objects)), out
+
+    def call(*arrays):
+        held[0], out = flat(held[0], *arrays)
+        return out
+
+    return call
+
+
+def with_adam(model):
+    model.train()
+    return model, nnx.Optimizer(model, optax.adam(1e-3), wrt=nnx.Param)
+
+
+def host(way, calls=200):
+    objects = with_adam(models.sew_resnet(18, 3, 10, stem="cifar", rngs=nnx.Rngs(0)))
+    variables = lambda objects: graphlib.flatten(objects, graph=True)[1].leaves
+    for variable in variables(objects):
+        variable.set_raw_value(jnp.zeros((), variable.get_raw_value().dtype))
+
+    def step(model, optimizer, x):
+        for variable in variables((model, optimizer)):
+            variable.set_raw_value(variable.get_raw_value() + 1)
+        return x.sum()
+
+    call, x, times = bind(way, step, objects), jnp.ones(8), []
+    call(x)
+    for _ in range(calls if runner.time_ms.__kwdefaults__["seconds"] else 3):
+        start = time.perf_counter()
+        out = call(x)
+        times.append((time.perf_counter() - start) * 1e3)
+        out.block_until_ready()
+    quartiles = statistics.quantiles(times, n=4)
+    return dict(call_ms=quartiles[1], call_quartiles=(quartiles[0], quartiles[2]), variables=len(variables(objects)))
+
+
+def training_step(read):
+    def step(model, optimizer, xs, labels):
+        def loss_of(model):
+            logits = read(model(xs)[0])
+            return optax.softmax_cross_entropy_with_integer_labels(logits, labels).mean()
+
+        loss, grads = nnx.value_and_grad(loss_of)(model)
+        optimizer.update(model, grads)
+        return loss
+
+    return step
+
+
+def timed(call, batches, samples):
+    """Wall and busy milliseconds of a call, over batches in turn."""
+    start = time.perf_counter()
+    call(*batches[0]).block_until_ready()
+    row = dict(compile_s=time.perf_counter() - start)
+    turn = [0]
+
+    def next_call():
+        turn[0] += 1
+        return call(*batches[turn[0] % len(batches)])
+
+    ms, *quartiles = runner.time_ms(next_call, jax.block_until_ready, seconds=0.2)
+    row |= dict(ms=ms, quartiles=quartiles, samples_per_s=samples / ms * 1e3)
+    if jax.default_backend() == "gpu":
+        busy = busy_ms(next_call)
+        row |= dict(busy_ms=busy, wall_over_busy=ms / busy)
+    return row
+
+
+def busy_ms(call, calls=4):
+    """The time that kernels and copies run on the GPU's streams in one call."""
+    with tempfile.TemporaryDirectory() as folder:
+        with jax.profiler.trace(folder):
+            for _ in range(calls):
+                out = call()
+            jax.block_until_ready(out)
+        trace = jax.profiler.ProfileData.from_file(sorted(glob.glob(f"{folder}/**/*.xplane.pb", recursive=True))[-1])
+    lines = [line for plane in trace.planes if "GPU" in plane.name for line in plane.lines]
+    events = [event for line in lines if line.name.startswith("Stream") for event in line.events]
+    return sum(event.duration_ns for event in events) / calls / 1e6
+
+
+def workload(name, way, tiny):
+    B, size, classes, build = WORKLOADS[name]
+    B, size = (2, 32) if tiny else (B, size)
+    model = build(in_features=3, classes=classes, policy="bfloat16", rngs=nnx.Rngs(0))
+
+    def step(model, optimizer, images, labels):
+        xs = jnp.broadcast_to(images, (T, *images.shape)).astype(jnp.bfloat16)
+        return training_step(lambda outs: outs.mean(0))(model, optimizer, xs, labels)
+
+    keys = jax.random.split(jax.random.key(0), 4)
+    batches = [(jax.random.normal(key, (B, size, size, 3)), jnp.arange(B) % classes) for key in keys]
+    return timed(bind(way, step, with_adam(model)), batches, B)
+
+
+def small(name, way, steps, tiny):
+    """A network of linear layers and LIF neurons, on spikes or on images that become spikes in the step."""
+    T, B, widths = SMALL[name]
+    T, B = (2, 4) if tiny else (T, B)
+    rngs = nnx.Rngs(0)
+    layers = [
+        layer
+        for n, m in zip(widths, widths[1:], strict=False)
+        for layer in (nnx.Linear(n, m, rngs=rngs), nn.LIF(tau=2.0))
+    ]
+    objects = with_adam(nn.Sequential(*layers[:-1], nn.LI(tau=2.0)))
+    rng = np.random.default_rng(0)
+    train = training_step(nn.membrane_mean)
+    if way == "DeviceData":
+        images = rng.integers(0, 256, (40 * B, widths[0]), dtype=np.uint8)
+        data = training.DeviceData((images, rng.integers(0, widths[-1], 40 * B)), B)
+
+        def step(model, optimizer, data):
+            (images, labels), key = data.next()
+            rate = images / jnp.float32(255)
+            return train(
+                model, optimizer, jax.random.bernoulli(key, rate, (T, *rate.shape)).astype(jnp.float32), labels
+            )
+
+        call = functools.partial(training.compiled_step(step).scan, *objects, data, steps=steps)
+        return timed(call, [()], steps * B)
+    shape = (steps, T, B, widths[0]) if steps > 1 else (T, B, widths[0])
+    xs = jnp.asarray(rng.random(shape) < 0.1, jnp.float32)
+    labels = jnp.asarray(rng.integers(0, widths[-1], (steps, B) if steps > 1 else B))
+    call = functools.partial(training.compiled_step(train).scan, *objects) if steps > 1 else bind(way, train, objects)
+    return timed(call, [(xs, labels)], steps * B)
+
+
+if __name__ == "__main__":
+    main(__doc__, "step_calls")
