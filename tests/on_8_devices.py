@@ -21,7 +21,7 @@ from jax.sharding import PartitionSpec as P
 from test_train import TINY, rows, train
 
 import snnfuse as sf
-from snnfuse import nn, parallel
+from snnfuse import nn, parallel, training
 from snnfuse.core.compose import Twice
 
 IMPLEMENTATIONS = ("scan", "interpret")
@@ -501,6 +501,86 @@ def test_vmap_of_a_kernel_keeps_its_lanes_apart():
     assert not collectives(compiled)
     want = jnp.stack([sf.unroll(case.neuron, case.params, None, x, implementation="scan")[0] for x in xs])
     assert_same_spikes(compiled(xs), want)
+
+
+# ---- compiled steps
+
+
+@cache
+def adam():
+    return optax.adam(1e-2)
+
+
+def objects(axes=()):
+    model = nnx.merge(*network(axes))
+    metrics = nnx.MultiMetric(accuracy=nnx.metrics.Accuracy(), loss=nnx.metrics.Average("loss"))
+    return model, nnx.Optimizer(model, adam(), wrt=nnx.Param), metrics
+
+
+def compiled_step(mesh=None, **options):
+    def step(model, optimizer, metrics, xs, labels):
+        def loss_of(model):
+            logits = nn.membrane_mean(model(xs)[0])
+            return optax.softmax_cross_entropy_with_integer_labels(logits, labels).mean(), logits
+
+        (loss, logits), grads = nnx.value_and_grad(loss_of, has_aux=True)(model)
+        optimizer.update(model, parallel.mean_gradients(grads))
+        metrics.update(logits=logits, labels=labels, loss=loss)
+        return loss
+
+    return training.compiled_step(step, mesh=mesh, batch=(P(None, "data"), P("data")), **options)
+
+
+@pytest.mark.filterwarnings("error")
+def test_a_compiled_step_on_a_mesh_trains_as_on_one_device():
+    """Losses, metrics and every variable; called or scanned; with host arrays or global ones; compiled once."""
+    one, mesh = compiled_step(), parallel.make_mesh("data=4")
+    several = compiled_step(mesh, check_finite=True)
+    want, got, scanned = objects(), objects("data"), objects("data")
+    batch = images()
+    placed = parallel.shard(batch[0], mesh, P(None, "data")), parallel.shard(batch[1], mesh, P("data"))
+    for _ in range(4):
+        assert_close(several(*got, *placed), one(*want, *batch), rtol=1e-4)
+    several.scan(*scanned, *(np.stack([x] * 4) for x in batch))
+    several.check()
+    for other in (got, scanned):
+        assert_close(nnx.state(other[:2]), nnx.state(want[:2]), rtol=1e-4)
+        assert_close(other[2].compute(), want[2].compute(), rtol=1e-4)
+        for leaf in jax.tree.leaves(nnx.state(other)):
+            assert leaf.sharding.is_fully_replicated and len(leaf.addressable_shards) == 4
+    with pytest.warns(UserWarning, match="compiled again"), pytest.raises(ValueError, match="axis 1 .* a multiple of 4"):
+        several(*got, *images(B=6))
+
+
+def test_a_compiled_step_on_a_mesh_has_noise_and_data_of_its_own_on_every_device():
+    mesh = parallel.make_mesh("data=4")
+    data = training.DeviceData(np.arange(64, dtype=np.uint8), 8, seed=3)
+    alone = training.DeviceData(np.arange(64, dtype=np.uint8), 8, seed=3)
+    rngs = nnx.Rngs(dropout=0)
+
+    def step(data, rngs, key):
+        batch, own = data.next()
+        draws = jnp.stack([jax.random.uniform(k) for k in (own, key, rngs.dropout())])
+        total = batch.astype(jnp.int32).sum()
+        return total, draws.mean(), {str(i): jnp.square(d) for i, d in enumerate(draws)}, draws
+
+    several, one = training.compiled_step(step, mesh=mesh), training.compiled_step(step)
+    for i in range(3):
+        key = jax.random.key(i)
+        total, _, squares, draws = several(data, rngs, key)
+        want, *_ = one(alone, nnx.Rngs(dropout=0), key)
+        assert total == want  # the same batch, cut into parts
+        for square, mean in zip(squares.values(), draws, strict=True):
+            assert square > mean**2 + 1e-4, "the devices drew the same number"
+    assert data.position[...] == 3 and rngs.dropout.count[...] == 3
+    with pytest.raises(ValueError, match="batch must be a multiple of the 4 devices; got 6"):
+        training.compiled_step(step, mesh=mesh)(training.DeviceData(np.arange(64), 6), rngs, jax.random.key(0))
+
+
+def test_a_metric_that_does_not_add_up_over_a_mesh_is_refused():
+    step = training.compiled_step(lambda metric, x: metric.update(values=x), mesh=parallel.make_mesh("data=2"))
+    with pytest.raises(NotImplementedError, match="only sums add up, .* got a Welford"):
+        step(nnx.metrics.Welford(), jnp.ones(4))
 
 
 # ---- the experiment

@@ -14,7 +14,7 @@ from snnfuse.models import resnet as models
 
 BENCHMARKS = pathlib.Path(__file__).parents[1] / "benchmarks"
 sys.path.append(str(BENCHMARKS))  # last: it has a compare.py, as the tests have
-for script in ("accuracy", "checks", "core", "data_rss", "loader", "multi_gpu", "norm", "resnet"):
+for script in ("accuracy", "checks", "core", "data_rss", "loader", "multi_gpu", "norm", "resnet", "step_calls"):
     importlib.import_module(script)  # they register their questions
 figures, peers, runner = map(importlib.import_module, ("figures", "peers", "runner"))
 spec = importlib.util.spec_from_file_location(
@@ -46,6 +46,7 @@ SMOKE = {  # question: the options that keep it short
     "data_rss": [],
     "contract": [],
     "demo": [],
+    "step_calls": ["--only", "host (comp|flat)|mnist.*(Device|32)"],
 }
 
 

@@ -1,16 +1,17 @@
-"""Many devices: meshes and hosts, data parallel steps, time over devices, and what each of them will cost.
+"""Several devices: meshes and hosts, data parallel steps, time over devices, and a model of what they cost.
 
-Lanes split by themselves: `jit` of `snnfuse.unroll` on arrays with a NamedSharding runs on every device's own lanes.
-For a whole train step there are two axes, each optional:
+Lanes do not depend on each other. So `jit` of `snnfuse.unroll` on arrays with a NamedSharding runs each device's lanes on
+that device. A whole training step can use two axes; each is optional:
 
     mesh = make_mesh("data=2,time=4")
-    synchronise_batch_norm(model, ("data", "time"))       # statistics of the whole batch, as on one device
-    over_time(model)                                      # a device's neurons start where those before it end
+    synchronise_batch_norm(model, ("data", "time"))       # normalise by the whole batch, as on one device
+    over_time(model)                                      # each device runs a part of the time steps
     step = jax.jit(data_parallel(step, mesh, batch=(P("time", "data"), P("data"))))      # xs [T, B, ...], labels [B]
 
-The step is that of one device, but for `grads = mean_gradients(grads)` and, along time, `readout(nn.spike_rate, outs)` for the
-outputs. An optimizer in `flatten_optimizer` begins with the gradients that are known first. `initialise`, `host_rows` and
-`global_batch` are for several hosts. `plan_meshes(layers, T, batch, devices)` ranks meshes.
+Write the step for one device, and average its gradients: `grads = mean_gradients(grads)`. Along time, also read the
+outputs by `readout(nn.spike_rate, outs)`. An optimizer in `flatten_optimizer` starts with the gradients that are known
+first. `initialise`, `host_rows` and `global_batch` are for several hosts. `plan_meshes(layers, T, batch, devices)` ranks
+meshes by their predicted time.
 """
 
 from snnfuse.parallel.mesh import global_batch, host_rows, initialise, make_mesh, shard

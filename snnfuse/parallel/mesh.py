@@ -1,4 +1,4 @@
-"""Meshes by name, arrays onto them, and the hosts of a cluster."""
+"""Make meshes, put arrays onto them, and join the hosts of a cluster."""
 
 import math
 import os
@@ -13,9 +13,10 @@ EVERYWHERE = PartitionSpec()
 
 
 def make_mesh(axes: str | dict[str, int], devices=None) -> Mesh:
-    """A mesh from `data=4` or `data=2,time=4`: the first 8 of `devices` (JAX's), neighbours in the last axis.
+    """Make a mesh from text such as `data=4` or `data=2,time=4`.
 
-    Its axes are Auto: shardings are propagated by the compiler.
+    It takes the first devices of `devices`, which is `jax.devices()` by default. Neighbours differ in the last axis. The
+    axes are of JAX's kind Auto: the compiler propagates shardings.
     """
     axes = _parse(axes) if isinstance(axes, str) else dict(axes)
     devices = jax.devices() if devices is None else list(devices)
@@ -39,7 +40,7 @@ def _parse(text):
 
 
 def check_axes(mesh: Mesh, spec: PyTree, what: str):
-    """Raise if a PartitionSpec of the tree `spec` names an axis that `mesh` lacks."""
+    """Raise a ValueError if a PartitionSpec in the tree `spec` names an axis that `mesh` does not have."""
     for p in jax.tree.leaves(spec, is_leaf=lambda s: isinstance(s, PartitionSpec)):
         for name in spec_axes(p):
             if name not in mesh.axis_names:
@@ -51,7 +52,7 @@ def spec_axes(spec: PartitionSpec) -> tuple[str, ...]:
 
 
 def check_divisible(mesh: Mesh, tree: PyTree, specs: PyTree, what: str):
-    """Raise if an axis of an array in `tree` does not divide over the devices that `specs`, a prefix of it, gives it."""
+    """Raise a ValueError if an array in `tree` cannot be cut evenly as `specs` says. `specs` is a prefix of `tree`."""
 
     def check(prefix, spec, part):
         for path, leaf in jax.tree_util.tree_leaves_with_path(part):
@@ -71,7 +72,7 @@ def check_divisible(mesh: Mesh, tree: PyTree, specs: PyTree, what: str):
 
 
 def shard(tree: PyTree, mesh: Mesh, spec: PartitionSpec = EVERYWHERE) -> PyTree:
-    """Put arrays that every host holds whole onto the mesh: replicated, or cut as `spec` says."""
+    """Put arrays onto the mesh: replicated, or cut as `spec` says. Every host must hold the whole arrays."""
     check_axes(mesh, spec, "spec")
     check_divisible(mesh, tree, spec, "array")
     sharding = NamedSharding(mesh, spec)
@@ -91,9 +92,9 @@ def shard(tree: PyTree, mesh: Mesh, spec: PartitionSpec = EVERYWHERE) -> PyTree:
 
 
 def initialise(coordinator: str | None = None, num_hosts: int | None = None, host: int | None = None):
-    """Join the hosts into one machine; call it before anything else of JAX. On a known cluster no argument is needed.
+    """Join the hosts. Call it before any other function of JAX. On a cluster that JAX knows, no argument is needed.
 
-    `coordinator` is host:port of host 0. On CPUs the collectives are Gloo's.
+    `coordinator` is host:port of host 0. On CPUs the hosts communicate by Gloo.
     """
     if os.environ.get("JAX_PLATFORMS") == "cpu" or jax.config.jax_platforms == "cpu":
         jax.config.update("jax_cpu_collectives_implementation", "gloo")
@@ -101,7 +102,7 @@ def initialise(coordinator: str | None = None, num_hosts: int | None = None, hos
 
 
 def host_rows(batch: int, hosts: int | None = None, host: int | None = None) -> slice:
-    """The rows of a global batch that this host should load: an equal, contiguous part each, in the order of hosts."""
+    """The rows of a global batch that this host should load. Each host gets an equal, contiguous part, in the order of hosts."""
     hosts = jax.process_count() if hosts is None else hosts
     host = jax.process_index() if host is None else host
     if batch % hosts:
@@ -110,7 +111,7 @@ def host_rows(batch: int, hosts: int | None = None, host: int | None = None) -> 
 
 
 def global_batch(tree: PyTree, mesh: Mesh, spec: PartitionSpec) -> PyTree:
-    """Global arrays from what each host loaded, `host_rows` of them: no host ever holds the whole batch."""
+    """Make global arrays from the rows that each host loaded (`host_rows`). No host holds the whole batch."""
     check_axes(mesh, spec, "spec")
     sharding = NamedSharding(mesh, spec)
     return jax.tree.map(lambda x: jax.make_array_from_process_local_data(sharding, np.asarray(x)), tree)

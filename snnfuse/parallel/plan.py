@@ -1,28 +1,30 @@
-"""What a training step will cost on a mesh, before one is bought: data parallel, time over devices, and both.
+"""Predict the time of a training step on a mesh: data parallel, time over devices, or both.
 
-A step on D x G devices (D along data, G along time) takes the sum of
+The predicted time of a step on D x G devices (D along data, G along time) is the sum of
 
-    dense       3 flops / rate                            forward and twice that backward, 1 / (D G) of the work each
+    dense       3 flops / rate; each device does 1 / (D G) of the work, once forward and twice that backward
     neurons     the rounds of each layer (below), forward and backward
     gradients   one all-reduce of the weights over all D G devices
-    statistics  two small all-reduces a normalised layer, forward and backward, where batch statistics are synchronised
-    launches    what a kernel costs at least, however small
+    statistics  two small all-reduces for each normalised layer, if batch statistics are synchronised
+    launches    the least time of a kernel, however small
 
-in seconds. Nothing is overlapped, so it bounds from above what a scheduler may improve.
+in seconds. The model assumes that nothing overlaps, so a good schedule can be faster.
 
-Held against H100s (benchmarks/results/multi_gpu.jsonl; the table in benchmarks/README.md has every error), a step of Spiking-ResNet-18
+Compared with H100s (benchmarks/results/multi_gpu.jsonl; benchmarks/README.md has every error), a step of Spiking-ResNet-18
 took 32 to 47 % less than predicted on one device and 28 to 30 % less on two, data parallel, so that the speed-up at a fixed
 batch of 200 is predicted too high: 1.94x for 1.58x to 1.62x. Time over two devices took 5 to 10 % longer than predicted for
 a stack of LIF layers of 512 steps and more, and 16 to 36 % less for that ResNet. With T = 32 both took about twice the
-prediction: their hand-overs and launches are more than the model counts.
+prediction: passing states on and launching kernels cost more than the model assumes.
 
-The rounds (`snnfuse.parallel.time`). Let a device take u to move a layer's sequence of T steps once, and a hand-over h.
-Forward, G - 1 rounds read x, and one run reads x and writes s; backward, a round reads x and ds, G - 2 read x, and one
-run reads both and writes dx. All of them are 1 / G of the sequence, and 2 (G - 1) states are handed over:
+The rounds (`snnfuse.parallel.time`). Let u be the time in which a device moves a layer's sequence of T steps once, and h
+the time to pass a state on. Forward, G - 1 rounds read x, and one run reads x and writes s. Backward, one round reads x and
+ds, G - 2 rounds read x, and one run reads both and writes dx. Each of them moves 1 / G of the sequence, and 2 (G - 1)
+states are passed on:
 
     R(G) = (2 G + 4) u / G + 2 (G - 1) h        for G > 1; on one device 5 u
 
-is least at G = sqrt(2 u / h), and with many devices comes to 2 u: the gain is memory first, 1 / G of it, then speed.
+R is smallest at G = sqrt(2 u / h), and approaches 2 u with many devices. So the first gain is memory, 1 / G of it, and the
+second is speed.
 """
 
 import math
@@ -33,10 +35,10 @@ from typing import NamedTuple
 
 @dataclass(frozen=True)
 class Machine:
-    """Rates of one device and of what connects devices: bytes, flops and seconds.
+    """The rates of one device and of the links between devices, in bytes, flops and seconds.
 
-    `link` and `latency` connect the `per_host` devices of a host, `network` (a device's share) and `network_latency`
-    the hosts. `launch` is the least time of a kernel.
+    `link` and `latency` are those between the `per_host` devices of a host. `network`, the share of one device, and
+    `network_latency` are those between hosts. `launch` is the least time of a kernel.
     """
 
     memory: float
@@ -51,7 +53,7 @@ class Machine:
 
 
 # memory: the copy rate measured on this card (benchmarks/results/core.jsonl). flops: what convolutions of a small ResNet
-# reached in a prototype, far below the peak, and below what they reach now. link: 240 MB more took a hand-over 0.70 ms, and
+# reached in a prototype, far below the peak, and below what they reach now. link: sending 240 MB more added 0.70 ms, and
 # 0.65 in a later run (multi_gpu.jsonl, hand-over, 16 and 256 MB; an all-reduce 0.94 ms, which is 2.7e11). latency: half an
 # all-reduce inside a program, 34 in 0.60 ms (BatchNorm synchronised or not, 2026-11-24, commit 0855f02, whose rows are in
 # the history); a call of one collective of 1 KB takes 0.13 to 0.23 ms, most of it the dispatch. network, its latency and launch: nominal or assumed.
@@ -61,10 +63,10 @@ H100 = Machine(
 
 
 class LayerCost(NamedTuple):
-    """A connection and the neurons behind it, for one sample.
+    """A connection, and the neurons behind it.
 
-    `neurons` a sample; `flops` of the connection a sample and step, forward; `weights` its number of parameters;
-    `state` float32 leaves a neuron; `normalised`: batch statistics before the neurons.
+    `neurons` in one sample; forward `flops` of the connection for one sample and step; `weights`, its number of parameters;
+    `state`, the number of float32 values that a neuron holds; `normalised`, whether batch statistics are computed.
     """
 
     neurons: int
@@ -76,7 +78,7 @@ class LayerCost(NamedTuple):
 
 @dataclass(frozen=True)
 class Plan:
-    """A mesh and its predicted step: seconds by part, and bytes of memory on a device."""
+    """A mesh and the prediction for its step: seconds for each part, and bytes of memory on a device."""
 
     data: int
     time: int
@@ -113,10 +115,10 @@ def plan_meshes(
     synchronised: bool = False,
     exactly: bool = False,
 ) -> list[Plan]:
-    """All meshes of at most (or `exactly`) `devices` that divide batch and T and fit in memory, the fastest first.
+    """Rank the meshes of at most (or `exactly`) `devices` devices, the fastest first.
 
-    `itemsize` is that of activations. Along a time axis batch statistics are always synchronised, along data if
-    `synchronised`.
+    Meshes must divide batch and T, and fit in memory. `itemsize` is the bytes of an activation. Batch statistics are always
+    synchronised along a time axis, and along data if `synchronised`.
     """
     if min(T, batch, devices) < 1 or not layers:
         raise ValueError(f"T, batch and devices must be at least 1, of some layers; got {T}, {batch}, {devices}")
@@ -145,7 +147,7 @@ def predict(
     itemsize: int = 2,
     synchronised: bool = False,
 ) -> Plan:
-    """The cost of one mesh."""
+    """Predict the step on one mesh."""
     D, G, n = data, time, data * time
     steps = T * batch / n  # sample-steps a device
     dense = sum(max(3 * layer.flops * steps / machine.flops, 3 * machine.launch) for layer in layers)
@@ -164,20 +166,20 @@ def predict(
 
 
 def rounds(G: int, unit: float, launch: float, hand: float) -> float:
-    """Seconds of a layer's neurons, forward and backward; a run takes at least `launch`, and a hand-over `hand`."""
-    runs = {1: 2 * G - 3, 2: 2, 3: 1} if G > 1 else {2: 1, 3: 1}  # so many that move so many sequences
+    """Seconds of a layer's neurons, forward and backward. A run takes at least `launch`; passing a state on takes `hand`."""
+    runs = {1: 2 * G - 3, 2: 2, 3: 1} if G > 1 else {2: 1, 3: 1}  # {sequences moved: number of runs}
     return sum(n * max(moved * unit / G, launch) for moved, n in runs.items()) + 2 * (G - 1) * hand
 
 
 def hand_over(size: float, machine: Machine, devices: int) -> float:
-    """To a neighbour; as slow as the slowest, which is between hosts if there are several."""
+    """Seconds to send `size` bytes to a neighbour, over the slowest link: between hosts, if there are several."""
     if devices <= machine.per_host:
         return machine.latency + size / machine.link
     return machine.network_latency + size / machine.network
 
 
 def all_reduce(size: float, devices: int, machine: Machine) -> float:
-    """In each host a ring or a tree, whichever is faster; between hosts a tree for each device's share."""
+    """Seconds of an all-reduce. In a host: a ring or a tree, whichever is faster. Between hosts: a tree for each share."""
     local = min(devices, machine.per_host)
     hosts = math.ceil(devices / local)
     ring = 2 * (local - 1) * (machine.latency + size / local / machine.link)

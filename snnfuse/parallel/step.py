@@ -1,4 +1,4 @@
-"""A train step written for one device, on all devices of a mesh.
+"""Run a training step that is written for one device on all devices of a mesh.
 
     def step(state, batch, key):
         loss, grads = jax.value_and_grad(loss_of)(...)
@@ -8,8 +8,8 @@
 
     parallel_step = jax.jit(data_parallel(step, make_mesh("data=4")))
 
-Every device runs the step on its own part of the batch, with its own random keys and, but for `mean_gradients`, alone. The
-gradients move once and nothing else does but scalars and batch statistics.
+Each device runs the step on its own part of the batch, with its own random keys. Devices exchange the gradients once, in
+`mean_gradients`. Apart from that they exchange only scalars and batch statistics.
 """
 
 from collections.abc import Callable
@@ -41,26 +41,27 @@ def data_axes() -> tuple[str, ...]:
     return tuple(axis for axis in axes_here() if axis != TIME)
 
 
-# Bytes of a sum, not searched for: one of 4 MB is little more than its latency, of 64 MB little more than its bytes.
-LAST = 2**22  # of the one that only the update can hide, see `flatten_optimizer`
-PIECE = 2**26  # of each of the others, about
+# Bytes of one sum. Chosen, not searched for: 4 MB take little longer than the latency, 64 MB little longer than their bytes.
+LAST = 2**22  # the last sum, which can only run beside the update; see `flatten_optimizer`
+PIECE = 2**26  # each of the others, about
 
 
 def mean_gradients(
     tree: PyTree, axes: tuple[str, ...] | None = None, dtype: jax.typing.DTypeLike | None = None
 ) -> PyTree:
-    """The mean over devices: over `axes`, or all there are. On one device, outside of `data_parallel`, the tree itself.
+    """Average over devices, along `axes` or along all axes. Outside of `data_parallel` it returns the tree itself.
 
-    A collective costs much before its first byte, so the leaves are joined into few. Gradients are known from the last
-    layer to the first: the last leaves come first, and their sum runs beside the rest of the backward pass; the first
-    leaves' sum, which is small, runs beside the update of the others, if `flatten_optimizer` allows it, or beside nothing.
+    A collective has a high latency, so the leaves are joined into a few buffers. The backward pass finds the gradients of
+    the last layer first. So the last leaves are summed first, while the backward pass of the other layers still runs. The
+    first leaves make a small buffer. Its sum runs beside the update of the others if the optimizer is in
+    `flatten_optimizer`.
 
     Args:
-      dtype: what floats travel and are added in, or None: their own. In bfloat16 half the bytes of float32 travel. Where
-        a network is computed in it, the gradients of weights were rounded to it before, and their sum is once more.
+      dtype: the dtype in which floats are sent and added; None: their own. bfloat16 halves the bytes of float32. In a
+        network that computes in bfloat16 the gradients of weights are already rounded to it; their sum is rounded again.
 
     Raises:
-      ValueError: if `dtype` is not of floats.
+      ValueError: if `dtype` is not a float dtype.
     """
     if dtype is not None and not jnp.issubdtype(dtype, jnp.floating):
         raise ValueError(f"dtype must be one of floats; got {jnp.dtype(dtype).name}")
@@ -77,28 +78,28 @@ def mean_gradients(
             continue
         flat = jnp.concatenate([_join(leaves, piece).astype(dtype or kind), *after.get(kind, ())])
         flat = _pmean(flat, axes)
-        # 0 of whatever number, NaN too, but not before this sum is known: the next one takes it along, or else the compiler
-        # may well begin with the smallest
+        # A zero that depends on this sum, also if that is NaN. Adding it to the next buffer fixes the order of the sums;
+        # otherwise the compiler may begin with the smallest.
         after[kind] = [(flat[:1] > jnp.inf).astype(flat.dtype)]
         sums.append(flat.astype(kind))
     return treedef.unflatten(_split(sums, pieces, leaves))
 
 
 def _pmean(x, axes):
-    """lax.pmean. Two devices hand each other theirs: the same bytes, without a kernel that adds them."""
+    """lax.pmean. Two devices exchange their arrays instead: the same bytes, and no separate kernel that adds."""
     if lax.axis_size(axes) == 2:
         return (x + lax.ppermute(x, axes, [(0, 1), (1, 0)])) * 0.5
     return lax.pmean(x, axes)
 
 
 def flatten_optimizer(optimizer: optax.GradientTransformation) -> optax.GradientTransformation:
-    """`optax.flatten` with an array for each sum of `mean_gradients`, not one for all: of an optimizer that works elementwise.
+    """Join the parameters of an elementwise optimizer into one array for each buffer of `mean_gradients`.
 
-    Its state is then in few arrays, which a call hands to every device one by one, and the update of what is summed
-    first hides the sum of the rest.
+    It is `optax.flatten` with a few arrays in place of one. A call then passes fewer arrays to each device, and the update
+    of the first buffer runs while the next one is summed.
 
     Raises:
-      ValueError: by `update`, if a gradient is not of its parameter's dtype.
+      ValueError: in `update`, if a gradient does not have the dtype of its parameter.
     """
 
     def joined(tree):
@@ -121,7 +122,7 @@ def _join(leaves, piece):
 
 
 def _split(arrays, pieces, leaves):
-    """The leaves again, of an array for each of `pieces`; what comes after a piece's leaves is left out."""
+    """Cut the leaves out of one array for each of `pieces`. Numbers after the last leaf of a piece are dropped."""
     out = [None] * len(leaves)
     for array, piece in zip(arrays, pieces, strict=True):
         ends = np.cumsum([jnp.size(leaves[i]) for i in piece])
@@ -131,7 +132,7 @@ def _split(arrays, pieces, leaves):
 
 
 def _pieces(leaves):
-    """Lists of leaves' indices: floats of one dtype about PIECE bytes each, the last first, the first LAST; others alone."""
+    """Lists of indices of leaves: floats of one dtype, about PIECE bytes each, the last leaves first. Other leaves are alone."""
     of_dtype, pieces = {}, []
     for i, leaf in enumerate(leaves):
         kind = jnp.result_type(leaf)
@@ -143,7 +144,7 @@ def _pieces(leaves):
 
 
 def _cut(sizes):
-    """Ranges of `sizes`, the last first, each of about PIECE bytes, but the one at the front of LAST."""
+    """Ranges of `sizes`, the last first, each of about PIECE bytes. The range of the first sizes has about LAST bytes."""
     pieces, stop, held = [], len(sizes), 0
     for i in reversed(range(len(sizes))):
         before, held = sum(sizes[:i]), held + sizes[i]
@@ -154,15 +155,15 @@ def _cut(sizes):
 
 
 def fold_key(key: jax.Array, axes: tuple[str, ...] | None = None) -> jax.Array:
-    """The key of this device: `key` with its index along `axes` folded in. Outside of `data_parallel`, `key` itself."""
+    """Fold this device's index along `axes` into the key. Outside of `data_parallel` it returns the key itself."""
     axes = axes_here() if axes is None else axes
     return jax.random.fold_in(key, lax.axis_index(axes)) if axes else key
 
 
 def synchronise_batch_norm(model: nnx.Module, axes: str | tuple[str, ...]) -> nnx.Module:
-    """Let every nnx.BatchNorm of `model`, changed in place, take its statistics over the devices along `axes` too.
+    """Make every nnx.BatchNorm of `model` average its statistics over the devices along `axes`. Changes `model` in place.
 
-    Training then equals one device with the whole batch, and the model trains only inside of `data_parallel`.
+    Training then equals training on one device with the whole batch. The model can only train inside of `data_parallel`.
     """
     for _, module in nnx.iter_modules(model):
         if isinstance(module, nnx.BatchNorm):
@@ -171,21 +172,26 @@ def synchronise_batch_norm(model: nnx.Module, axes: str | tuple[str, ...]) -> nn
 
 
 def data_parallel(step: Callable, mesh: Mesh, *, batch: PyTree = ALONG_DATA) -> Callable:
-    """`step(state, batch, *rest) -> (state, metrics)` for one device, as the same function of global arrays on `mesh`.
+    """Turn `step(state, batch, *rest) -> (state, metrics)` for one device into the same function of global arrays on `mesh`.
+
+    (`snnfuse.training.compiled_step(mesh=...)` does this for a step on nnx objects, and is easier to use.)
 
     Args:
-      step: it must pass its gradients through `mean_gradients`. `rest` is the same on every device, but for random keys.
-      batch: a PartitionSpec, or a tree of them: how the leaves of the batch are cut. With a time axis (see
-        `over_time`), PartitionSpec("time", "data") for sequences [T, B, ...].
+      step: it must average its gradients with `mean_gradients`. Every device gets the same `rest`, except for random keys.
+      batch: a PartitionSpec, or a tree of them: how the arrays of the batch are cut. With a time axis (see
+        `over_time`) it is PartitionSpec("time", "data") for sequences [T, B, ...].
 
-    Random keys, in `rest` and in the state, have the device's index folded in (but along an axis `time`: its devices
-    share their samples); the state keeps the keys it came with. Metrics that are floats are averaged, integers summed
-    (over samples: not along `time`).
-    Every device has its own batch statistics unless `synchronise_batch_norm` says otherwise; what the state keeps of
-    them (`nnx.BatchStat`) is averaged. All other leaves of the state are the same on every device because the
-    gradients are.
+    What devices share:
 
-    The batch must divide by the devices. The step is traced with `check_vma=False`.
+    * Random keys, in `rest` and in the state: the device's index is folded in. Devices along an axis `time` share their
+      samples, so they share their keys. The returned state has the keys that came in.
+    * Returned metrics: floats are averaged, integers are summed over samples (not along `time`).
+    * Batch statistics: each device normalises by its own, unless `synchronise_batch_norm` says otherwise. The running
+      averages in the state (`nnx.BatchStat`) are averaged.
+    * The variables of an nnx.Metric in the state: what each device added is summed over samples.
+    * All other leaves of the state are the same on every device, because the gradients are.
+
+    The size of the batch must be a multiple of the number of devices. The step is traced with `check_vma=False`.
     """
     check_axes(mesh, batch, "batch")
 
@@ -204,10 +210,10 @@ def data_parallel(step: Callable, mesh: Mesh, *, batch: PyTree = ALONG_DATA) -> 
 
 
 def pmapped(step: Callable, axis: str = "data", devices: Any = None) -> Callable:
-    """`data_parallel` by `jax.pmap`, for code built on it: every argument and result has a leading axis of devices.
+    """`data_parallel` through `jax.pmap`, for code that uses it: every argument and result has a leading axis of devices.
 
-    JAX keeps `pmap` (as a wrapper of `shard_map` and `jit`) but develops it no more: prefer `data_parallel`, which
-    takes global arrays, several axes, and donates and shards as `jit` does.
+    JAX still has `pmap` but no longer develops it. Prefer `data_parallel`: it takes global arrays and several axes, and
+    donates and shards as `jit` does.
     """
     return jax.pmap(_on_each_device(step, (axis,)), axis_name=axis, devices=devices)
 

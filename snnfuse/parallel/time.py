@@ -1,23 +1,24 @@
-"""Time over devices: each owns T/G consecutive steps of every layer, and a neuron runs in rounds until its start is right.
+"""Time over devices: each device owns T/G consecutive steps of every layer. Devices repeat a state-only pass until each
+one has the right starting state.
 
-Layers without time need nothing: their [T/G * B, ...] are on the device. A neuron needs the state before its first
-step, which is the one after the last step of the device before. So every device runs its steps for the state alone, s,
-and hands the state, [B, N] and nothing of size T, to the next. After g such rounds device g starts from the right one,
-after G - 1 every device does, and runs once with outputs, o:
+Layers without a state along time need no exchange: their [T/G * B, ...] are on the device. A neuron needs the state
+before its first step, which is the state after the last step of the device before. So every device first runs its steps
+for the state only (s below), and passes the final state, [B, N], to the next device. Nothing of size T is sent. After g
+such rounds device g has the right starting state. After G - 1 rounds every device has it, and runs once with outputs (o):
 
     device 0   s s o          G = 3 devices: s reads x, o reads x and writes the outputs
     device 1   s s o
     device 2   s s o
 
-The gradient goes from the last device to the first: each hands the cotangent of its start to the one before. One part of
-it comes from the device's own outputs, and is made once, of x and their cotangents; the other is linear in what the
-device was handed, and takes G - 2 rounds that read x alone. One run then has the right cotangent at its end, and writes
-the gradients.
+The gradient goes from the last device to the first: each device passes the cotangent of its starting state to the device
+before. This cotangent has two parts. The first comes from the device's own outputs; it is computed once, from x and the
+cotangents of the outputs. The second is linear in the cotangent that the device received; it takes G - 2 rounds, which read
+only x. A last run then has the right cotangent at its end, and writes the gradients.
 
-In sequences moved, that is (G + 1) / G forward and (G + 3) / G backward, against 2 and 3 on one device, and the memory
-is 1 / G. Everything here runs inside of `shard_map` over the axis, such as in a step of `data_parallel`.
+Counted in sequences moved, that is (G + 1) / G forward and (G + 3) / G backward, where one device moves 2 and 3. The memory
+is 1 / G. All of this runs inside of `shard_map` over the axis, for example in a step of `data_parallel`.
 
-Temporal fusion over several GPUs (forward only there): Li et al., ICANN 2024, https://arxiv.org/abs/2408.00280.
+Temporal fusion over several GPUs, forward only: Li et al., ICANN 2024, https://arxiv.org/abs/2408.00280.
 """
 
 from dataclasses import dataclass, replace
@@ -48,10 +49,11 @@ def unroll_over_time(
     out_dtype: Any = None,
     reuse_cotangents: bool = False,
 ) -> tuple[PyTree, PyTree]:
-    """`snnfuse.unroll` of a sequence whose time is cut over the devices along `axis`.
+    """`snnfuse.unroll` for a sequence that is cut along time over the devices of `axis`.
 
-    xs is [T/G, *B, N], this device's steps; so are the outputs. `state`, the one before the first step of all, and the
-    final state, after the last one, are the same on every device. The other options are those of `unroll`.
+    xs and the outputs are this device's steps, [T/G, *B, N]. `state` is the state before the first step of the whole
+    sequence, and the final state is the one after its last step. Both are the same on every device. The other options are
+    those of `unroll`.
     """
     if axis not in axes_here():
         raise ValueError(f"axis must be one of those that the code runs on, {axes_here()}; got {axis!r}")
@@ -62,7 +64,7 @@ def unroll_over_time(
     if problem.T % problem.chunk_unit:
         raise ValueError(f"packed outputs need a multiple of {problem.chunk_unit} steps a device; got {problem.T}")
     params, state, xs = leaves
-    if problem.initial is not None:  # where this device starts is not constant
+    if problem.initial is not None:  # the starting state of a device is not constant
         state = tuple(jnp.full(problem.lane_shape, value, problem.dtype) for value in problem.initial)
         problem = replace(problem, initial=None)
     passes = lambda p: implementations.get(implementations.choose(p, implementation)).passes(p)
@@ -74,7 +76,7 @@ def unroll_over_time(
 
 @dataclass(frozen=True)
 class Rounds:
-    """`fused.Passes` of this device's steps, from what the other devices hand it."""
+    """`fused.Passes` of this device's steps, with the states that the other devices pass to it."""
 
     whole: fused.Passes
     state_only: fused.Passes
@@ -85,7 +87,7 @@ class Rounds:
         return self.whole.problem
 
     def forward(self, params, state, xs, *, save):
-        """`state` is the one before the first step of all, the final state the one after this device's last."""
+        """`state` is before the first step of the whole sequence; the final state is after this device's last step."""
 
         def once(_, start):
             _, end, _ = self.state_only.forward(params, start, xs, save=False)
@@ -110,12 +112,12 @@ class Rounds:
 
         handed = lax.fori_loop(0, lax.axis_size(self.axis) - 2, once, self._hand(own, -1))
         d_params, d_start, d_xs = back(d_outs, _sum(d_state, handed), wanted)
-        # the state before all steps is that of the first device; the others' start is not their argument
+        # only the first device starts from the argument `state`; the others start from what they were passed
         d_state = tuple(None if d is None else self._if_first(d, jnp.zeros_like(d)) for d in d_start)
         return d_params, d_state, d_xs
 
     def _hand(self, state: Leaves, by: int) -> Leaves:
-        """To the next device (1) or to the one before (-1); zeros come to the device that nobody hands anything."""
+        """Pass to the next device (1) or to the one before (-1). A device that is passed nothing gets zeros."""
         G = lax.axis_size(self.axis)
         return lax.ppermute(state, self.axis, [(i, i + by) for i in range(G) if 0 <= i + by < G])
 
@@ -124,13 +126,13 @@ class Rounds:
 
 
 def _sum(ours, handed):
-    """Where None stands for zero."""
+    """The sum of both, where None stands for zero."""
     return tuple(h if o is None else o + h for o, h in zip(ours, handed, strict=True))
 
 
 @dataclass(frozen=True)
 class OverTime:
-    """`unroll_over_time` along `axis`, for the attribute `unroll` of a `snnfuse.nn.Spiking`."""
+    """`unroll_over_time` along `axis`, as the attribute `unroll` of a `snnfuse.nn.Spiking`."""
 
     axis: str = TIME
 
@@ -139,10 +141,10 @@ class OverTime:
 
 
 def over_time(model: nnx.Module, *, axis: str = TIME) -> nnx.Module:
-    """Let every spiking layer of `model`, changed in place, run over the devices along `axis`.
+    """Make every spiking layer of `model` run over the devices along `axis`. Changes `model` in place.
 
-    The model then takes and returns a device's T/G steps, inside of `data_parallel`; read its outputs by `readout`, and
-    `synchronise_batch_norm(model, ("data", "time"))` for the statistics of one device.
+    The model then takes and returns the T/G steps of one device, inside of `data_parallel`. Read its outputs by `readout`.
+    To normalise as on one device, call `synchronise_batch_norm(model, ("data", "time"))`.
     """
     for _, module in nnx.iter_modules(model):
         if isinstance(module, nn.Spiking):
@@ -151,7 +153,7 @@ def over_time(model: nnx.Module, *, axis: str = TIME) -> nnx.Module:
 
 
 def readout(kind: Any, outs: Array, *, axis: str = TIME) -> Array:
-    """`kind(outs)` over all of time, the same on each of its devices; `kind` is a readout of `snnfuse.nn`."""
+    """`kind(outs)` over the whole sequence, the same on each device. `kind` is a readout of `snnfuse.nn`."""
     if kind not in _JOINED:
         raise ValueError(f"kind must be one of {', '.join(k.__name__ for k in _JOINED)}; got {kind!r}")
     return _JOINED[kind](kind(outs), axis)
