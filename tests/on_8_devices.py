@@ -548,7 +548,10 @@ def test_a_compiled_step_on_a_mesh_trains_as_on_one_device():
         assert_close(other[2].compute(), want[2].compute(), rtol=1e-4)
         for leaf in jax.tree.leaves(nnx.state(other)):
             assert leaf.sharding.is_fully_replicated and len(leaf.addressable_shards) == 4
-    with pytest.warns(UserWarning, match="compiled again"), pytest.raises(ValueError, match="axis 1 .* a multiple of 4"):
+    with (
+        pytest.warns(UserWarning, match="compiled again"),
+        pytest.raises(ValueError, match="axis 1 .* a multiple of 4"),
+    ):
         several(*got, *images(B=6))
 
 
