@@ -504,3 +504,54 @@ def test_the_papers_gradient(implementation):
     assert_fires(spikes)
     assert_same_spikes(got, spikes)
     assert_close(d_xs, np.stack(want[::-1]), 1e-5)
+
+
+@pytest.mark.parametrize(
+    "neuron, params",
+    [
+        (sf.LIF(), sf.LIFParams()),
+        (sf.IF(), sf.IFParams()),
+        (sf.AdaptiveLIF(), sf.AdaptiveLIFParams()),
+        (sf.Izhikevich(), sf.IzhikevichParams()),
+    ],
+)
+@pytest.mark.parametrize("implementation", ["scan", "interpret"])
+def test_one_infinite_input_spikes_and_is_reset(neuron, params, implementation):
+    """(1 - s) u must not be 0 * inf: the neuron goes on as after any spike, and no gradient is NaN."""
+    xs = jnp.asarray([jnp.inf] + [40.0 if isinstance(neuron, sf.Izhikevich) else 1.5] * 20)[:, None]
+    run = lambda params, xs: sf.unroll(neuron, params, None, xs, implementation=implementation)
+    (outs, state), vjp = jax.vjp(run, jax.tree.map(jnp.float32, params), xs)
+    assert outs[0] == 1 and outs[1:].sum() >= 1
+    gradients = vjp(jax.tree.map(jnp.ones_like, (outs, state)))
+    assert all(jnp.isfinite(leaf).all() for leaf in jax.tree.leaves((state, gradients)))
+
+
+def test_a_sharp_exponential_neuron_loses_no_spike():
+    """delta = 0.003: the upswing overflows, which used to make the membrane NaN; against float64."""
+    decay, theta, delta = 0.5, 0.8, 0.003
+    xs = np.asarray(2 * jax.random.normal(jax.random.key(0), (100, 200)) + 0.5)
+    outs, state = sf.unroll(sf.ExpIF(), sf.ExpIFParams(decay, theta, delta, 1.0), None, jnp.asarray(xs))
+    v, want = np.zeros(200), []
+    for x in xs.astype(np.float64):
+        u = decay * v + (1 - decay) * (delta * np.exp(np.minimum((v - theta) / delta, 600)) + x)
+        want.append(u >= 1)
+        v = np.where(u >= 1, -0.1, u)
+    assert jnp.isfinite(state.v).all() and 0.02 < np.mean(want) < 0.6
+    assert np.mean(np.asarray(outs) != np.stack(want)) < 1e-3
+
+
+@pytest.mark.parametrize("detach", [False, True])
+@pytest.mark.parametrize("v_reset", [0.0, -0.2])
+def test_the_reset_is_its_equation_bit_for_bit(v_reset, detach):
+    """On finite values, with spikes of 0 and 1, relaxed and graded ones; the gradients too."""
+    u, s, g = np.random.default_rng(0).normal(size=(3, 1000)).astype(np.float32)
+    s[:600] = np.repeat([0.0, 1.0, 2.0], 200)
+
+    def equation(u, s):
+        s = jax.lax.stop_gradient(s) if detach else s
+        return (1 - s) * u + s * v_reset if v_reset else (1 - s) * u
+
+    reset = lambda u, s: sf.HardReset(v_reset, detach)(u, s, 1.0)
+    got, want = (jax.vjp(f, u, s) for f in (reset, equation))
+    np.testing.assert_array_equal(got[0], want[0])
+    jax.tree.map(np.testing.assert_array_equal, got[1](g), want[1](g))

@@ -200,6 +200,9 @@ class AdaptiveLIF:
         return AdaptiveLIFState(v, params.decay_adapt * state.a + s), s
 
 
+MAX_EXPONENT = 80.0  # e^80 = 5.5e34: above it the upswing stays there, finite in float32, and its gradient is 0
+
+
 class ExpIFParams(NamedTuple):
     decay: Param = 0.5
     theta: Param = 0.8
@@ -238,7 +241,8 @@ class ExpIF:
         return ExpIFState(jnp.full(shape, self.v_rest, jnp.float32))
 
     def step(self, params: ExpIFParams, state: ExpIFState, x: Array):
-        upswing = params.delta * jnp.exp((state.v - params.theta) / params.delta)
+        exponent = (state.v - params.theta) / params.delta
+        upswing = params.delta * jnp.exp(jnp.where(exponent > MAX_EXPONENT, MAX_EXPONENT, exponent))
         u = _leak(state.v, params.decay, self.v_rest) + _drive(upswing + x, params.decay, True)
         v, s = _fire(self, u, params.threshold)
         return ExpIFState(v), s
