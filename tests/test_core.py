@@ -14,6 +14,7 @@ from compare import assert_close, assert_fires, assert_same_spikes
 from jax.flatten_util import ravel_pytree
 
 import snnfuse as sf
+from snnfuse import nn
 
 pytestmark = pytest.mark.usefixtures("strict")
 
@@ -555,3 +556,9 @@ def test_the_reset_is_its_equation_bit_for_bit(v_reset, detach):
     got, want = (jax.vjp(f, u, s) for f in (reset, equation))
     np.testing.assert_array_equal(got[0], want[0])
     jax.tree.map(np.testing.assert_array_equal, got[1](g), want[1](g))
+
+
+@pytest.mark.parametrize("delta", [0.0, -1.0, float("inf"), float("nan"), np.array([1.0, 0.0])])
+def test_an_exponential_neuron_needs_a_sharpness_above_zero(delta):
+    with pytest.raises(ValueError, match="delta must be above 0 and finite; got"):
+        nn.ExpIF(tau=2.0, delta=delta)

@@ -235,6 +235,8 @@ class ExpIF(Spiking):
     """
 
     def __init__(self, *, tau=None, decay=None, theta=0.8, delta=1.0, threshold=1.0, **options):
+        if not _all(delta, lambda delta: (delta > 0) & np.isfinite(delta)):
+            raise ValueError(f"delta must be above 0 and finite; got {delta}")
         super().__init__(neurons.ExpIF, neurons.ExpIFParams(_decay(tau, decay), theta, delta, threshold), **options)
 
 
