@@ -124,3 +124,51 @@ def test_phase_weighs_back_to_the_image(bits):
     back = (spikes[:bits] * encoders.phase_weights(bits, bits)[:, None]).sum(0)
     assert jnp.array_equal(back, jnp.floor(images * 2**bits) / 2**bits)
     assert encoders.phase(jnp.ones(1), bits, bits).all()
+
+
+SPIKING = {name: f for name, f in ENCODERS.items() if name != "direct"} | {
+    "population": encoders.population,
+    "paper": lambda images, T, **kw: encoders.paper(images, jnp.full((T, *images.shape), 0.5), **kw),
+}
+
+
+@pytest.mark.parametrize("name", SPIKING)
+@pytest.mark.parametrize("value", [-0.1, 1.5, np.nan, np.inf])
+def test_images_outside_the_range_are_an_error(name, value):
+    images = np.full((2, 3), 0.5, np.float32)
+    images[1, 2] = value
+    with pytest.raises(ValueError, match=rf"images must be in \[0, 1\]; got {value:g} at \(1, 2\)"):
+        SPIKING[name](images, 4)
+
+
+@pytest.mark.parametrize("name", SPIKING)
+def test_inside_jit_images_are_clipped_and_nan_is_0(name):
+    images = jnp.array([-3.0, jnp.nan, -jnp.inf, 0.25, 1.0, 1.5, jnp.inf])
+    clipped = jnp.array([0.0, 0.0, 0.0, 0.25, 1.0, 1.0, 1.0])
+    got = jax.jit(lambda images: SPIKING[name](images, 50))(images)
+    assert jnp.array_equal(got, SPIKING[name](clipped, 50)) and got.any() and got.min() == 0
+
+
+def test_direct_and_delta_take_any_finite_value():
+    standardised = jnp.array([-1.7, 0.0, 2.3])
+    assert jnp.array_equal(encoders.direct(standardised, 2)[1], standardised)
+    assert encoders.delta(jnp.array([-5.0, 5.0, 5.0]), 1.0)[:, 0].tolist() == [0, 1, 0]
+    for encode in (lambda xs: encoders.direct(xs, 2), lambda xs: encoders.delta(xs, 1.0)):
+        for value in (np.nan, np.inf):
+            with pytest.raises(ValueError, match=rf"must be finite; got {value:g} at \(1,\)"):
+                encode(jnp.array([0.0, value]))
+
+
+@pytest.mark.parametrize("rate", [-1.0, np.nan, np.inf, 2.0**21])
+def test_poisson_refuses_a_rate_that_is_none(rate):
+    with pytest.raises(ValueError, match=r"rate must be in \[0, 1.04858e\+06\]; got"):
+        encoders.poisson(KEY, RAMP, 3, rate=rate)
+    inside = jax.jit(lambda rate: encoders.poisson(KEY, RAMP, 3, rate=rate, dtype=jnp.int32))(rate)
+    assert inside.min() == 0 and bool(inside.any()) == bool(rate > 0)
+
+
+def test_poisson_counts_do_not_wrap():
+    image = jnp.ones(3)
+    assert (encoders.poisson(KEY, image, 2, rate=1000.0, dtype=jnp.uint8) == 255).all()
+    assert (encoders.poisson(KEY, image, 2, rate=1000.0, dtype=jnp.int8) == 127).all()
+    assert not encoders.poisson(KEY, 0 * image, 2, rate=1000.0, dtype=jnp.bool_).any()

@@ -1,19 +1,59 @@
 """Encoders: from an image, or a signal, to spikes over time, on the device and inside the jitted step.
 
-All are pure and jitted (T, dtype and the other choices are static), and those that draw take a key first. Spikes come
-time first, [T, *images.shape], in `dtype`: any numeric type or bool, so that spikes may leave as bytes.
-`images` are floating, in [0, 1]: divide bytes by 255 first (an integer image is a TypeError, for it would saturate).
+All are pure and jitted (T, dtype and the other choices are static). The random ones take a key first. Spikes come time
+first, [T, *images.shape], in `dtype`: any numeric type or bool, so that spikes can be stored as bytes.
+
+`images` are floating, in [0, 1]: divide bytes by 255 first (an integer image is a TypeError). A value outside the range,
+or NaN, raises ValueError. Inside `jit` there is no value to look at: there, values are clipped to [0, 1], and NaN counts
+as 0. `direct` and `delta` take any finite value, and pass others on.
 """
 
-from functools import partial
+import functools
+import inspect
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import Array
 
+MOST = 2.0**20  # spikes a step: the largest rate, far below what a Poisson draw of 32 bits can hold
 
-def _jit(*static: str):
-    return partial(jax.jit, static_argnames=("T", "dtype", *static))
+
+def _encoder(*static: str, **ranges: tuple[float, float]):
+    """A jitted encoder that raises if a named argument has a value outside its range (low, high)."""
+
+    def wrap(f):
+        signature, run = inspect.signature(f), jax.jit(f, static_argnames=static)
+
+        @functools.wraps(f)
+        def encode(*args, **kwargs):
+            bound = signature.bind(*args, **kwargs)
+            for name, (low, high) in ranges.items():
+                if name in bound.arguments:
+                    bound.arguments[name] = _in_range(name, bound.arguments[name], low, high)
+            return run(*bound.args, **bound.kwargs)
+
+        return encode
+
+    return wrap
+
+
+def _in_range(name, values, low, high):
+    values = values if isinstance(values, jax.Array | np.ndarray) else np.asarray(values)
+    if isinstance(values, jax.core.Tracer) or not jnp.issubdtype(values.dtype, jnp.floating) or not values.size:
+        return values
+    with jax.ensure_compile_time_eval():  # a constant can be looked at inside jit too
+        sound = bool(jnp.all((values >= low) & (values <= high)))
+    if not sound:
+        values = np.asarray(values, np.float64)
+        where = np.unravel_index(int((~((values >= low) & (values <= high))).argmax()), values.shape)
+        wanted = "finite" if np.isinf(low) or high > 3e38 else f"in [{low:g}, {high:g}]"
+        raise ValueError(f"{name} must be {wanted}; got {values[where]:g} at {tuple(map(int, where))}")
+    return values
+
+
+UNIT = (0.0, 1.0)
+FINITE = (float(np.finfo(np.float32).min), float(np.finfo(np.float32).max))
 
 
 def _check(images: Array, T: int, name: str = "images") -> None:
@@ -23,7 +63,18 @@ def _check(images: Array, T: int, name: str = "images") -> None:
         raise ValueError(f"T must be at least 1; got {T}")
 
 
-@_jit()
+def _unit(images: Array) -> Array:
+    return jnp.clip(jnp.nan_to_num(images.astype(jnp.float32), nan=0.0), 0, 1)
+
+
+def _counts(counts: Array, dtype) -> Array:
+    """In `dtype`, which holds at most its largest value (bool: whether there was any spike)."""
+    if jnp.issubdtype(dtype, jnp.integer):
+        counts = jnp.minimum(counts, min(jnp.iinfo(dtype).max, 2**31 - 1))
+    return counts.astype(dtype)
+
+
+@_encoder("T", "dtype", images=FINITE)
 def direct(images: Array, T: int, dtype=jnp.float32) -> Array:
     """The image itself at every step, for a first layer that turns it into spikes.
 
@@ -35,7 +86,7 @@ def direct(images: Array, T: int, dtype=jnp.float32) -> Array:
     return jnp.broadcast_to(images.astype(dtype), (T, *images.shape))
 
 
-@partial(jax.jit, static_argnames="dtype")
+@_encoder("dtype", images=UNIT, rand=UNIT)
 def paper(images: Array, rand: Array, dtype=jnp.float32) -> Array:
     """The temporal fusion paper's protocol on given draws: a spike where the image is greater than the draw.
 
@@ -51,9 +102,9 @@ def paper(images: Array, rand: Array, dtype=jnp.float32) -> Array:
     return (images > rand).astype(dtype)
 
 
-@_jit()
+@_encoder("T", "dtype", images=UNIT)
 def bernoulli(key: Array, images: Array, T: int, dtype=jnp.float32) -> Array:
-    """Rate code: an independent coin a step, of probability the intensity.
+    """Rate code: each step spikes with probability equal to the intensity, independently.
 
         s[t] ~ Bernoulli(image)   as   image > u[t],   u[t] uniform in [0, 1)
 
@@ -63,17 +114,19 @@ def bernoulli(key: Array, images: Array, T: int, dtype=jnp.float32) -> Array:
     return paper(images, jax.random.uniform(key, (T, *images.shape)), dtype)
 
 
-@_jit()
+@_encoder("T", "dtype", images=UNIT, rate=(0.0, MOST))
 def poisson(key: Array, images: Array, T: int, rate: Array | float = 1.0, dtype=jnp.float32) -> Array:
     """Rate code with counts: the number of spikes of a Poisson process in each step.
 
         n[t] ~ Poisson(rate * image)
 
-    `rate`, spikes a step at intensity 1. Counts may exceed 1: for at most one spike a step give `bernoulli` the
-    probability 1 - exp(-rate * image). Heeger 2000, "Poisson model of spike generation".
+    `rate` is in spikes a step at intensity 1, from 0 to 2^20; inside `jit` it is clipped to that. Counts may exceed 1: an
+    integer dtype holds at most its largest value. For at most one spike a step give `bernoulli` the probability
+    1 - exp(-rate * image). Heeger 2000, "Poisson model of spike generation".
     """
     _check(images, T)
-    return jax.random.poisson(key, rate * images.astype(jnp.float32), (T, *images.shape)).astype(dtype)
+    rate = jnp.clip(jnp.nan_to_num(jnp.asarray(rate, jnp.float32), nan=0.0), 0, MOST)
+    return _counts(jax.random.poisson(key, rate * _unit(images), (T, *images.shape)), dtype)
 
 
 def _at(steps: Array, T: int, dtype) -> Array:
@@ -81,7 +134,7 @@ def _at(steps: Array, T: int, dtype) -> Array:
     return (times == steps).astype(dtype)
 
 
-@_jit("curve", "silent_to")
+@_encoder("T", "dtype", "curve", "silent_to", images=UNIT)
 def latency(images: Array, T: int, *, curve: str = "linear", silent_to: float = 0.0, dtype=jnp.float32) -> Array:
     """Time-to-first-spike code: one spike a pixel, the brighter the earlier.
 
@@ -92,7 +145,7 @@ def latency(images: Array, T: int, *, curve: str = "linear", silent_to: float = 
     spikes at the last step.
     """
     _check(images, T)
-    images = jnp.clip(images.astype(jnp.float32), 0, 1)
+    images = _unit(images)
     if curve == "linear":
         steps = (T - 1) * (1 - images)
     elif curve == "log":  # ln(1 - image + e^(T-1) image), which does not overflow
@@ -103,7 +156,7 @@ def latency(images: Array, T: int, *, curve: str = "linear", silent_to: float = 
     return _at(steps, T, dtype)
 
 
-@partial(jax.jit, static_argnames=("threshold", "two_sided", "dtype"))
+@_encoder("threshold", "two_sided", "dtype", xs=FINITE)
 def delta(xs: Array, threshold: float, *, two_sided: bool = True, dtype=jnp.float32) -> Array:
     """Change code of a signal that already runs over time.
 
@@ -114,14 +167,16 @@ def delta(xs: Array, threshold: float, *, two_sided: bool = True, dtype=jnp.floa
     """
     if xs.ndim < 1:
         raise ValueError(f"xs must be [T, ...]; got shape {xs.shape}")
-    if not threshold > 0:
-        raise ValueError(f"threshold must be positive; got {threshold}")
+    if not len(xs):
+        raise ValueError(f"xs must have at least one step; got shape {xs.shape}")
+    if not 0 < threshold < float("inf"):
+        raise ValueError(f"threshold must be positive and finite; got {threshold}")
     step = jnp.diff(xs.astype(jnp.float32), axis=0, prepend=xs[:1].astype(jnp.float32))
     on, off = step >= threshold, -step >= threshold
     return (jnp.stack([on, off], -1) if two_sided else on).astype(dtype)
 
 
-@_jit("neurons", "silent_to")
+@_encoder("T", "dtype", "neurons", "silent_to", images=UNIT)
 def population(images: Array, T: int, neurons: int = 8, *, silent_to: float = 0.1, dtype=jnp.float32) -> Array:
     """Population code: Gaussian receptive fields over [0, 1], each answering by the latency of its activation.
 
@@ -135,11 +190,11 @@ def population(images: Array, T: int, neurons: int = 8, *, silent_to: float = 0.
     if neurons < 3:
         raise ValueError(f"neurons must be at least 3; got {neurons}")
     centres = (jnp.arange(neurons) - 0.5) / (neurons - 2)
-    distance = (images.astype(jnp.float32)[..., None] - centres) * (1.5 * (neurons - 2))
+    distance = (_unit(images)[..., None] - centres) * (1.5 * (neurons - 2))
     return latency(jnp.exp(-0.5 * distance**2), T, silent_to=silent_to, dtype=dtype)
 
 
-@_jit("bits")
+@_encoder("T", "dtype", "bits", images=UNIT)
 def phase(images: Array, T: int, bits: int = 8, dtype=jnp.float32) -> Array:
     """Phase code: the binary digits of the intensity, most significant first, repeated with period `bits`.
 
@@ -152,11 +207,11 @@ def phase(images: Array, T: int, bits: int = 8, dtype=jnp.float32) -> Array:
     if not 1 <= bits <= 24:
         raise ValueError(f"bits must be 1 to 24, what a float32 holds; got {bits}")
     top = 2**bits
-    q = jnp.clip(jnp.floor(images.astype(jnp.float32) * top), 0, top - 1).astype(jnp.int32)
+    q = jnp.clip(jnp.floor(_unit(images) * top), 0, top - 1).astype(jnp.int32)
     shift = bits - 1 - jnp.arange(T, dtype=jnp.int32) % bits
     return ((q >> shift.reshape(T, *(1,) * q.ndim)) & 1).astype(dtype)
 
 
 def phase_weights(T: int, bits: int = 8) -> Array:
-    """[T], the worth of a spike at each step of a phase code: 2^-(1 + t mod bits)."""
+    """[T], the weight of a spike at each step of a phase code: 2^-(1 + t mod bits)."""
     return 2.0 ** -(1.0 + jnp.arange(T) % bits)
