@@ -3,7 +3,7 @@
 Both take the arguments of `nnx.Conv` and `nnx.Linear`, hold the same variables and return the same values. When to use which:
 
 * `nn.Conv` and `nn.Linear` between spiking layers. On [T, B, ...] they need no `Folded`. Called on `Spikes` they store one
-  bit a spike for the backward pass, where Flax's store the values. Small or strided convolutions are faster.
+  bit per spike for the backward pass; Flax's store the values. Convolutions of small maps and of images run in faster forms.
 * `nnx.Conv` and `nnx.Linear` for a function of your own in place of `lax.conv_general_dilated`, `lax.dot_general` or Flax's
   `promote_dtype`, or for `preferred_element_type`: ours do not take these four.
 """
