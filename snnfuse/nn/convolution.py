@@ -79,18 +79,20 @@ def convolve(
 def _dense(kernel, space, outs, strides, low):
     """The convolution as a matrix [H W I, H' W' O]: each output's columns hold the taps that lie over the map."""
     (H, W), (h, w), (down, right) = space, outs, strides
-    inputs, features = kernel.shape[2:]
-    wide = jnp.pad(kernel, ((down * h, H), (right * w, W), (0, 0), (0, 0)))
-
-    def window(i, j):
-        top, left = down * (h - i) + low[0], right * (w - j) + low[1]
-        return wide[top : top + H, left : left + W].reshape(H * W * inputs, features)
-
+    corner = lambda i, j: (down * (h - i) + low[0], right * (w - j) + low[1])
+    around = (down * h, H), (right * w, W)
     if h * w == 1:
-        return window(0, 0)
-    # Joined along O, each window would take a small copy of its own. XLA makes one kernel of a join along the first axis.
-    rows = jnp.stack([window(i, j).T for i in range(h) for j in range(w)])
-    return rows.reshape(h * w * features, -1).T
+        top, left = corner(0, 0)
+        wide = jnp.pad(kernel, (*around, (0, 0), (0, 0)))
+        return wide[top : top + H, left : left + W].reshape(-1, kernel.shape[-1])
+    # To join windows along O would take a small copy for each. With O first it is one kernel.
+    wide = jnp.pad(jnp.moveaxis(kernel, -1, 0), ((0, 0), *around, (0, 0)))
+    rows = []
+    for i in range(h):
+        for j in range(w):
+            top, left = corner(i, j)
+            rows.append(wide[:, top : top + H, left : left + W])
+    return jnp.stack(rows).reshape(h * w * kernel.shape[-1], -1).T
 
 
 def _space_to_depth(x, kernel, strides, low, outs):
