@@ -50,7 +50,7 @@ def convolve(
         feature_group_count=groups,
         precision=precision,
     )
-    slide = lambda x, kernel, *window: convolution(x, jnp.moveaxis(kernel, -1, 0), *window)
+    slide = lambda x, kernel, *window: convolution(x, _features_first(kernel), *window)
     dilated = input_dilation + kernel_dilation != 2 * ones
     if len(taps) != 2 or dilated or groups > 1 or min(map(min, pads)) < 0:
         return slide(x.astype(kernel.dtype), kernel, strides, pads)
@@ -76,6 +76,21 @@ def convolve(
     return slide(x, kernel, strides, pads)
 
 
+@jax.custom_jvp
+def _features_first(kernel):
+    """[*taps, I, O] -> [O, *taps, I].
+
+    The barrier keeps the gradient's transpose out of the optimizer's update. An update that also transposes cannot write over
+    the donated arrays, so XLA copied the parameter and both moments of Adam for each such kernel.
+    """
+    return jnp.moveaxis(kernel, -1, 0)
+
+
+@_features_first.defjvp
+def _features_first_jvp(primals, tangents):
+    return _features_first(*primals), jnp.moveaxis(lax.optimization_barrier(tangents[0]), -1, 0)
+
+
 def _dense(kernel, space, outs, strides, low):
     """The convolution as a matrix [H W I, H' W' O]: each output's columns hold the taps that lie over the map."""
     (H, W), (h, w), (down, right) = space, outs, strides
@@ -86,7 +101,7 @@ def _dense(kernel, space, outs, strides, low):
         wide = jnp.pad(kernel, (*around, (0, 0), (0, 0)))
         return wide[top : top + H, left : left + W].reshape(-1, kernel.shape[-1])
     # To join windows along O would take a small copy for each. With O first it is one kernel.
-    wide = jnp.pad(jnp.moveaxis(kernel, -1, 0), ((0, 0), *around, (0, 0)))
+    wide = jnp.pad(_features_first(kernel), ((0, 0), *around, (0, 0)))
     rows = []
     for i in range(h):
         for j in range(w):
