@@ -7,6 +7,8 @@ import sys
 import types
 
 import pytest
+import test_core
+import test_nn_inspect
 from test_ops_contract import CASES, check
 
 ROOT = pathlib.Path(__file__).parents[1]
@@ -46,6 +48,8 @@ def _module(file, monkeypatch):
 def test_a_neuron(follow):
     follow("A neuron")
     check("qif", "interpret", **CASES["plain"])
+    test_core.test_help_shows_the_equation_the_arguments_the_defaults_and_the_source("QIF")
+    test_nn_inspect.test_help_shows_equation_arguments_and_defaults("QIF")
 
 
 @pytest.mark.parametrize(("name", "case"), [("lif", "short_chunk"), ("affine", "bfloat16")])
