@@ -1,6 +1,7 @@
-"""The checkpoints of a run: Orbax's, with a digest of what each holds, so that a damaged one is never trained on.
+"""The checkpoints of a run, by Orbax. Each one stores a digest of its content, so a damaged one is never restored.
 
-Orbax writes aside and renames, so a kill at any moment leaves the older ones whole; it does not notice a flipped byte.
+Orbax writes to another folder and renames it, so a kill at any moment leaves the older checkpoints whole. But it does not
+notice a flipped byte; the digest does.
 """
 
 import hashlib
@@ -23,7 +24,7 @@ class Stopped(RuntimeError):
 
 
 class NotSaved(Stopped):
-    """A checkpoint could not be written, or none can be read; the message names the last one that is there."""
+    """A checkpoint could not be written, or none can be read. The message names the last one that exists."""
 
 
 class Checkpoints:
@@ -39,20 +40,20 @@ class Checkpoints:
         return ocp.CheckpointManager(self.path, options=ocp.CheckpointManagerOptions(max_to_keep=self._keep))
 
     def save(self, step: int, arrays: dict[str, Array]):
-        """Begin to write; what goes wrong is raised here, by the next save, or by `last`."""
+        """Starts to write. An error is raised here, by the next `save`, or by `last`."""
         if self._manager.latest_step() != step:
             content = {**arrays, DIGEST: _digest(arrays)}
             self._or_not_saved(lambda: self._manager.save(step, args=ocp.args.StandardSave(content)))
 
     def last(self) -> int | None:
-        """The step of the last checkpoint, once all are written."""
+        """Waits until all checkpoints are written; returns the step of the last one."""
         self._or_not_saved(self._manager.wait_until_finished)
         return self._manager.latest_step()
 
     def restore(self, like: dict[str, Array]) -> tuple[int, dict[str, Array]] | None:
-        """(step, arrays) of the last one that is whole, in the shapes and shardings of `like`; None if there is none at all.
+        """(step, arrays) of the last whole checkpoint, in the shapes and shardings of `like`; None if there is no checkpoint.
 
-        Later ones, which are not, are then moved aside with a message. Raises NotSaved if none is whole, and moves none.
+        Later, damaged ones are then moved aside with a message. Raises NotSaved if all are damaged, and moves none.
         """
         damaged = []
         for step in sorted(self._manager.all_steps(), reverse=True):
@@ -97,7 +98,7 @@ class Checkpoints:
 
 
 def _digest(arrays):
-    """Of names, types and bytes; of an array cut over several hosts, its name alone, for none of them has it whole."""
+    """A digest of names, types and bytes. Of an array that is cut over several hosts only the name counts: no host has it all."""
     digest = hashlib.sha256()
     for name in sorted(arrays):
         x = arrays[name]
@@ -110,6 +111,6 @@ def _digest(arrays):
 
 
 def _cause(e):
-    """The end of the first line, where these exceptions say why: after many paths, before annotations [name='...']."""
+    """The end of an exception's first line: these exceptions give the cause there, between paths and [name='...']."""
     text = re.split(r" \[\w+=", (str(e).strip() or "no message").splitlines()[0])[0]
     return f"{type(e).__name__}: {text if len(text) < 160 else '...' + text[-160:]}"

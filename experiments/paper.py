@@ -1,6 +1,6 @@
 """The training runs of "Towards Scalable GPU-Accelerated SNN Training via Temporal Fusion" (ICANN 2024, arXiv 2408.00280).
 
-    python experiments/paper.py --list                     every run: its command, time and result, as far as measured
+    python experiments/paper.py --list                     every run: its command, and its time and result if measured
     python experiments/paper.py mnist r18                  mnist, cifar10, nmnist or dvs128_gesture; r18, r34 or r50
     python experiments/paper.py cifar10 r50 --data random --data.like cifar10 --steps 200      its speed, without the data
     python experiments/paper.py mnist5k r18                real digits that need no download: a minute on an H100, 98.0 %
@@ -51,12 +51,12 @@ SHAPES = {
 
 
 def arguments(data: str, model: str) -> list[str]:
-    """Those of train.py that make the run."""
+    """The options of train.py that make the run."""
     return [*PAPER, *DATA[data], f"--model.depth={DEPTHS[model]}", f"--name={data}-{model}"]
 
 
 def table() -> str:
-    """Every run with its milliseconds a step and its accuracy, of the last rows of benchmarks/results that have them."""
+    """Every run with its milliseconds a step and its accuracy, from the newest rows in benchmarks/results."""
     lines = [f"{'command':46} {'steps':>5}  {'ms a step':24} held-out accuracy"]
     for data, options in DATA.items():
         steps = next(option.partition("=")[2] for option in options if option.startswith("--steps"))

@@ -13,10 +13,10 @@ from matplotlib import pyplot as plt  # noqa: E402
 from snnfuse.data.loader import load  # noqa: E402
 from snnfuse.nn import monitor  # noqa: E402
 
-STEPS = 48  # the network is shown the image for longer than in training, for there to be something to see
+STEPS = 48  # longer than in training, so that there is something to see
 LAYERS = 5  # in the raster, from the first to the last
 NEURONS = 50  # of each layer there
-TRACED_RATES = (0.08, 0.2, 0.35, 0.5)  # the membranes shown are of the neurons that fire most nearly so
+TRACED_RATES = (0.08, 0.2, 0.35, 0.5)  # the membranes of the neurons whose rates are nearest to these are shown
 COLOURS = ["#3b6fb6", "#2a9d8f", "#e08e29", "#c8553d", "#7a5195"]
 
 
@@ -88,13 +88,13 @@ def _apart(heights, gap):
 
 
 def _picture(xs):
-    """What is shown, [T, H, W, C], as its mean over time; two polarities are red and green."""
+    """The mean over time of the input [T, H, W, C]; two polarities become red and green."""
     mean = xs.mean(0) / max(xs.mean(0).max(), 1e-6)
     return mean[..., 0] if mean.shape[-1] == 1 else np.pad(mean, ((0, 0), (0, 0), (0, 3 - mean.shape[-1])))
 
 
 def _shown(hidden):
-    """({name: path} of at most LAYERS hidden layers, the path of the last), of a block with several that which ends it."""
+    """({name: path} of at most LAYERS hidden layers, the path of the last one). A block with several shows its last layer."""
     blocks = {}
     for path in hidden:  # layers.3.join.neuron, layers.3.main.layers.1.neuron: the block's own has the shorter path
         block = int(path.split(".")[1])
@@ -105,7 +105,7 @@ def _shown(hidden):
 
 
 def _recorded(config, model, batch, T):
-    """(inputs, outputs, {path of a hidden layer: spikes}, the states of the last that is shown)."""
+    """(inputs, outputs, {path of a hidden layer: spikes}, the states of the last layer shown)."""
 
     @jax.jit
     def run(state, batch):

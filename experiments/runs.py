@@ -1,4 +1,4 @@
-"""The directory of a run, runs/<name>: made and checked before anything is computed, found again to resume."""
+"""The directory of a run, runs/<name>. It is made and checked before anything is computed, and read again to resume."""
 
 import json
 import shutil
@@ -29,7 +29,7 @@ class Run:
         self._checkpoints = Checkpoints(self.path / "checkpoints")
 
     def start(self, state) -> tuple[int, Any]:
-        """(the step to begin at, the state there): those of the last checkpoint that is whole, if there is one."""
+        """(the step to begin at, the state there), from the last whole checkpoint if there is one."""
         _check_space(self.path, state)
         step = 0
         if (found := self._checkpoints.restore(_flat(state))) is not None:
@@ -107,7 +107,7 @@ def _check_space(path, state):
 
 
 def _flat(state):
-    """{path: array} of an nnx state: what a checkpoint holds. Random keys are kept as their bits."""
+    """{path: array} of an nnx state, as a checkpoint stores it. Random keys are stored as their bits."""
     leaves = jax.tree_util.tree_leaves_with_path(state)
     return {jax.tree_util.keystr(path): _bits(leaf) for path, leaf in leaves}
 

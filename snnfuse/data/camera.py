@@ -1,6 +1,6 @@
-"""A synthetic event camera: a still picture, moved as N-MNIST's camera moves, answers with events. NumPy alone.
+"""A synthetic event camera in NumPy: it makes events from a still picture that moves as in N-MNIST.
 
-It is not N-MNIST: no noise, no refractory period, no screen, no lens. What is N-MNIST's is the motion.
+Only the motion is that of N-MNIST. There is no noise, no refractory period, no screen and no lens.
 """
 
 from dataclasses import dataclass
@@ -15,20 +15,20 @@ CORNERS = np.array([[0.0, 0.0], [3.5, 7.0], [7.0, 0.0], [0.0, 0.0]])
 
 
 def position(t: np.ndarray) -> np.ndarray:
-    """[..., 2], the offset (x, y) of the picture at microsecond t: three straight saccades around a triangle."""
+    """The offset (x, y) of the picture at microsecond t, [..., 2]: three straight saccades around a triangle."""
     at = np.arange(len(CORNERS)) * SACCADE
     return np.stack([np.interp(t, at, CORNERS[:, axis]) for axis in (0, 1)], -1)
 
 
 def _shift_matrices(offsets: np.ndarray, size: int, length: int) -> np.ndarray:
-    """[k, size, length]: each puts a line of pixels at a fractional offset, linearly interpolated, black around."""
+    """Matrices [k, size, length]. Each one shifts a line of pixels by a fractional offset, by linear interpolation."""
     at = np.arange(size)[:, None] - np.arange(length) - offsets[:, None, None]
     return np.maximum(0, 1 - np.abs(at))
 
 
 @dataclass(frozen=True)
 class Camera:
-    """An ideal event camera. A pixel remembers the log light of its last event, and fires when light has left it by `contrast`.
+    """An ideal event camera. A pixel stores the log light of its last event, and fires when the log light differs by `contrast`.
 
         L = log(dark + light);   while |L - memory| >= contrast: event of that sign, memory moves by contrast
 
@@ -42,7 +42,7 @@ class Camera:
     step: int = 5_000
 
     def record(self, image: np.ndarray) -> Events:
-        """Events of a picture [h, w] of light 0..1 over the three saccades, in order of time, then of pixel."""
+        """The events of a picture [h, w], with light in 0..1, over the three saccades. They are sorted by time, then by pixel."""
         if image.ndim != 2 or image.min() < 0 or image.max() > 1:
             raise ValueError(f"image must be [h, w] in [0, 1]; got shape {image.shape}, {image.min()}..{image.max()}")
         times = np.arange(0, 3 * SACCADE + 1, self.step)

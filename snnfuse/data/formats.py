@@ -1,8 +1,8 @@
-"""The file formats that neuromorphic data sets are published in, read whole and checked: a fault names the sample.
+"""Readers for the file formats of published neuromorphic data sets. They check every file; an error names the sample.
 
-N-MNIST's are read by tonic, HDF5 by h5py. AEDAT 2 and 3 are read here, because tonic 1.7's readers of them drop a
-truncated tail, take packets of any type for polarity events, and ignore the timestamp overflow (and its `read_dvs_*`
-raise on every file, for they unpack two of three returned values).
+tonic reads N-MNIST, and h5py reads HDF5. AEDAT 2 and 3 are read here, because the readers of tonic 1.7 drop a truncated
+tail, treat packets of any type as polarity events, and ignore the timestamp overflow. (Its `read_dvs_*` raise on every
+file: they unpack two values where three are returned.)
 """
 
 import csv
@@ -19,11 +19,11 @@ from snnfuse.data.optional import require
 def read_nmnist(data: bytes, name: str) -> Events:
     """N-MNIST .bin, 5 bytes an event: x, y, then polarity (1 bit) and microseconds (23 bits), the highest byte first.
 
-    A y of 240 is no event but 2^13 microseconds to add from there on. Orchard et al. 2015,
+    A y of 240 marks an overflow: 2^13 microseconds are added to all times that follow. Orchard et al. 2015,
     https://www.garrickorchard.com/datasets/n-mnist.
     """
     if len(data) % 5:
-        raise BadSample(name, f"truncated: {len(data)} bytes are no multiple of 5")
+        raise BadSample(name, f"truncated: {len(data)} bytes are not a multiple of 5")
     if not data:
         return {column: np.empty(0, np.int64) for column in "txyp"}
     dtype = np.dtype([("x", np.int64), ("y", np.int64), ("t", np.int64), ("p", np.int64)])
@@ -37,9 +37,9 @@ _COMMENTS = re.compile(rb"(?:#[^\n]*\n)*")
 def read_aedat2(data: bytes, name: str) -> Events:
     """AEDAT 2.0 of a DVS128, as CIFAR10-DVS publishes: comments, then address and microseconds, big-endian uint32.
 
-    Address bit 0 is 1 for OFF, bits 1-7 and 8-14 the axes, both flipped; bit 15 marks what is no pixel's (a timer, a
-    wire), which is left out. The axes are named here so that the pictures of
-    CIFAR10-DVS stand upright, as SpikingJelly has them. https://docs.inivation.com/software/software-advanced-usage/
+    Bit 0 of an address is 1 for OFF. Bits 1-7 and 8-14 are the two axes, both flipped. Bit 15 marks an event that comes
+    from no pixel (a timer, a wire); it is left out. x and y are chosen so that the pictures of CIFAR10-DVS stand upright,
+    as in SpikingJelly. https://docs.inivation.com/software/software-advanced-usage/
     file-formats/aedat-2.0.html.
     """
     if not data.startswith(b"#!AER-DAT2.0"):
@@ -63,9 +63,9 @@ _PACKET = np.dtype(
 def read_aedat3(data: bytes, name: str) -> Events:
     """AEDAT 3.1, as DVS128 Gesture publishes: a header, then packets of 28 bytes and `capacity` events.
 
-    Polarity packets are type 1. Of an event's data, bit 0 says valid, bit 1 ON, bits 2-16 y, bits 17-31 x; its time
-    is the 31 bits that follow, below ts_overflow. Events marked invalid, and the unused end of a packet, are no
-    events. https://docs.inivation.com/software/software-advanced-usage/file-formats/aedat-3.1.html.
+    Polarity packets have type 1. In the data of an event bit 0 is 1 if it is valid, bit 1 is 1 for ON, bits 2-16 are y and
+    bits 17-31 are x. The next 31 bits are the low bits of its time; ts_overflow holds the high bits. Invalid events and the
+    unused end of a packet are left out. https://docs.inivation.com/software/software-advanced-usage/file-formats/aedat-3.1.html.
     """
     if not data.startswith(b"#!AER-DAT3."):
         raise BadSample(name, f"wrong magic: starts with {data[:11]!r}, not b'#!AER-DAT3.'")
@@ -95,7 +95,7 @@ def read_aedat3(data: bytes, name: str) -> Events:
 
 
 class Trial(NamedTuple):
-    """A line of a DVS128 Gesture labels file: class from 0, and microseconds [start, end)."""
+    """A line of a DVS128 Gesture labels file: the class, from 0, and the time [start, end) in microseconds."""
 
     label: int
     start: int
@@ -124,7 +124,7 @@ def read_trials(text: str, name: str, classes: int = 11) -> list[Trial]:
 class Hsd:
     """An SHD or SSC .h5: spikes/times in seconds, spikes/units 0..699, labels, extra/keys the label names.
 
-    Times become whole microseconds, towards zero, as in tonic. Cramer et al. 2020, https://arxiv.org/abs/1910.07407.
+    Times are cut to whole microseconds, as in tonic. Cramer et al. 2020, https://arxiv.org/abs/1910.07407.
     """
 
     def __init__(self, path, name: str):
@@ -149,7 +149,7 @@ class Hsd:
         return len(self.file["labels"])
 
     def read(self, index: int) -> tuple[Events, int, int]:
-        """Events, label and speaker (-1 if none is given) of one row; no other is in memory."""
+        """Events, label and speaker (-1 if none is given) of one row. Only this row is read."""
         name = f"{self.name}[{index}]"
         times = self.file["spikes/times"][index].astype(np.float64)
         if not np.all(np.isfinite(times)):

@@ -1,4 +1,4 @@
-"""What is in a data set: a table of its splits, and a picture of a sample."""
+"""Shows a data set: a table of its splits, and a picture of a sample."""
 
 from pathlib import Path
 
@@ -12,7 +12,7 @@ ON, OFF, GREY = (32, 96, 200), (200, 48, 48), (255, 255, 255)
 
 
 def summary(name: str, folder=None) -> dict:
-    """Splits, sizes, label names and, of events, counts and rates, from what preparing it wrote down: no sample is read."""
+    """Splits, sizes and label names; for events also counts and rates. Reads only what `prepare` wrote, and no sample."""
     info = catalog.prepared(name, folder).info
     sizes = {split: {"samples": part.num_examples, "bytes": part.num_bytes} for split, part in info.splits.items()}
     metadata = dict(info.metadata or {})
@@ -37,7 +37,7 @@ def summary(name: str, folder=None) -> dict:
 
 
 def strip(counts: np.ndarray, scale: int) -> list[np.ndarray]:
-    """Frames [T, H, W, P] as T pictures [H', W', 3]: ON blue, OFF red, the stronger the more events."""
+    """Frames [T, H, W, P] as T pictures [H', W', 3]: ON is blue, OFF is red, and more events give a stronger colour."""
     top = max(1, np.percentile(counts[counts > 0], 95) if counts.any() else 1)
     strength = np.clip(counts / top, 0, 1)[..., None]
     ink = np.array([ON] if counts.shape[-1] == 1 else [OFF, ON], float) - GREY
@@ -46,13 +46,13 @@ def strip(counts: np.ndarray, scale: int) -> list[np.ndarray]:
 
 
 def _raster(events: dict, sensor: Sensor, T: int) -> np.ndarray:
-    """A one-row sensor, as channels by time."""
+    """The events of a sensor with one row, as a picture of channels by time."""
     counts = to_frames(events, sensor, T, split="time")[:, 0]  # [T, W, P]
     return counts.transpose(1, 0, 2)[None, ::-1]
 
 
 def render(name: str, split: str, index: int, out: Path, folder=None, T: int = 10) -> str:
-    """Writes a sample to `out`, a .png strip or, of events, a .gif, and returns a line about it."""
+    """Writes a sample to `out` and returns a line about it: a .png strip, or a .gif for events."""
     Image = require("PIL.Image")
     source = catalog.source(name, split, folder)
     if not 0 <= index < len(source):
