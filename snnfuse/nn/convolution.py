@@ -81,14 +81,17 @@ def _features_first(kernel):
     """[*taps, I, O] -> [O, *taps, I].
 
     The barrier keeps the gradient's transpose out of the optimizer's update. An update that also transposes cannot write over
-    the donated arrays, so XLA copied the parameter and both moments of Adam for each such kernel.
+    the donated arrays, so XLA copied the parameter and both moments of Adam for each such kernel. The barrier is on a flat
+    array, because on any other XLA would choose a layout in which nothing has been transposed yet.
     """
     return jnp.moveaxis(kernel, -1, 0)
 
 
 @_features_first.defjvp
 def _features_first_jvp(primals, tangents):
-    return _features_first(*primals), jnp.moveaxis(lax.optimization_barrier(tangents[0]), -1, 0)
+    (d_kernel,) = tangents
+    flat = lax.optimization_barrier(d_kernel.reshape(-1))
+    return _features_first(*primals), jnp.moveaxis(flat.reshape(d_kernel.shape), -1, 0)
 
 
 def _dense(kernel, space, outs, strides, low):
