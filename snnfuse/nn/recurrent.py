@@ -1,0 +1,80 @@
+"""A recurrent layer: neurons whose spikes are part of their own input at the next step."""
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jax import Array
+
+from snnfuse.nn.spikes import values
+from snnfuse.nn.spiking import Fixed, Spiking
+from snnfuse.nn.temporal import Temporal
+from snnfuse.ops.recurrent import PRECISIONS, RecurrentState, unroll_recurrent
+
+
+class Recurrent(Temporal):
+    """A recurrent layer: xs [T, *B, H] -> (outs [T, *B, H], `RecurrentState`). `layer.weight` is trained.
+
+        s[t] = neuron(x[t] + s[t-1] @ weight)
+
+    Args:
+      neuron: a neuron module, such as `nn.LIF(tau=2.0)`. Its parameters, `implementation` and `out_dtype` are used.
+      features: H, the number of neurons.
+      heads: 1 by default. Neurons connect only within their head; heads must divide features.
+      self_connections: True by default; False removes the weight from each neuron to itself.
+      mask: an array of zeros and ones with the shape of the weight, [H, H] or, with several heads, [heads, H / heads,
+        H / heads]; 0 removes a connection.
+      precision: "float32" by default; "bfloat16" rounds the weight, see `snnfuse.ops.recurrent.unroll_recurrent`.
+      scale: 1.0 by default; each head's weight starts as an orthogonal matrix times this.
+      rngs: `nnx.Rngs`; the stream `params` draws the weight.
+    """
+
+    def __init__(
+        self,
+        neuron: Spiking,
+        features: int,
+        *,
+        heads: int = 1,
+        self_connections: bool = True,
+        mask: Array | None = None,
+        precision: str = "float32",
+        scale: float = 1.0,
+        rngs: nnx.Rngs,
+    ):
+        if not isinstance(neuron, Spiking):
+            raise TypeError(f"neuron must be a module such as nn.LIF(tau=2.0); got {neuron!r}")
+        if features < 1 or heads < 1 or features % heads:
+            raise ValueError(f"features must be a positive multiple of heads; got features={features}, heads={heads}")
+        if precision not in PRECISIONS:
+            raise ValueError(f"precision must be one of {PRECISIONS}; got {precision!r}")
+        size = features // heads
+        shape = (size, size) if heads == 1 else (heads, size, size)
+        if mask is not None and jnp.shape(mask) != shape:
+            raise ValueError(f"mask must have the shape of the weight, {shape}; got {jnp.shape(mask)}")
+        blocks = jax.vmap(lambda key: nnx.initializers.orthogonal(scale)(key, (size, size), jnp.float32))
+        self.neuron = neuron
+        self.precision = precision
+        self.weight = nnx.Param(blocks(jax.random.split(rngs.params(), heads)).reshape(shape))
+        self.mask = _mask(mask, self_connections, shape)
+
+    def init_state(self, xs: Array) -> RecurrentState:
+        return RecurrentState(self.neuron.init_state(xs), jnp.zeros(values(xs).shape[1:], jnp.float32))
+
+    def __call__(self, xs: Array, state: RecurrentState | None = None) -> tuple[Array, RecurrentState]:
+        weight = self.weight[...] if self.mask is None else self.weight[...] * self.mask[...]
+        return unroll_recurrent(
+            self.neuron.neuron,
+            self.neuron.params,
+            state,
+            values(xs),
+            weight,
+            precision=self.precision,
+            implementation=self.neuron.implementation,
+            out_dtype=self.neuron.out_dtype,
+        )
+
+
+def _mask(mask, self_connections, shape):
+    if mask is None and self_connections:
+        return None
+    keep = jnp.ones(shape, jnp.float32) if mask is None else jnp.asarray(mask, jnp.float32)
+    return Fixed(keep if self_connections else keep * (1 - jnp.broadcast_to(jnp.eye(shape[-1]), shape)))
