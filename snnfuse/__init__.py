@@ -41,6 +41,7 @@ from snnfuse.ops.api import unroll
 from snnfuse.ops.autotune import autotune
 from snnfuse.ops.explain import Explanation, explain
 from snnfuse.ops.packing import Packed, pack, unpack
+from snnfuse.ops.recurrent import RecurrentState, unroll_recurrent
 
 __version__ = "0.1.0"
 

@@ -34,6 +34,7 @@ CASES = {
     "Spiking": (partial(nn.Spiking, neurons.LIF, neurons.LIFParams(0.5, 1.0), surrogate=sf.Sigmoid()), (xs,)),
     "Sequential": (lambda: nn.Sequential(nnx.Linear(4, 3, rngs=rngs()), nn.IF(), nn.LI(tau=2.0)), (xs,)),
     "Folded": (lambda: nn.Folded(nnx.Linear(4, 3, rngs=rngs())), (xs,)),
+    "Recurrent": (lambda: nn.Recurrent(nn.LIF(tau=2.0), 4, rngs=rngs()), (xs,)),
     "Remat": (lambda: nn.Remat(nn.LIF(tau=2.0)), (xs,)),
     "PackSpikes": (nn.PackSpikes, (spikes.values,)),
     "Conv": (lambda: nn.Conv(3, 4, (3, 3), rngs=rngs()), (image,)),
