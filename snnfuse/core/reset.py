@@ -6,28 +6,19 @@ With `detach` the reset treats the spike as a constant: dv/du then does not cont
 from dataclasses import dataclass
 from numbers import Real
 
-import jax.numpy as jnp
 from jax import Array, lax
-
-LARGEST = (
-    1e30  # far below the largest float32, so that LARGEST times a cotangent stays finite: the surrogate is 0 there
-)
 
 
 @dataclass(frozen=True)
 class HardReset:
-    """v = (1 - s) u + s v_reset, for spikes of 0 and 1 and for relaxed ones between.
-
-    A u above `LARGEST`, so an infinite one too, counts as `LARGEST`: a spike then resets it, where 0 * inf would be NaN. The
-    gradient of v with regard to such a u is 0. All other values and gradients are those of the equation; NaN stays NaN.
-    """
+    """v = (1 - s) u + s v_reset."""
 
     v_reset: float = 0.0
     detach: bool = False
 
     def __call__(self, u: Array, s: Array, threshold: Array | float) -> Array:
         s = lax.stop_gradient(s) if self.detach else s
-        kept = (1 - s) * jnp.where(u > LARGEST, LARGEST, u)
+        kept = (1 - s) * u
         if isinstance(self.v_reset, Real) and self.v_reset == 0:
             return kept  # a compiler cannot drop s * 0 by itself, because 0 * NaN is NaN
         return kept + s * self.v_reset
