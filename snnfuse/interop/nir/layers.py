@@ -17,7 +17,7 @@ from snnfuse.core.surrogate import ATan, Surrogate, spike
 
 
 class Graph(nn.Temporal):
-    """Layers of which each is fed the sum of what its sources made. The state is a tuple, one entry a temporal layer.
+    """Layers of which each is fed the sum of what its sources made. The state is a tuple, one entry per Temporal layer.
 
     `sources`: for each layer, and at last for the output, the places of layers before it; -1 is the input.
     """
@@ -46,7 +46,7 @@ class Graph(nn.Temporal):
         count = sum(isinstance(layer, nn.Temporal) for layer in self.layers)
         before = [None] * count if state is None else list(state)
         if len(before) != count:
-            raise ValueError(f"state must have {count} entries, one a temporal layer; got {len(before)}")
+            raise ValueError(f"state must have {count} entries, one per Temporal layer; got {len(before)}")
         made, after = [xs], []
         for layer, places in zip(self.layers, self.sources, strict=False):
             x = _sum(made, places)
