@@ -14,6 +14,7 @@ import time
 import zipfile
 from importlib.metadata import version
 from pathlib import Path
+from unittest import mock
 
 import numpy as np
 from runner import Case, main, question
@@ -71,8 +72,8 @@ def prepare(folder):
         with open(folder / "nmnist" / archive.file, "rb") as file:
             return archive._replace(digest="md5:" + hashlib.file_digest(file, "md5").hexdigest())
 
-    cls.ARCHIVES = tuple(map(known, cls.ARCHIVES))
-    made = catalog.prepare("nmnist", folder, manual=folder)
+    with mock.patch.object(cls, "ARCHIVES", tuple(map(known, cls.ARCHIVES))):  # ours have other digests than N-MNIST's
+        made = catalog.prepare("nmnist", folder, manual=folder)
     return dict(bytes_on_disk=made.info.dataset_size, samples=made.info.splits["train"].num_examples)
 
 
