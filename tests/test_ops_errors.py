@@ -246,7 +246,7 @@ def test_none_takes_scan_on_a_gpu_for_a_step_that_closes_over_an_array():
         jaxpr = jax.make_jaxpr(partial(unroll, ClosesOverAnArray(np.ones(3, np.float32)), PARAMS, None))(XS)
         with pytest.raises(NotImplementedError, match="implementation 'pallas': neuron ClosesOverAnArray"):
             jax.make_jaxpr(lambda: unroll(ClosesOverAnArray(np.ones(3, np.float32)), implementation="pallas"))()
-    assert any(eqn.primitive.name == "scan" for eqn in jaxpr.jaxpr.eqns)
+    assert " scan[" in str(jaxpr)  # inside a call of its own, or inlined
 
 
 def test_an_enclosing_name_reaches_every_leaf_of_a_tree_of_out_dtypes():
