@@ -1,4 +1,5 @@
-"""Training steps: `nnx.jit`'s way of writing one, at the cost of a call to a flat `jax.jit`; batches that live on the device.
+"""Training steps: `nnx.jit`'s way of writing one, at the cost of a call to a flat `jax.jit`; batches that live on the device;
+checkpoints.
 
     @training.compiled_step
     def train_step(model, optimizer, xs, labels):
@@ -10,9 +11,23 @@
     losses = train_step.scan(model, optimizer, xs_K, labels_K)   # K steps in one call: xs_K [K, ...], losses [K]
 
 After each call the model and the optimizer hold the new arrays: read, print, save and evaluate them at any time.
+
+    training.save(path, model, optimizer)      # the arrays, and the numbers that are compiled in
+    training.restore(path, model, optimizer)   # refuses a network with other numbers
 """
 
+from snnfuse.training.checkpoint import check_settings, from_arrays, restore, save, settings, to_arrays
 from snnfuse.training.compiled import CompiledStep, compiled_step
 from snnfuse.training.device_data import DeviceData
 
-__all__ = ["CompiledStep", "DeviceData", "compiled_step"]
+__all__ = [
+    "CompiledStep",
+    "DeviceData",
+    "check_settings",
+    "compiled_step",
+    "from_arrays",
+    "restore",
+    "save",
+    "settings",
+    "to_arrays",
+]
