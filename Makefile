@@ -18,9 +18,8 @@ FAST := core ops_contract ops_errors ops_implementations ops_packing nn # the te
 demo: $(VENV)/train
 	$(BIN)/python experiments/train.py
 
-# These tests run on the CPU, also on a machine with a GPU. XLA compiles them more than twice as fast without its optimisations.
+# These tests run on the CPU, also on a machine with a GPU; tests/conftest.py makes XLA compile faster there.
 test test-fast: export JAX_PLATFORMS := cpu
-test test-fast: export XLA_FLAGS := $(XLA_FLAGS) --xla_backend_optimization_level=0
 test: $(VENV)/dev
 	$(BIN)/python -m pytest $(TESTS) -n auto -m "not gpu"
 
