@@ -1,5 +1,6 @@
 """The modules: parameters, gradients, sequences in pieces, layers folded over time, NNX transforms, and errors for bad input."""
 
+import pickle
 from functools import partial
 
 import jax
@@ -61,6 +62,9 @@ def test_a_module_is_unroll_by_hand(name):
 
     def by_hand(params, xs):
         params = {path[0]: variable[...] for path, variable in nnx.to_flat_state(params)}
+        for raw in [name for name in params if name.startswith("raw_")]:
+            kept = jax.nn.sigmoid if raw.startswith("raw_decay") else jax.nn.softplus
+            params[raw.removeprefix("raw_")] = kept(params.pop(raw))
         if name == "ParametricLIF":
             params["decay"] = 1 - jax.nn.sigmoid(params.pop("w"))  # 1 / tau = sigmoid(w), as SpikingJelly has it
         return snnfuse.unroll(layer.neuron, layer.params_type(**params), None, xs, implementation="scan")
@@ -122,7 +126,7 @@ def test_arguments_reach_their_parameters(layer, params):
 def test_what_is_not_learned_is_not_a_param():
     taus = jnp.linspace(1.5, 6.0, N)
     layer = nn.LIF(tau=taus, learn="threshold")
-    assert set(nnx.state(layer, nnx.Param)) == {"threshold"} and set(nnx.state(layer, nn.Fixed)) == {"decay"}
+    assert set(nnx.state(layer, nnx.Param)) == {"raw_threshold"} and set(nnx.state(layer, nn.Fixed)) == {"decay"}
     assert jax.tree.leaves(nnx.state(nn.LIF(tau=2.0))) == [] and nn.LIF(tau=2.0).decay == 0.5
     xs = inputs(0.6)
     each = [nn.LIF(tau=float(tau))(xs[..., i : i + 1])[0] for i, tau in enumerate(taus)]
@@ -133,7 +137,34 @@ def test_what_is_not_learned_is_not_a_param():
 @strict
 def test_learned_per_neuron_values_are_kept():
     decay = jnp.linspace(0.1, 0.9, N)
-    np.testing.assert_array_equal(nn.LIF(decay=decay, learn="decay").decay[...], decay)
+    np.testing.assert_allclose(nn.LIF(decay=decay, learn="decay").decay, decay, rtol=1e-6)
+    np.testing.assert_array_equal(nn.LIF(decay=decay, learn={"decay": "raw"}).decay[...], decay)
+
+
+def test_learned_parameters_stay_in_their_range():
+    """An optimizer that pushes as hard as it can; without bounds the decay passes 1 and the threshold 0."""
+    ranges = dict(decay=(0, 1), threshold=(0, jnp.inf), delta=(0, jnp.inf))
+    layer = nn.ExpIF(decay=0.9, learn=("decay", "threshold", "delta"), shape=(2,))
+    raw = nn.ExpIF(decay=0.9, learn={"decay": "raw", "threshold": "raw"}, shape=(2,))
+    assert set(nnx.state(layer, nnx.Param)) == {"raw_decay", "raw_threshold", "raw_delta"}
+    assert set(nnx.state(raw, nnx.Param)) == {"decay", "threshold"}
+    for module in (layer, raw):
+        optimizer = nnx.Optimizer(module, optax.sgd(1.0), wrt=nnx.Param)
+        for sign in (1, -1):
+            pushed = jax.tree.map(lambda p, sign=sign: sign * jnp.asarray([5.0, -10.0]), nnx.state(module, nnx.Param))
+            optimizer.update(module, pushed)
+            if module is layer:
+                values = [getattr(layer.params, name) for name in ranges]
+                assert all(
+                    jnp.all((low < v) & (v < high)) for v, (low, high) in zip(values, ranges.values(), strict=True)
+                )
+            else:
+                assert jnp.abs(raw.decay[...]).max() > 1
+            optimizer.update(module, jax.tree.map(jnp.negative, pushed))
+    np.testing.assert_allclose(layer.params.decay, 0.9, rtol=1e-5)
+    assert nnx.merge(*nnx.split(layer)).params.threshold[1] == layer.threshold[1]
+    copied = pickle.loads(pickle.dumps(layer))
+    np.testing.assert_array_equal(copied.threshold, layer.threshold)
 
 
 def conv_net(rngs, **options):
@@ -211,7 +242,7 @@ def test_gradients_reach_every_parameter(network):
 
     model.train()
     found = nnx.to_flat_state(gradients(model, xs))
-    assert {path[-1] for path, _ in found} == {"kernel", "bias", "scale", "decay", "threshold", "w"}
+    assert {path[-1] for path, _ in found} == {"kernel", "bias", "scale", "raw_decay", "raw_threshold", "w"}
     before_batch_norm = (
         "layers",
         0,
@@ -342,8 +373,32 @@ def test_dtypes():
         (lambda: nn.LIF(decay=2.0), ValueError, r"decay must be in \[0, 1\]; got 2.0"),
         (lambda: nn.LIF(tau=2.0, learn="tau"), ValueError, r"learn must name .*\('decay', 'threshold'\); got 'tau'"),
         (lambda: nn.ParametricLIF(learn="decay"), ValueError, r"learn must name .*\('threshold',\); got 'decay'"),
+        (
+            lambda: nn.LIF(decay=1.0, learn="decay"),
+            ValueError,
+            "decay must be above 0 and below 1 to be learned by 'sigm",
+        ),
+        (
+            lambda: nn.LIF(decay=0.0, learn="decay"),
+            ValueError,
+            "decay must be above 0.*got 0.0.*'raw'} learns it without",
+        ),
+        (
+            lambda: nn.LIF(tau=2.0, threshold=-0.1, learn="threshold"),
+            ValueError,
+            "threshold must be above 0 and finite",
+        ),
+        (
+            lambda: nn.LIF(tau=2.0, learn={"decay": "exp"}),
+            ValueError,
+            r"learn\['decay'\] must be one of sigmoid.*'exp'",
+        ),
         (lambda: nn.LIF(tau=2.0, shape=(4,)), ValueError, "learn is empty; got shape"),
-        (lambda: nn.LIF(decay=jnp.ones(3), learn="decay", shape=(4,)), ValueError, r"decay must broadcast to .*\(3,\)"),
+        (
+            lambda: nn.LIF(decay=jnp.full(3, 0.5), learn="decay", shape=(4,)),
+            ValueError,
+            r"decay must broadcast to .*\(3,\)",
+        ),
         (lambda: nn.LIF(tau=2.0, tua=2.0), TypeError, "LIF has no argument or choice 'tua'; its choices are"),
         (lambda: nn.Spiking(snnfuse.LIF(), {"decay": 0.5}), TypeError, "params must be a NamedTuple"),
         (lambda: nn.Sequential(nnx.relu, 3), TypeError, "layer 1 must be callable; got 3"),

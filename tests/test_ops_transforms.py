@@ -352,5 +352,5 @@ def test_a_module_with_a_fused_implementation_under_nnx():
     (spikes, gradient), (want_spikes, want) = run("interpret"), run("scan")
     assert_fires(want_spikes)
     assert_same_spikes(spikes, want_spikes)
-    assert set(want) == {"decay", "threshold"} and want["decay"].shape == (3, 10)
+    assert set(want) == {"raw_decay", "raw_threshold"} and want["raw_decay"].shape == (3, 10)
     assert_close(gradient, want, 1e-4)

@@ -4,10 +4,10 @@ All are called on a sequence: `outs, state = layer(xs)` or `layer(xs, state)`. `
 """
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from numbers import Real
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -26,14 +26,41 @@ class Fixed(nnx.Variable):
     """An array of a neuron that is not trained, such as one time constant per neuron, drawn once."""
 
 
+class Range(NamedTuple):
+    """How a learned parameter keeps its range: value = forward(raw), where raw may be any number."""
+
+    forward: Callable[[Array], Array]
+    inverse: Callable[[Array], Array]
+    holds: Callable[[np.ndarray], np.ndarray]
+    text: str
+
+
+RANGES = {
+    "sigmoid": Range(
+        jax.nn.sigmoid, lambda p: jnp.log(p) - jnp.log1p(-p), lambda p: (p > 0) & (p < 1), "above 0 and below 1"
+    ),
+    "softplus": Range(
+        jax.nn.softplus,
+        lambda p: p + jnp.log(-jnp.expm1(-p)),
+        lambda p: (p > 0) & np.isfinite(p),
+        "above 0 and finite",
+    ),
+    "raw": None,
+}
+
+
 class Spiking(Temporal):
-    """Any neuron as a module: xs [T, *B, N] -> (outs [T, *B, N], state [*B, N]). `layer.decay` is the parameter `decay`.
+    """Any neuron as a module: xs [T, *B, N] -> (outs [T, *B, N], state [*B, N]). `layer.decay` is the value of `decay`.
 
     Args:
       neuron: a neuron, or its type, which is then called with `choices`.
       params: a NamedTuple with the initial value of each parameter.
-      learn: names of the parameters to train; each becomes an `nnx.Param`. Default (): none. Every other parameter stays a
-        Python number, which is compiled into the kernel, or becomes `Fixed` if it is an array.
+      learn: names of the parameters to train, () by default. An optimizer cannot move them out of their range: the array that
+        is trained, the `nnx.Param` `layer.raw_decay`, has no bounds, and `decay = sigmoid(raw_decay)` is in (0, 1).
+        Parameters whose names begin with decay get "sigmoid"; threshold, delta and tau get "softplus", which keeps them
+        above 0; others get "raw", the value itself. A dictionary chooses: `learn={"decay": "raw"}` trains `layer.decay`
+        itself, without bounds, as snnTorch's learn_beta does. A parameter that is not trained stays a Python number, which
+        is compiled into the kernel, or becomes `Fixed` if it is an array.
       shape: of the learned parameters: () for one value in all (the default), (N,) for one per channel, [*B, N] for one
         per neuron.
       implementation: "pallas", "mosaic", "triton", "scan" or "interpret"; None (the default) chooses, see `snnfuse.unroll`.
@@ -46,7 +73,7 @@ class Spiking(Temporal):
         neuron: Neuron | type,
         params: Any,
         *,
-        learn: Sequence[str] = (),
+        learn: str | Sequence[str] | Mapping[str, str] = (),
         shape: tuple[int, ...] = (),
         implementation: str | None = None,
         out_dtype: Any = None,
@@ -57,9 +84,30 @@ class Spiking(Temporal):
         self.implementation = implementation
         self.out_dtype = out_dtype
         learn = _check_learn(self.neuron, params, learn, shape)
+        self.learned = tuple(learn.items())
         for name, value in params._asdict().items():
-            if value is not None:  # None: the subclass has a property of this name
-                setattr(self, name, _parameter(name, value, shape if name in learn else None))
+            if value is None:  # the subclass has a property of this name
+                continue
+            if not _all(value, lambda value: ~np.isnan(value)):
+                raise ValueError(f"{name} must not be NaN; got {value}")
+            if (how := learn.get(name)) is None:
+                setattr(self, name, value if isinstance(value, Real) else Fixed(jnp.asarray(value)))
+            elif (kept := RANGES[how]) is None:
+                setattr(self, name, _learned(name, value, shape))
+            else:
+                if not _all(value, kept.holds):
+                    raise ValueError(
+                        f"{name} must be {kept.text} to be learned by {how!r}; got {value}. "
+                        f"learn={{{name!r}: 'raw'}} learns it without bounds"
+                    )
+                setattr(self, f"raw_{name}", _learned(name, kept.inverse(jnp.asarray(value, jnp.float32)), shape))
+
+    def __getattr__(self, name):
+        """The value of a parameter that is learned in its range, from its `raw_` array."""
+        how = dict(vars(self).get("learned", ())).get(name)
+        if how is None or RANGES[how] is None:
+            raise AttributeError(f"{type(self).__name__!r} object has no attribute {name!r}")
+        return RANGES[how].forward(getattr(self, f"raw_{name}")[...])
 
     # This runs the neuron; `parallel.over_time` replaces it. It is a partial because `nnx.tabulate` wraps every public function
     # of a class as if it were a method.
@@ -156,7 +204,7 @@ class ParametricLIF(Spiking):
             decay_input=decay_input,
             **options,
         )
-        self.w = _parameter("w", -jnp.log(jnp.asarray(tau, jnp.float32) - 1), shape)
+        self.w = _learned("w", -jnp.log(jnp.asarray(tau, jnp.float32) - 1), shape)
 
     @property
     def decay(self):
@@ -292,28 +340,36 @@ def _neuron(neuron, choices):
     return neuron(**choices) if isinstance(neuron, type) else neuron
 
 
-def _check_learn(neuron, params, learn, shape):
-    learn = (learn,) if isinstance(learn, str) else tuple(learn)
+def _check_learn(neuron, params, learn, shape) -> dict[str, str]:
+    """{the name of each parameter to learn: its range}."""
     if not hasattr(params, "_fields"):
         raise TypeError(f"params must be a NamedTuple; got {params!r}")
+    if not isinstance(learn, Mapping):
+        learn = {name: _range(name) for name in ((learn,) if isinstance(learn, str) else learn)}
     names = tuple(name for name, value in params._asdict().items() if value is not None)
     if unknown := [name for name in learn if name not in names]:
         raise ValueError(f"learn must name parameters of {type(neuron).__name__}, {names}; got {unknown[0]!r}")
+    if unknown := [name for name, how in learn.items() if how not in RANGES]:
+        raise ValueError(f"learn[{unknown[0]!r}] must be one of {', '.join(RANGES)}; got {learn[unknown[0]]!r}")
     if shape != () and not learn:
         raise ValueError(f"shape is the shape of the learned parameters, but learn is empty; got shape {shape}")
-    return learn
+    return dict(learn)
 
 
-def _parameter(name, value, learned_shape):
-    if learned_shape is None:
-        return value if isinstance(value, Real) else Fixed(jnp.asarray(value))
+def _range(name):
+    if name.startswith("decay"):
+        return "sigmoid"
+    return "softplus" if name.startswith(("threshold", "delta", "tau")) else "raw"
+
+
+def _learned(name, value, shape):
     value = jnp.asarray(value, jnp.float32)
-    if value.ndim and learned_shape == ():
-        learned_shape = value.shape
+    if value.ndim and shape == ():
+        shape = value.shape
     try:
-        return nnx.Param(jnp.broadcast_to(value, learned_shape))
+        return nnx.Param(jnp.broadcast_to(value, shape))
     except ValueError as e:
-        raise ValueError(f"{name} must broadcast to shape {learned_shape}; got {value.shape}") from e
+        raise ValueError(f"{name} must broadcast to shape {shape}; got {value.shape}") from e
 
 
 def _decay(tau, decay, suffix=""):
