@@ -4,8 +4,9 @@
     python benchmarks/core.py --only compile      only the time to compile; a minute
     python benchmarks/core.py flips               how many of 134 million spikes differ from those of scan; seconds
     python benchmarks/core.py tune                which block sizes are fastest: the numbers in snnfuse/ops/blocks.py
+    python benchmarks/core.py contract            the contract tests of every implementation; ten minutes
 
-Rows go to results/core.jsonl, flips.jsonl and tune.jsonl. A layer is checked before it is timed: its gradients must be
+Rows go to the file in results/ that has the name of the question. A layer is checked before it is timed: its gradients must be
 those of scan. `of_copy_rate` compares it with x + 1: five tensors (read x, write s; read x and ds, write dx) divided by the
 time, as a share of the bytes per second that x + 1 moves. `over_scan` is scan's time divided by ours; `peak_units` is
 memory in units of xs. `compile` is the time from a Python function to a program; `first_s` is that of the first program of
@@ -18,6 +19,9 @@ Blocks are [lanes, warps, chunk, prefetch], for "mosaic" [rows, chunk, stages].
 """
 
 import os
+import re
+import subprocess
+import sys
 import tempfile
 import time
 from functools import cache
@@ -27,7 +31,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from neurons import NEURONS
-from runner import Case, main, question, split
+from runner import HERE, Case, main, question, split
 from with_jax import bf16, copy_rate, device_ms, f32, forward_backward, peak_mb, times
 
 import snnfuse as sf
@@ -84,6 +88,14 @@ def tune(args):
         for implementation in ["interpret"] if args.tiny else split(args.implementations):
             key = dict(case=name, T=T, M=M, dtype=jnp.dtype(dtype).name, implementation=implementation)
             yield Case(key, fastest_blocks, (name, T, M, dtype, implementation, args.seconds, args.tiny))
+
+
+@question("contract", implementations=("pallas,mosaic,triton", "which of them"))
+def contract(args):
+    tests = "tests/test_imports.py" if args.tiny else "tests/test_ops_contract.py"
+    for name in ["planted"] if args.tiny else split(args.implementations):
+        key = dict(case="contract", implementation=name, tests=f"{tests} -k {name}")
+        yield Case(key, run_tests, (tests, name))
 
 
 @cache
@@ -184,5 +196,13 @@ def fastest_blocks(name, T, M, dtype, implementation, seconds, tiny):
     return dict(ms=timed[0][0], of_copy_rate=5e3 * xs.nbytes / rate(tiny) / timed[0][0], tried=tried)
 
 
+def run_tests(tests, name):
+    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", tests, "-k", name]
+    done = subprocess.run(command, cwd=HERE.parent, capture_output=True, text=True)
+    counts = {word: int(number) for number, word in re.findall(r"(\d+) (passed|failed|error)", done.stdout)}
+    row = dict(passed=counts.get("passed", 0), failed=counts.get("failed", 0) + counts.get("error", 0))
+    return row | (dict(status=f"pytest ended with {done.returncode}") if done.returncode else {})
+
+
 if __name__ == "__main__":
-    main(__doc__, "core", "flips", "tune")
+    main(__doc__, "core", "flips", "tune", "contract")

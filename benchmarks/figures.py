@@ -11,7 +11,7 @@ from runner import RESULTS, rows
 
 FIGURE = RESULTS / "figures.png"
 OURS, SCAN, OTHER = "#2a6f97", "#bb4430", "#8d99ae"
-NAMES = {"pallas": "fused", "scan": "lax.scan", "relu": "ReLU for neurons", "flax_relu": "ReLU, Flax's layers"}
+NAMES = {"pallas": "fused", "scan": "lax.scan", "relu": "ReLU for neurons"}
 BOTH = (("scan", SCAN), ("pallas", OURS))
 
 
@@ -46,10 +46,10 @@ def draw(path=FIGURE):
     over_T.set_title("LIF, forward and backward, float32", loc="left")
     over_T.legend(frameon=False)
     over_lanes.axhline(1, color="0.6", lw=0.8)
-    over_lanes.text(2**12, 1.02, "as fast as x + 1 moves the same bytes", color="0.4", fontsize=8)
+    over_lanes.text(2**12, 1.02, "x + 1, moving the same bytes", color="0.4", fontsize=8)
     over_lanes.set_xscale("log", base=2)
     over_lanes.set(xlabel="lanes", ylabel="share of the copy rate", ylim=(0, 1.12))
-    over_lanes.set_title("LIF, forward and backward, beside the copy rate", loc="left")
+    over_lanes.set_title("The same, as a share of the copy rate", loc="left")
     over_lanes.legend(frameon=False, loc="center left", bbox_to_anchor=(0, 0.62))
     labels = [", ".join(filter(None, (NAMES[r["implementation"]], r["memory"]))) for r in steps]
     colours = [dict(BOTH).get(r["implementation"], OTHER) for r in steps]

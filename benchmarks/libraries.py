@@ -19,7 +19,6 @@ class Library(NamedTuple):
     version: str
     lif: Callable
     readout: Callable | None
-    no_graph: str = ""
 
 
 def not_needed(*names):
@@ -88,24 +87,6 @@ def spikingjelly():
         return lambda xs: multi_step(xs, tau=10.0, threshold=1e9, store_v_seq=True)[2]
 
     return Library(version("spikingjelly"), lif, readout)
-
-
-def spikingjelly_cupy():
-    """SpikingJelly 0.0.0.0.14, the last release with CuPy kernels; its 16-bit kernels are for float16."""
-    import cupy  # noqa: F401  (without it SpikingJelly would run Torch operations silently)
-    import numpy as np
-
-    np.int = int  # it uses this, and numpy 2 does not have it
-
-    import torch
-    from spikingjelly.activation_based import neuron, surrogate
-
-    if not hasattr(neuron.LIFNode, "supported_backends"):
-        raise ImportError(f"needs SpikingJelly 0.0.0.0.14; found {version('spikingjelly')}")
-    layer = neuron.LIFNode(**NODE, surrogate_function=surrogate.ATan(), backend="cupy").to("cuda")
-    lif = lambda way, dtype: _node(layer, torch.float16 if dtype == "bfloat16" else torch.float32)
-    why = "CuPy launches on a stream of its own, which PyTorch does not capture: a graph would lack the kernels"
-    return Library("0.0.0.0.14", lif, None, why)
 
 
 def _node(layer, dtype):
@@ -202,7 +183,6 @@ def sparx():
 TABLE = {  # library: (the module that times it, the neuron of ours that computes the same)
     "snnfuse": ("with_jax", "lif"),
     "spikingjelly": ("with_torch", "lif"),
-    "spikingjelly_cupy": ("with_torch", "lif"),
     "snntorch": ("with_torch", "above, reset detached"),
     "norse": ("with_torch", "above, super"),
     "spyx": ("with_jax", "late"),

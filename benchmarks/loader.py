@@ -3,12 +3,10 @@
     python benchmarks/loader.py        Spiking-ResNet-18 on CIFAR-shaped bytes, T=32, B=100; rows go to results/loader.jsonl
 
 `fed_over_resident` is the cost of the loader; at most 1.03 is wanted. Samples are random and stay in memory. Both
-measurements alternate, and what the loader prepared in advance is used up before the clock starts.
-
-It needs grain. For a machine without a package index, make a folder with the same Python by `pip install --no-deps --target
-DIR grain array-record portpicker cloudpickle` (16 MB), and put it on PYTHONPATH.
+measurements alternate. What the loader prepared in advance is used up before the clock starts.
 """
 
+import itertools
 import statistics
 import time
 
@@ -44,46 +42,42 @@ def measure(T, batch, implementation, how):
     example, noise = Images(flip=0.5, pad=4), jax.random.key(0)
     prepare = lambda xs, i: encoders.bernoulli(jax.random.fold_in(noise, i), example.unpack(xs), T)
     options = dict(policy="bfloat16", implementation=implementation, rngs=nnx.Rngs(0))
-    step, leaves = training_step(models.spiking_resnet(18, 3, 10, **options), prepare=prepare)
+    step = training_step(models.spiking_resnet(18, 3, 10, **options), prepare=prepare)
 
-    def run(next_batch, count):
-        nonlocal leaves
+    def run(batches, count):
         start = time.perf_counter()
-        for _ in range(count):
-            batch = next_batch()
-            leaves, metrics = step(leaves, batch["image"], batch["label"])
+        for batch in itertools.islice(batches, count):
+            metrics = step(batch["image"], batch["label"])
         jax.block_until_ready(metrics)
         return (time.perf_counter() - start) / count * 1e3
 
     options = {k: how[k] for k in ("workers", "threads", "ahead")}
     fed = iter(load(Samples(how["samples"]), example, batch=batch, seed=0, **options))
-    resident = [next(fed) for _ in range(8)]
-    turn = iter(range(10**9))
-    here, there = lambda: resident[next(turn) % len(resident)], lambda: next(fed)
-    run(here, 5)  # compiles
-    times = {"resident": [], "fed": []}
+    kept = list(itertools.islice(fed, 8))
+    resident, times = itertools.cycle(kept), {"resident": [], "fed": []}
+    run(resident, 5)  # compiles
     for _ in range(how["rounds"]):
-        times["resident"].append(run(here, how["steps"]))
-        run(there, min(20, how["steps"]))  # uses up what was prepared in the meantime
-        times["fed"].append(run(there, how["steps"]))
-    ms = {name: statistics.median(values) for name, values in times.items()}
-    row = how | dict(bytes_per_batch=sum(x.nbytes for x in resident[0].values()), resident_ms=ms["resident"])
-    return row | dict(fed_ms=ms["fed"], fed_over_resident=ms["fed"] / ms["resident"], all_ms=times)
+        times["resident"].append(run(resident, how["steps"]))
+        run(fed, min(20, how["steps"]))  # uses up what was prepared in the meantime
+        times["fed"].append(run(fed, how["steps"]))
+    here, there = map(statistics.median, times.values())
+    row = how | dict(bytes_per_batch=sum(x.nbytes for x in kept[0].values()), all_ms=times)
+    return row | dict(resident_ms=here, fed_ms=there, fed_over_resident=there / here)
 
 
 class Samples:
-    """`size` samples, of which 1,000 differ, in memory."""
+    """`size` samples in memory, of which 1,000 differ."""
 
     def __init__(self, size):
         rng, self.size = np.random.default_rng(0), size
-        image = lambda: rng.integers(0, 256, (32, 32, 3)).astype(np.uint8)
-        self.kept = [{"image": image(), "label": i % 10} for i in range(min(1000, size))]
+        self.images = rng.integers(0, 256, (min(1000, size), 32, 32, 3)).astype(np.uint8)
 
     def __len__(self):
         return self.size
 
     def __getitem__(self, i):
-        return self.kept[int(i) % len(self.kept)]
+        i = int(i) % len(self.images)
+        return {"image": self.images[i], "label": i % 10}
 
 
 if __name__ == "__main__":

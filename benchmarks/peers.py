@@ -10,16 +10,16 @@ FOLDER on PYTHONPATH. Each library has a process of its own; libraries.py says h
     XLA_PYTHON_CLIENT_MEM_FRACTION=.95 python benchmarks/peers.py largest_T --ways pallas_lean --T 7200,9920
     python benchmarks/peers.py largest_T --library spikingjelly --ways triton --T 1850,1900
 
-`largest_T` asks for the longest sequence whose training step fits on one GPU (Spiking-ResNet-18, B=100, 3 x 28 x 28, Adam).
-Each length has a process of its own, and a row of results/largest_T.jsonl; if it does not fit, the status is the error.
+`largest_T` finds the longest sequence whose training step fits on one GPU (Spiking-ResNet-18, B=100, 3 x 28 x 28, Adam).
+Each length runs in a process of its own and gives a row of results/largest_T.jsonl. If it does not fit, the row's status is
+the error.
 
-Every case is checked before it is timed. Its spikes must equal those of `lax.scan` with the neuron that computes the same;
-a single LIF layer must have the same gradient, and an SHD step the same loss. A wrong result gets no time. Products with
-weights are formed for all time steps at once in every library, which favours those that would form one per step.
+Every case is checked before it is timed. Its spikes must equal those of `lax.scan` with the same neuron of ours. A single
+LIF layer must also have the same gradient, and an SHD step the same loss. A wrong result gets no time. In every library one
+matrix product covers all time steps; a library that usually multiplies at each step gains from that.
 """
 
 import importlib
-import sys
 from dataclasses import dataclass
 from functools import cache
 
@@ -47,67 +47,58 @@ TASKS = {
     "resnet18_28": Task("resnet", (32, 100, 28)),
 }
 TINY = {"lif": (6, 256), "linear": (5, 2, 32), "shd": (6, 4, 700, 16, 20), "resnet": (2, 2, 16)}
-# The share of spikes that may differ: a few by the rounding of a decay, more where a product in TF32 is near the threshold.
+# The share of spikes that may differ. Rounding a decay changes a few; a matrix product in TF32 changes more.
 FLIPS = {"lif": 1e-5, "linear": 1e-2, "shd": 1e-2}
 LOSS_ERROR = 1e-2
 GRADIENT_ERROR = {"float32": 1e-4, "bfloat16": 3e-2}
 
-OURS, JELLY = {"snnfuse": ["pallas", "scan"]}, {"spikingjelly": ["triton", "native"]}
-TORCH, CUPY = {"snntorch": ["loop"], "norse": ["loop"]}, {"spikingjelly_cupy": ["cupy"]}
-JAX = {"spyx": ["run"], "jaxpike": ["unroll", "remat"], "sparx": ["unroll 1", "unroll 8"]}
-ONE = {"spyx": ["run"], "jaxpike": ["unroll"], "sparx": ["unroll 8"]}
-TRITON, PALLAS, OTHERS = {"spikingjelly": ["triton"]}, {"snnfuse": ["pallas"]}, {"snnfuse": ["mosaic", "triton"]}
-PLAN = [  # the most important first: --budget cuts the end
-    ("lif_T32_N1048576", "float32", OURS | JELLY),
-    ("lif_T32_N1048576", "bfloat16", OURS | {"spikingjelly": ["triton", "storage", "native"]}),
-    ("lif_T500_N8192", "float32", OURS | JELLY),
-    ("resnet18_28", "tf32", {"spikingjelly": ["triton", "relu"]}),
-    ("resnet18_28", "bfloat16", PALLAS | {"spikingjelly": ["triton", "relu"]}),
-    ("open_neuromorphic_n512", "tf32", OURS | TRITON | TORCH | ONE),
-    ("lif_T32_N1048576", "float32", TORCH | JAX | CUPY),
-    ("shd", "tf32", OURS | TRITON | TORCH | ONE),
-    ("resnet18_28", "tf32", PALLAS),
-    ("lif_T256_N131072", "float32", OURS | JELLY),
-    ("open_neuromorphic_n4096", "tf32", PALLAS | TRITON | ONE),
-    ("open_neuromorphic_n16384", "tf32", PALLAS | TRITON | ONE),
-    ("lif_T500_N8192", "float32", JAX | TORCH | CUPY),
-    ("lif_T32_N1048576", "bfloat16", ONE),
-    ("lif_T32_N1048576", "float32", OTHERS | {"spikingjelly": ["storage"]}),
-    ("lif_T32_N1048576", "bfloat16", OTHERS),
-    ("lif_T500_N8192", "float32", OTHERS),
-    ("resnet18_28", "bfloat16", {"spikingjelly": ["cast"]}),
-    ("open_neuromorphic_n4096", "tf32", TORCH),
-    ("open_neuromorphic_n16384", "tf32", TORCH),
-    ("lif_T256_N131072", "float32", ONE | TORCH | OTHERS),
+OURS, JAX = "snnfuse pallas|scan", "spyx run, jaxpike unroll, sparx unroll 8"
+MORE, LOOPS = "spyx run, jaxpike unroll|remat, sparx unroll 1|unroll 8", "snntorch loop, norse loop"
+PLAN = [  # case, dtype, and each library with its ways; the most important first, because --budget cuts the end
+    ("lif_T32_N1048576", "float32", f"{OURS}, spikingjelly triton|native"),
+    ("lif_T32_N1048576", "bfloat16", f"{OURS}, spikingjelly triton|storage|native"),
+    ("lif_T500_N8192", "float32", f"{OURS}, spikingjelly triton|native"),
+    ("resnet18_28", "tf32", "spikingjelly triton|relu, snnfuse pallas"),
+    ("resnet18_28", "bfloat16", "snnfuse pallas, spikingjelly triton|relu|cast"),
+    ("open_neuromorphic_n512", "tf32", f"{OURS}, spikingjelly triton, {LOOPS}, {JAX}"),
+    ("lif_T32_N1048576", "float32", f"{LOOPS}, {MORE}"),
+    ("shd", "tf32", f"{OURS}, spikingjelly triton, {LOOPS}, {JAX}"),
+    ("lif_T256_N131072", "float32", f"{OURS}, spikingjelly triton|native"),
+    ("open_neuromorphic_n4096", "tf32", f"snnfuse pallas, spikingjelly triton, {JAX}, {LOOPS}"),
+    ("open_neuromorphic_n16384", "tf32", f"snnfuse pallas, spikingjelly triton, {JAX}, {LOOPS}"),
+    ("lif_T500_N8192", "float32", f"{MORE}, {LOOPS}, snnfuse mosaic|triton"),
+    ("lif_T32_N1048576", "float32", "snnfuse mosaic|triton, spikingjelly storage"),
+    ("lif_T32_N1048576", "bfloat16", f"{JAX}, snnfuse mosaic|triton"),
+    ("lif_T256_N131072", "float32", f"{JAX}, {LOOPS}, snnfuse mosaic|triton"),
 ]
 
 
-@question(
-    "peers",
-    libraries=("", "only these libraries, separated by commas"),
-    cupy=("", "the folder with SpikingJelly 0.0.0.0.14 and CuPy"),
-)
+@question("peers", libraries=("", "only these libraries, separated by commas"))
 def peers(args):
-    for name, dtype, ways in PLAN:
+    chosen = split(args.libraries) or list(libraries.TABLE)
+    for name, dtype, plan in PLAN:
         task = Task(TASKS[name].kind, TINY[TASKS[name].kind]) if args.tiny else TASKS[name]
-        chosen = split(args.libraries) or ways
-        for library, way in [(one, way) for one in chosen for way in ways.get(one, ())]:
-            key = dict(case=name, library=library, implementation=way, dtype=dtype)
-            if args.tiny and way == "pallas":
-                way = "scan" if task.kind == "resnet" else "interpret"
-            needs = None
-            if task.kind != "resnet":
-                neuron = libraries.TABLE[library][1]
-                about = dict(case=name, dtype=dtype, library=neuron)
-                needs = Case(about, reference, (task, dtype, neuron), "snnfuse")
-            folder = args.cupy if library == "spikingjelly_cupy" else ""
-            yield Case(key, measure if needs else resnet, (task, dtype, library, way, folder), library, needs)
+        for part in plan.split(", "):
+            library, _, ways = part.partition(" ")
+            for way in ways.split("|") if library in chosen else ():
+                yield peer_case(name, task, dtype, library, way, args.tiny)
+
+
+def peer_case(name, task, dtype, library, way, tiny):
+    key = dict(case=name, library=library, implementation=way, dtype=dtype)
+    if tiny and way == "pallas":
+        way = "scan" if task.kind == "resnet" else "interpret"
+    args = task, dtype, library, way
+    if task.kind == "resnet":
+        return Case(key, resnet, args, library)
+    neuron = libraries.TABLE[library][1]
+    needs = Case(dict(case=name, dtype=dtype, library=neuron), reference, (task, dtype, neuron), "snnfuse")
+    return Case(key, measure, args, library, needs)
 
 
 @cache
-def opened(library, folder=""):
-    """(the library, its side), imported in its own process."""
-    sys.path[:0] = [folder] if folder else []
+def opened(library):
+    """(the library, the module that times it), imported in a process of its own."""
     return getattr(libraries, library)(), importlib.import_module(libraries.TABLE[library][0])
 
 
@@ -117,7 +108,7 @@ def _draws(seed):
 
 
 def normal(seed, *shape):
-    """Normal numbers with a period of 4,194,301, a prime: 2^28 of them take tenths of a second."""
+    """Normal numbers that repeat after 4,194,301, a prime. Drawing 2^28 different ones would take seconds."""
     return np.resize(_draws(seed), shape)
 
 
@@ -179,14 +170,14 @@ def stride(task):
     return max(1, task.shape[-1] // 2**16)
 
 
-def measure(task, dtype, library, way, folder, want):
-    lib, side = opened(library, folder)
+def measure(task, dtype, library, way, want):
+    lib, side = opened(library)
     dtype = "float32" if dtype == "tf32" else dtype
     kind, readout = KINDS[task.kind], lib.readout and lib.readout(way)
     found, call, sets = kind(side, lib.lif(way, dtype), readout, task.shape, dtype)
     row = compare(task, dtype, {k: v if k == "loss" else side.to_numpy(v) for k, v in found.items()}, want)
     del found
-    return dict(version=lib.version) | row | ({} if "status" in row else side.measure(call, sets, lib.no_graph))
+    return dict(version=lib.version) | row | ({} if "status" in row else side.measure(call, sets))
 
 
 def compare(task, dtype, found, want):
@@ -226,20 +217,18 @@ def largest_T(args):
             yield Case(key, resnet, (Task("resnet", (T, B, size)), args.dtype, args.library, way), "fresh")
 
 
-def resnet(task, dtype, library, way, folder=""):
+def resnet(task, dtype, library, way):
     """A training step of Spiking-ResNet-18; nothing is compared."""
-    lib, side = opened(library, folder)
+    lib, side = opened(library)
     if library == "snnfuse":
         implementation, _, memory = way.partition("_")
-        step, leaves = side.training_step(side.resnet(implementation, 18, dtype, memory))
-        data = list(side.batches(*task.shape, count=1))
-        program, row = side.compiled(step, leaves, *data[0])
-        row |= dict(version=lib.version) | side.time_step(program, leaves, data)
+        step = side.training_step(side.resnet(implementation, 18, dtype, memory))
+        row = dict(version=lib.version) | side.time_step(step, list(side.batches(*task.shape, count=1)))
         return row | dict(call_ms=row["ms"])
     kind = "bfloat16" if dtype == "bfloat16" else "float32"
     step = side.resnet_step(None if way == "relu" else lib.lif(way, kind), dtype, *task.shape)
     row = dict(version=lib.version, losses=[float(step())])
-    return row | side.measure(step, [()], "not tried: a failed capture leaves PyTorch unusable")
+    return row | side.measure(step, [()], no_graph="not tried: a failed capture leaves PyTorch unusable")
 
 
 if __name__ == "__main__":

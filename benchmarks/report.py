@@ -1,7 +1,7 @@
 """Writes the tables of benchmarks/README.md, and one in README.md, from the rows in results/.
 
-    python benchmarks/report.py              write them
-    python benchmarks/report.py --check      change nothing; fail if a table differs from its rows
+    python benchmarks/report.py              write the tables
+    python benchmarks/report.py --check      write nothing; fail if a table differs from its rows
 
 It fails if a row has failed and `EXPECTED` does not list it.
 """
@@ -22,31 +22,34 @@ EXPECTED = [  # (results file, fields of the failed row, what a table says in pl
     ("multi_gpu", dict(case="lif-stack", T=16384, devices=1), "out of memory"),
     ("peers", dict(library="spikingjelly", implementation="native"), "needs a build from source"),
     ("peers", dict(library="spikingjelly", implementation="storage", dtype="bfloat16"), "wrong gradient"),
-    ("contract", dict(commit="ab068ea"), "the machine's time ended; all of it passed at commit c3009ab"),
-    ("contract", dict(commit="d12e23f", implementation="mosaic and triton"), "time limit; all passed at d3f4741"),
     ("tune", dict(status="out of time"), "the time that was given ended before this shape"),
 ]
-NAMES = {"snnfuse": "snnfuse", "spikingjelly": "SpikingJelly", "spikingjelly_cupy": "SpikingJelly"}
-NAMES |= {"snntorch": "snnTorch", "norse": "Norse", "spyx": "Spyx", "jaxpike": "jaxpike", "sparx": "sparx"}
-KINDS = {"pallas": "fused", "scan": "`lax.scan`", "relu": "ReLU for neurons", "flax_relu": "ReLU, Flax's layers"}
-SIMPLE = {  # tables with a row for each row of the results file: head={format}
-    "norm": "layer={case}; lanes={M}; channels={C}; dtype={dtype}; ms={ms:.3f}; spikes that differ={flips}",
+NAMES = {"snnfuse": "snnfuse", "spikingjelly": "SpikingJelly", "snntorch": "snnTorch", "norse": "Norse"}
+NAMES |= {"spyx": "Spyx", "jaxpike": "jaxpike", "sparx": "sparx"}
+KINDS = {"pallas": "fused", "scan": "`lax.scan`", "relu": "ReLU for neurons"}
+COLUMNS = {  # of each table: head={format of a row's fields}
+    "core": "neuron={case}; T={T}; lanes={lanes}; dtype={dtype}; `lax.scan` ms={scan:.2f}; fused ms={ms:.3f}; "
+    "speed-up={over_scan:.1f}x; share of the copy rate={of_copy_rate:.2f}; memory of scan={units:.1f}; "
+    "fused={peak_units:.2f}",
     "flips": "input={case}; implementation=`{implementation}`; spikes compared={slots:,}; that differ={differ}",
+    "resnet": "network={case}; input={B} x 3 x {size} x {size}; precision={dtype}; neurons={kind}; memory option={kept}; "
+    "ms per step={ms:.2f}; speed-up={over:.1f}x; peak MB={peak_mb:.0f}",
+    "largest_T": "library={of}; dtype={dtype}; memory option={kept}; T={T:,}; peak GB={gb:.1f}; ms per step={ms:.0f}",
     "accuracy": "run={case}; implementation=`{implementation}`; mesh={mesh}; steps={steps}; "
     "held-out accuracy={held_out_accuracy:.1%}; final loss={final_loss:.4f}; seconds={seconds:.0f}",
+    "multi_gpu": "case={how}; devices={devices}; mesh={on}; T={T}; batch={B}; ms per step={took}; "
+    "samples/s={samples_per_s:,.0f}; peak MB per device={peak_mb:,.0f}; over one device={over}; predicted ms={predicted}",
     "loader": "case={case}; workers={workers}; on the device, ms={resident_ms:.2f}; fed by the loader, ms={fed_ms:.2f}; "
     "ratio={fed_over_resident:.3f}",
-    "data_rss": "step={case}; training samples={train:,}; peak MiB={peak_rss_mib:.0f}; seconds={seconds:.0f}",
-    "contract": "implementation={implementation}; tests=`{tests}`; passed={passed}; failed={failed}; commit={commit}; remark=",
+    "contract": "implementation={implementation}; tests=`{tests}`; passed={passed}; failed={failed}; commit={commit}",
 }
 
 
 digits = lambda ms: f"{ms:#.3g}".rstrip(".")
 power = lambda n: f"2^{n.bit_length() - 1}" if n & (n - 1) == 0 else str(n)
+# A row of PyTorch has the field "graph" if no CUDA graph could be captured. Then calls are compared.
 peer_cell = lambda r: f"{'no graph' if 'graph' in r else digits(r['ms'])} / {digits(r['call_ms'])}"
-timed = lambda r: (
-    r["call_ms"] if "graph" in r else r["ms"]
-)  # milliseconds to compare; "graph": no CUDA graph was possible
+timed = lambda r: r["call_ms" if "graph" in r else "ms"]
 
 
 def expected(file, row):
@@ -66,9 +69,10 @@ def unexpected():
             yield f"EXPECTED lists a failure that is not in results/{name}.jsonl: {fields}"
 
 
-def table(file, columns, found):
+def table(file, found, columns=None):
     """A table of `found` and a line that says where it was measured. The first empty cell of a failed row says why."""
-    heads, formats = zip(*(column.rsplit("=", 1) for column in columns.split("; ")), strict=True)
+    columns = (columns or COLUMNS[file]).split("; ")
+    heads, formats = zip(*(column.rsplit("=", 1) for column in columns), strict=True)
     lines = ["| " + " | ".join(heads) + " |", "|---" * len(heads) + "|"]
     for row in found:
         cells = [_cell(text, row) for text in formats]
@@ -98,24 +102,18 @@ def core():
     scans = {key(r): r for r in layers if r["implementation"] == "scan"}
     scan = lambda r: dict(scan=scans[key(r)]["ms"], units=scans[key(r)]["peak_units"], lanes=power(r["M"]))
     copy = next(r["bytes_per_s"] for r in rows("core") if r["case"] == "copy")
-    columns = (
-        "neuron={case}; T={T}; lanes={lanes}; dtype={dtype}; `lax.scan` ms={scan:.2f}; fused ms={ms:.3f}; speed-up="
-    )
-    columns += "{over_scan:.1f}x; share of the copy rate={of_copy_rate:.2f}; memory of scan={units:.1f}; fused={peak_units:.2f}"
-    made = table("core", columns, [r | scan(r) for r in layers if r["implementation"] == "pallas"])
-    return f"The copy rate was {copy / 1e12:.2f} TB/s.\n\n{made}"
+    fused = [r | scan(r) for r in layers if r["implementation"] == "pallas"]
+    return f"The copy rate was {copy / 1e12:.2f} TB/s.\n\n{table('core', fused)}"
 
 
 def compile_time():
-    measured = [r for r in rows("core") if r["case"] == "compile"]
-    found = collections.defaultdict(dict)
-    for r in measured:
-        found[r["implementation"]] |= r | {f"{r['T']} {r['M']}": r["compile_s"]}
-    shapes = dict.fromkeys((r["T"], r["M"]) for r in measured)
-    columns = [f"T = {T}, {power(M)} lanes={{{T} {M}:.2f}}" for T, M in shapes]
-    return table(
-        "core", "; ".join(["implementation=`{implementation}`", *columns, "first call={first_s:.2f}"]), found.values()
-    )
+    found, columns = collections.defaultdict(dict), {}
+    for r in rows("core"):
+        if r["case"] == "compile":
+            found[r["implementation"]] |= r | {f"{r['T']} {r['M']}": r["compile_s"]}
+            columns[f"T = {r['T']}, {power(r['M'])} lanes={{{r['T']} {r['M']}:.2f}}"] = None
+    columns = "; ".join(["implementation=`{implementation}`", *columns, "first call={first_s:.2f}"])
+    return table("core", found.values(), columns)
 
 
 def resnet():
@@ -123,21 +121,14 @@ def resnet():
     found = sorted(rows("resnet"), key=key)
     scans = {key(r): r["ms"] for r in found if r["implementation"] == "scan"}
     faster = lambda r: dict(over=scans[key(r)] / r["ms"]) if r["implementation"] == "pallas" and key(r) in scans else {}
-    columns = (
-        "network={case}; input={B} x 3 x {size} x {size}; precision={dtype}; neurons={kind}; memory option={kept}; "
-    )
-    columns += "ms per step={ms:.2f}; speed-up={over:.1f}x; peak MB={peak_mb:.0f}"
     named = lambda r: dict(kind=KINDS[r["implementation"]], kept=r["memory"] or "")
-    return table("resnet", columns, [r | faster(r) | named(r) for r in found])
+    return table("resnet", [r | faster(r) | named(r) for r in found])
 
 
 def largest_T():
     found = sorted(rows("largest_T"), key=lambda r: (r["library"], r.get("memory") or "", -r["T"]))
-    found = [
-        r | dict(of=NAMES[r["library"]], kept=r.get("memory") or "-", gb=r.get("peak_mb", 0) / 1e3 or "") for r in found
-    ]
-    columns = "library={of}; dtype={dtype}; memory option={kept}; T={T:,}; peak GB={gb:.1f}; ms per step={ms:.0f}"
-    return table("largest_T", columns, found)
+    named = lambda r: dict(of=NAMES[r["library"]], kept=r.get("memory") or "-", gb=r.get("peak_mb", 0) / 1e3 or "")
+    return table("largest_T", [r | named(r) for r in found])
 
 
 def best(case, dtype):
@@ -149,18 +140,18 @@ def best(case, dtype):
 
 
 def peers():
-    columns, found = "case={case}; dtype={dtype}", []
-    columns += "".join(f"; {name}={{{name}}}" for name in dict.fromkeys(NAMES.values()))
+    found = []
     for case, dtype in dict.fromkeys((r["case"], r["dtype"]) for r in rows("peers")):
         ours, others = best(case, dtype)
         cells = {name: peer_cell(r) for name, r in (others | dict(snnfuse=ours)).items()}
         found.append(dict(case=case, dtype=dtype, verdict=verdict(ours, others)) | cells)
+    libraries = [f"{name}={{{name}}}" for name in NAMES.values()]
+    columns = "; ".join(["case={case}; dtype={dtype}", *libraries, "fastest other library={verdict}"])
     measured = [r for r in rows("peers") if r["status"] == "ok"]
-    lines = table("peers", columns + "; fastest other library={verdict}", found).split("\n\n")[0]
     used = ", ".join(dict.fromkeys(f"{r['library']} {r['version']}" for r in measured))
     differ = max(r["flips"] / r["slots"] for r in measured if "slots" in r)
-    said = f"At most {differ:.3%} of a library's spikes differ. Versions: {used}. "
-    return f"{lines}\n\n{said}{where('peers', measured)}"
+    said = f"At most {differ:.3%} of a library's spikes differ. Versions: {used}. {where('peers', measured)}"
+    return f"{table('peers', found, columns).partition(chr(10) * 2)[0]}\n\n{said}"
 
 
 def verdict(ours, others):
@@ -189,7 +180,7 @@ MODELLED |= {"lif-stack": ([LayerCost(neurons=8192, flops=0, weights=1, normalis
 
 def predicted(r):
     """What the cost model says about a row, and how far off it is."""
-    if r["case"] not in MODELLED or "library" in r or r["status"] != "ok":
+    if r["case"] not in MODELLED or r["status"] != "ok":
         return "-"
     layers, itemsize = MODELLED[r["case"]]
     mesh = r["mesh"].get("data", 1), r["mesh"].get("time", 1)
@@ -199,29 +190,25 @@ def predicted(r):
 
 def multi_gpu():
     steps = [r for r in rows("multi_gpu") if "mesh" in r]
-    steps.sort(key=lambda r: (r["case"], "time" in r["mesh"], "library" in r, r["T"], r["devices"]))
-    key = lambda r, B: (r["case"], r.get("library"), r["T"], B)
-    ones = {key(r, r["B"]): r for r in steps if r["devices"] == 1 and r["status"] == "ok"}
+    steps.sort(key=lambda r: (r["case"], "time" in r["mesh"], r["T"], r["devices"]))
+    ones = {(r["case"], r["T"], r["B"]): r for r in steps if r["devices"] == 1 and r["status"] == "ok"}
     found = []
     for r in steps:
-        how = [r["case"], r["dtype"], "SpikingJelly" if "library" in r else ""]
+        how = [r["case"], r["dtype"], "a process per device" if r.get("processes") else ""]
         how += ["BatchNorm synchronised" if r.get("synchronised") and r["case"] == "resnet18" else ""]
-        how += ["a process per device" if r.get("processes") else "", f"sums in {r['sums']}" if r.get("sums") else ""]
+        how += [f"sums in {r['sums']}" if r.get("sums") else ""]
         row = dict(how=", ".join(filter(None, how)), over="-", predicted=predicted(r))
         row |= dict(on=",".join(f"{axis}={n}" for axis, n in r["mesh"].items()))
         if r["status"] == "ok":
-            same, part = (ones.get(key(r, B)) for B in (r["B"], r["B"] // r["devices"]))
+            same, part = (ones.get((r["case"], r["T"], B)) for B in (r["B"], r["B"] // r["devices"]))
             over = [f"{same['ms'] / r['ms']:.2f}x"] if same else []
             over += [f"weak {r['samples_per_s'] / part['samples_per_s']:.2f}x"] if part else []
             row |= dict(took=digits(r["ms"]), over=", ".join(over) if r["devices"] > 1 and over else "-")
-        # SpikingJelly's peak includes its first steps, which try algorithms
-        found.append({k: v for k, v in r.items() if not (k == "peak_mb" and "library" in r)} | row)
-    columns = "case={how}; devices={devices}; mesh={on}; T={T}; batch={B}; ms per step={took}; samples/s={samples_per_s:,.0f}; "
-    columns += "peak MB per device={peak_mb:,.0f}; over one device={over}; predicted ms={predicted}"
+        found.append(r | row)
     sent = lambda case: sorted((r["bytes"], digits(r["ms"])) for r in rows("multi_gpu") if r["case"] == case)
     ends = {case: (sent(case)[0][1], sent(case)[-1][1]) for case in ("all-reduce", "hand-over")}
     ways = [f"{case} of 1 KB takes {small} ms, of 256 MB {large} ms" for case, (small, large) in ends.items()]
-    return f"Between two devices, as called, an {'; a '.join(ways)}.\n\n{table('multi_gpu', columns, found)}"
+    return f"Between two devices, as called, an {'; a '.join(ways)}.\n\n{table('multi_gpu', found)}"
 
 
 GAINS = [  # what a user gains, beside the best other library: words, and the case and dtype among the peers
@@ -236,6 +223,12 @@ GAINS = [  # what a user gains, beside the best other library: words, and the ca
 ]
 
 
+GAINS_CAPTION = (
+    "Layers are timed forward and backward, on the device. SpikingJelly's ResNet is timed as called from Python, because no "
+    "CUDA graph of it could be captured. [All tables, and how they were measured](benchmarks/README.md)."
+)
+
+
 def gains():
     found = []
     for what, case, dtype in GAINS:
@@ -244,27 +237,18 @@ def gains():
         gain = f"{timed(peer) / timed(ours):.3g}x faster"
         found.append((what, f"{digits(timed(ours))} ms", f"{digits(timed(peer))} ms ({name})", gain))
     mb = ours["peak_mb"], peer["peak_mb"]
-    found.append(
-        ("peak memory of that step", f"{mb[0]:,.0f} MB", f"{mb[1]:,.0f} MB ({name})", f"{mb[1] / mb[0]:.1f}x less")
-    )
+    less = f"{mb[1] / mb[0]:.1f}x less"
+    found.append(("peak memory of that step", f"{mb[0]:,.0f} MB", f"{mb[1]:,.0f} MB ({name})", less))
     fits = [r for r in rows("largest_T") if r["status"] == "ok"]
     T = [max(r["T"] for r in fits if r["library"] == library) for library in ("snnfuse", "spikingjelly")]
     what = "longest sequence that trains on one GPU, the same network"
     found.append((what, f"{T[0]:,} steps", f"{T[1]:,} steps (SpikingJelly)", f"{T[0] / T[1]:.1f}x longer"))
     lines = [("on one H100", "snnfuse", "best other library", "gain"), ("---",) * 4, *found]
-    caption = (
-        "Layers are timed forward and backward, on the device. SpikingJelly's ResNet is timed as called from Python, "
-    )
-    caption += (
-        "because no CUDA graph of it could be captured. [All tables, and how they were measured](benchmarks/README.md)."
-    )
-    return caption + "\n\n" + "\n".join(f"| {' | '.join(line)} |" for line in lines)
+    return GAINS_CAPTION + "\n\n" + "\n".join(f"| {' | '.join(line)} |" for line in lines)
 
 
-TABLES = {make.__name__: make for make in (core, compile_time, resnet, largest_T, peers, multi_gpu)}
-TABLES |= {
-    file: lambda file=file, columns=columns: table(file, columns, rows(file)) for file, columns in SIMPLE.items()
-}
+TABLES = {file: lambda file=file: table(file, rows(file)) for file in ("flips", "accuracy", "loader", "contract")}
+TABLES |= {make.__name__: make for make in (core, compile_time, resnet, largest_T, peers, multi_gpu)}
 FILES = {HERE / "README.md": TABLES, HERE.parent / "README.md": dict(gains=gains)}
 
 

@@ -1,4 +1,4 @@
-"""What benchmarks on JAX share: timing, memory, a training step, and the ResNets with and without neurons."""
+"""What the benchmarks on JAX share: timing, memory, a training step, and a ResNet with neurons or with ReLU."""
 
 import itertools
 import time
@@ -12,8 +12,8 @@ import runner
 from flax import nnx
 from jax.experimental import multihost_utils
 
-from snnfuse import models, nn, parallel
-from snnfuse.models import resnet as ours
+from snnfuse import models, nn, parallel, training
+from snnfuse.parallel.step import ALONG_DATA
 
 f32, bf16 = jnp.float32, jnp.bfloat16
 
@@ -23,9 +23,9 @@ def time_ms(f, *args, **options):
 
 
 def times(f, program, sets) -> dict:
-    """`ms`: device time of f(*args), as one of several calls in one program. `call_ms`: `program`, f compiled, from Python.
+    """`ms` is device time: one program calls f on every set of arguments. `call_ms` is a call of `program`, the compiled f.
 
-    The sets of arguments differ, so the compiler cannot share results, and no input is still in the cache.
+    The sets differ, so that the compiler cannot share results and no input is still in the cache.
     """
     ms, *quartiles = device_ms(f, sets)
     return dict(ms=ms, quartiles=quartiles, call_ms=time_ms(program, *sets[0])[0])
@@ -67,53 +67,37 @@ def forward_backward(f):
     return run
 
 
-def training_step(model, read=nn.membrane_mean, *, mesh=None, specs=None, sums=None, norm=False, prepare=None):
-    """(step, leaves) with a jitted step(leaves, xs, labels) -> (leaves, metrics): forward, backward and Adam.
+def training_step(model, read=nn.membrane_mean, *, mesh=None, specs=ALONG_DATA, sums=None, norm=False, prepare=None):
+    """A function (xs, labels) -> metrics that takes one step with Adam: a `compiled_step`, bound to its model and optimizer.
 
-    `read` makes logits of the outputs. `mesh` and `specs`: the devices, and how xs and labels lie on them; `sums`: the dtype
-    in which gradients are summed. `norm` puts the norm of the gradient among the metrics, beside the loss. `prepare(xs,
-    number of the step)` makes the model's input within the step.
+    `read` makes logits of the outputs. `mesh` and `specs`: the devices, and how xs and labels lie on them. `sums`: the dtype
+    in which gradients are summed. `norm` adds the norm of the gradient to the metrics. `prepare(xs, number of the step)` makes
+    the model's input within the step.
     """
     model.train()
     adam = optax.adam(1e-3) if mesh is None else parallel.flatten_optimizer(optax.adam(1e-3))
-    graphdef, state = nnx.split((model, nnx.Optimizer(model, adam, wrt=nnx.Param)))
-    # a list costs less time in each call than nnx.State
-    leaves, tree = jax.tree.flatten(state if mesh is None else parallel.shard(state, mesh))
 
-    def update(state, batch):
-        model, optimizer = nnx.merge(graphdef, state)
-        xs, labels = batch
+    @training.compiled_step(mesh=mesh, batch=specs)
+    def step(model, optimizer, xs, labels):
         xs = prepare(xs, optimizer.step[...]) if prepare else xs
-        value, grads = nnx.value_and_grad(lambda model: cross_entropy(read(model(xs)[0]), labels))(model)
+        loss, grads = nnx.value_and_grad(lambda model: cross_entropy(read(model(xs)[0]), labels))(model)
         grads = grads if mesh is None else parallel.mean_gradients(grads, dtype=sums)
         optimizer.update(model, grads)
-        metrics = dict(loss=value) | (dict(grad_norm=optax.tree.norm(grads)) if norm else {})
-        return nnx.state((model, optimizer)), metrics
+        return dict(loss=loss) | (dict(grad_norm=optax.tree.norm(grads)) if norm else {})
 
-    if mesh is not None:
-        update = parallel.data_parallel(update, mesh, batch=specs)
-
-    @partial(jax.jit, donate_argnums=0)
-    def step(leaves, xs, labels):
-        state, metrics = update(tree.unflatten(leaves), (xs, labels))
-        return jax.tree.leaves(state), metrics
-
-    return step, leaves
+    return partial(step, model, nnx.Optimizer(model, adam, wrt=nnx.Param))
 
 
-def time_step(step, leaves, data) -> dict:
-    """Milliseconds of a training step on the batches of `data` in turn, and the losses of the first six steps."""
-    turn = itertools.cycle(data)
-
-    def call():
-        nonlocal leaves
-        leaves, metrics = step(leaves, *next(turn))
-        return metrics["loss"]
-
-    losses = [float(call()) for _ in range(6)]
+def time_step(step, data) -> dict:
+    """Milliseconds of a training step on the batches of `data` in turn, its memory, its first metrics and its first losses."""
+    _, row = compiled(step.func, *step.args, *data[0])
+    row |= {name: float(value) for name, value in step(*data[0]).items()}
+    turn = itertools.cycle([*data[1:], data[0]])
+    call = lambda: step(*next(turn))["loss"]
+    losses = [row["loss"], *(float(call()) for _ in range(5))]
     agree = lambda count: int(multihost_utils.broadcast_one_to_all(count))
     ms, *quartiles = runner.time_ms(call, jax.block_until_ready, seconds=0.07, agree=agree)
-    return dict(ms=ms, quartiles=quartiles, losses=losses)
+    return row | dict(ms=ms, quartiles=quartiles, losses=losses)
 
 
 def batches(T, B, size, count=8):
@@ -124,11 +108,8 @@ def batches(T, B, size, count=8):
 
 
 def resnet(kind, depth, dtype, memory=None):
-    """`kind`: an implementation; "relu", our network with ReLU for neurons; "flax_relu", a ResNet of Flax's own layers."""
-    if kind == "flax_relu":
-        return flax_resnet(depth, dtype)
-    implementation = None if kind == "relu" else kind
-    options = dict(memory=memory or "packed", implementation=implementation, rngs=nnx.Rngs(0))
+    """A spiking ResNet. `kind` is an implementation, or "relu" for the same network with ReLU in place of the neurons."""
+    options = dict(memory=memory or "packed", implementation=None if kind == "relu" else kind, rngs=nnx.Rngs(0))
     model = models.spiking_resnet(depth, 3, 10, policy=dtype, **options)
     return _with_relu(model) if kind == "relu" else model
 
@@ -159,46 +140,7 @@ def _with_relu(model):
     return model
 
 
-class FlaxBlock(nnx.Module):
-    def __init__(self, features, width, stride, dtype, rngs):
-        options = dict(dtype=dtype, rngs=rngs)
-        conv = lambda features, size, stride: nnx.Conv(
-            features, width, (size, size), strides=stride, padding=size // 2, use_bias=False, **options
-        )
-        norm = lambda: nnx.BatchNorm(width, **options)
-        layers = [conv(features, 3, stride), norm(), jax.nn.relu, conv(width, 3, 1), norm()]
-        same = features == width and stride == 1
-        self.main = nnx.Sequential(*layers)
-        self.beside = None if same else nnx.Sequential(conv(features, 1, stride), norm())
-
-    def __call__(self, x):
-        return jax.nn.relu(self.main(x) + (self.beside(x) if self.beside else x))
-
-
-def flax_resnet(depth, dtype):
-    """A ResNet as a JAX user would write it, of depth 18 or 34; a `model(xs)` like ours, on [T, B, H, W, 3]."""
-    if depth >= 50:
-        raise NotImplementedError(f"flax_relu has depth 18 and 34; got {depth}")
-    dtype, rngs = nn.PrecisionPolicy(dtype).dtype, nnx.Rngs(0)
-    stem = nnx.Conv(3, 64, (7, 7), strides=2, padding=3, use_bias=False, dtype=dtype, rngs=rngs)
-    pool = lambda x: nnx.max_pool(x, (3, 3), (2, 2), [(1, 1), (1, 1)])
-    layers, features = [stem, nnx.BatchNorm(64, dtype=dtype, rngs=rngs), jax.nn.relu, pool], 64
-    for stage, count in enumerate(ours.DEPTHS[depth]):
-        for i in range(count):
-            layers.append(FlaxBlock(features, ours.WIDTHS[stage], 2 if stage and not i else 1, dtype, rngs))
-            features = ours.WIDTHS[stage]
-    return OverTime(nnx.Sequential(*layers, lambda x: x.mean((1, 2), dtype=f32), nnx.Linear(features, 10, rngs=rngs)))
-
-
-class OverTime(nnx.Module):
-    def __init__(self, net):
-        self.net = net
-
-    def __call__(self, xs):
-        return self.net(xs.reshape(-1, *xs.shape[2:])).reshape(*xs.shape[:2], -1), ()
-
-
-# What benchmarks/peers.py asks of a library's side; benchmarks/with_torch.py has the same functions.
+# benchmarks/peers.py calls the functions below. benchmarks/with_torch.py has the same ones for PyTorch.
 
 roll = lambda x, count: jnp.roll(x, count, 1)
 to_numpy = lambda x: np.asarray(x.astype(f32))
@@ -235,6 +177,6 @@ def train(loss_of, weights):
     return step, (weights, adam.init(weights))
 
 
-def measure(f, sets, no_graph="") -> dict:
+def measure(f, sets) -> dict:
     program = f.lower(*sets[0]).compile()
     return dict(peak_mb=peak_mb(program)) | times(f, program, sets)

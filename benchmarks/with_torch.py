@@ -1,7 +1,7 @@
-"""What benchmarks on PyTorch share: timing, and the spiking ResNet-18 of the temporal fusion paper with its training step.
+"""What the benchmarks on PyTorch share: timing, and a training step of the spiking ResNet-18 of the temporal fusion paper.
 
 `ms` is the time of a replayed CUDA graph. If no graph can be captured, `ms` is `call_ms` and `graph` says why.
-The functions that benchmarks/peers.py uses have the same names in benchmarks/with_jax.py.
+benchmarks/peers.py calls the functions here. benchmarks/with_jax.py has the same ones for JAX.
 """
 
 import gc
@@ -139,21 +139,21 @@ def resnet18(neuron, classes=10):
     return nn.Sequential(*stem, *blocks, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(512, classes))
 
 
-def resnet_step(lif, dtype, T, B, size, device=ON, wrap=lambda net: net):
-    """A call without arguments that makes one training step and returns the loss. `lif` None puts ReLU for the neurons.
+def resnet_step(lif, dtype, T, B, size):
+    """A function without arguments that takes one training step and returns the loss. If `lif` is None, the net has ReLU.
 
-    "bfloat16" is autocast; "tf32" is float32 outside the matrix products.
+    "bfloat16" uses autocast; "tf32" uses TF32 for matrix products, and float32 elsewhere.
     """
     torch.manual_seed(0)
     neuron = nn.ReLU if lif is None else lambda: OverTime(T, lif)
-    net = wrap(resnet18(neuron).to(device).to(memory_format=torch.channels_last))
-    xs = (torch.rand(T * B, 3, size, size, device=device) < 0.5).float().contiguous(memory_format=torch.channels_last)
-    labels = torch.randint(0, 10, (B,), device=device)
-    adam = torch.optim.Adam(net.parameters(), 1e-3, fused=True, capturable=device.type == "cuda")
+    net = resnet18(neuron).to(ON).to(memory_format=torch.channels_last)
+    xs = (torch.rand(T * B, 3, size, size, device=ON) < 0.5).float().contiguous(memory_format=torch.channels_last)
+    labels = torch.randint(0, 10, (B,), device=ON)
+    adam = torch.optim.Adam(net.parameters(), 1e-3, fused=True, capturable=CUDA)
 
     def step():
         adam.zero_grad(set_to_none=True)
-        with torch.autocast(device.type, torch.bfloat16, enabled=dtype == "bfloat16"):
+        with torch.autocast(ON.type, torch.bfloat16, enabled=dtype == "bfloat16"):
             logits = net(xs).view(T, B, -1).mean(0)
         loss = F.cross_entropy(logits.float(), labels)
         loss.backward()

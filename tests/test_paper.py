@@ -159,10 +159,9 @@ def test_a_run_repeats_itself_and_is_a_row(compared):
     rows = [json.loads(line) for line in (out / "accuracy.jsonl").read_text().splitlines()]
     assert [row["case"] for row in rows] == ["mnist r18"] * 2
     assert [row["status"] for row in rows] == ["ok"] * 2
-    assert {"device", "jax", "flax", "date", "commit", "seconds", "T", "B", "seed"} <= rows[0].keys()
+    assert {"device", "jax", "date", "commit", "seconds", "T", "B", "seed"} <= rows[0].keys()
     assert rows[1]["largest_difference"] == 0 and rows[0]["input"] == "random input"
     assert 0 < rows[0]["final_loss"] < 20 and rows[0]["steps"] == 3
-    assert matplotlib.image.imread(out / "accuracy_mnist_r18.png").shape[0] > 300
 
 
 def test_a_run_that_fails_is_a_row(tmp_path, monkeypatch, capsys):

@@ -11,8 +11,9 @@ import optax
 import pytest
 from flax import nnx
 from flax.nnx import graphlib
+from jax.sharding import PartitionSpec as P
 
-from snnfuse import nn, training
+from snnfuse import nn, parallel, training
 
 T, B, N = 3, 8, 6
 
@@ -196,6 +197,28 @@ def test_another_shape_compiles_once_and_says_so():
     ):
         compiled(*ours, small[0], few[0])
     compiled(*ours, xs[0], labels[0]), compiled(*ours, small[0], few[0])  # both known: a warning would be an error
+
+
+@pytest.mark.parametrize("mesh", [None, "data=1"])
+def test_lower_gives_the_program_of_the_calls_and_takes_no_step(mesh, compiles):
+    """Also on a mesh of one device, whose arrays look like those of no mesh."""
+    mesh = parallel.make_mesh(mesh) if mesh else None
+
+    @training.compiled_step(mesh=mesh, batch=P("data"))
+    def step(model, xs):
+        model.kernel[...] += parallel.mean_gradients((xs.T @ xs).mean())
+        return model.kernel.sum()
+
+    model = nnx.Linear(3, 3, use_bias=False, rngs=nnx.Rngs(0))
+    before, xs = jnp.copy(model.kernel[...]), jnp.ones((4, 3))
+    program = step.lower(model, xs).compile()
+    assert program.memory_analysis().argument_size_in_bytes >= 4 * (9 + 12)
+    np.testing.assert_array_equal(model.kernel[...], before)
+    count = compiles()
+    for _ in range(2):  # JAX warns if the second compiles again
+        step(model, xs)
+    assert compiles() == count
+    np.testing.assert_allclose(model.kernel[...], before + 8, rtol=1e-6)
 
 
 def test_what_a_model_was_called_with_is_let_go():

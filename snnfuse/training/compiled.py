@@ -104,6 +104,15 @@ class CompiledStep:
         (steps,) = lengths
         return binding.call(binding.program.many(steps), args, kwargs, steps)
 
+    def lower(self, *args, **kwargs) -> jax.stages.Lowered:
+        """The program of one step before it is compiled, as `jax.jit(f).lower` gives it; no step is taken.
+
+        `lower(...).compile().memory_analysis()` tells the memory that a step needs. A call afterwards does not compile again.
+        """
+        args, binding = self._bind(args)
+        arrays = binding.take(args, kwargs)
+        return binding.program.one.lower(arrays, binding.constants, binding.flag, args, kwargs)
+
     def check(self):
         """Wait for the steps so far; raise a FloatingPointError if one returned a NaN or infinity (`check_finite`)."""
         for binding in list(self.bindings.values()):
@@ -163,7 +172,7 @@ class _Binding:
         return len(parts) == len(self.parts) and all(map(operator.is_, parts, self.parts))
 
     def call(self, run, args, kwargs, steps):
-        arrays = self._take(args, kwargs)
+        arrays = self.take(args, kwargs)
         if self.step.check_finite and not len(self.flag):
             self.flag = _new_flag(arrays)
         try:
@@ -177,7 +186,7 @@ class _Binding:
             self._check_late(steps)
         return out
 
-    def _take(self, args, kwargs):
+    def take(self, args, kwargs):
         """The variables' arrays, ready to be donated."""
         arrays = list(map(_array_of, self.variables))
         if not all(map(operator.is_, arrays, self.arrays)):  # some come from elsewhere
@@ -403,7 +412,8 @@ class _Program:
         if isinstance(array, jax.Array):
             if array.is_deleted():
                 raise RuntimeError(_DELETED.format(name=name, step=self.step.name))
-            if array.committed and not mesh or mesh and array.sharding.device_set == set(mesh.devices.flat):
+            on_mesh = mesh and isinstance(array.sharding, NamedSharding)  # one device may be a mesh, too
+            if array.committed and not mesh or on_mesh and array.sharding.device_set == set(mesh.devices.flat):
                 return array
         if mesh:
             return parallel.shard(jnp.array(array, copy=True), mesh)
