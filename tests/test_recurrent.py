@@ -1,27 +1,38 @@
-"""The recurrent op against a plain Python loop over `neuron.step`: spikes, every gradient, pieces, planted bugs, errors."""
+"""The recurrent op: "scan" against a plain Python loop over `neuron.step`, the kernels against "scan".
+
+NumPy runs the text of the kernels here, Triton compiles it to PTX if it is installed, and the tests marked `gpu` run it.
+"""
+
+import importlib.util
+from dataclasses import dataclass
+from functools import partial
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import triton_on_numpy
 from cases import NEURONS, cotangents, make
 from compare import assert_close, assert_fires, assert_same_spikes
 from flax import nnx
+from test_ops_triton import structs, to_ptx
 
 import snnfuse as sf
 from snnfuse import nn
 from snnfuse.nn.recurrent import Recurrent
+from snnfuse.ops import recurrent, recurrent_triton, triton
 from snnfuse.ops.recurrent import RecurrentState, unroll_recurrent
 
 LANES = (3, 12)
 
 
-def case(name, heads=1):
+def case(name, heads=1, T=9, lanes=LANES, dtype=jnp.float32):
     """A case, its weight in multiples of 2^-10 (sums of spikes are then exact in any order), and a state."""
-    c = make(name, T=9, lanes=LANES)
-    size = LANES[-1] // heads
-    k = jax.random.randint(jax.random.key(1), (heads, size, size), -256, 257).astype(jnp.float32)
-    fed = (jax.random.uniform(jax.random.key(2), LANES) < 0.2).astype(jnp.float32)
+    c = make(name, T=T, lanes=lanes, dtype=dtype)
+    size = lanes[-1] // heads
+    most = min(256, int(1024 / size**0.5))  # a wide layer must neither fall silent nor fire at every step
+    k = jax.random.randint(jax.random.key(1), (heads, size, size), -most, most + 1).astype(jnp.float32)
+    fed = (jax.random.uniform(jax.random.key(2), lanes) < 0.2).astype(jnp.float32)
     return c, k / 1024, RecurrentState(c.state, fed)
 
 
@@ -112,7 +123,7 @@ def test_bfloat16_rounds_the_weight_and_not_its_gradient():
         ({"weight": jnp.ones((12, 12), jnp.int32)}, TypeError, "weight must be a float array; got int32"),
         ({"feedback": 1}, ValueError, "feedback must be an index"),
         ({"precision": "half"}, ValueError, "precision must be one of"),
-        ({"implementation": "triton"}, NotImplementedError, "no recurrent kernel"),
+        ({"implementation": "mosaic"}, NotImplementedError, "no recurrent kernel"),
         ({"implementation": "fast"}, ValueError, "implementation must be"),
         ({"state": sf.LIFState(jnp.zeros(LANES))}, TypeError, "state must be None or RecurrentState"),
         ({"state": RecurrentState(sf.LIFState(jnp.zeros(LANES)), jnp.zeros(3))}, ValueError, "state.fed must be"),
@@ -147,3 +158,254 @@ def test_the_module_refuses_what_does_not_fit():
         Recurrent(nn.LIF(tau=2.0), 4, mask=jnp.ones((3, 3)), rngs=nnx.Rngs(0))
     with pytest.raises(TypeError, match="neuron must be a module"):
         Recurrent(sf.LIF(), 4, rngs=nnx.Rngs(0))
+
+
+# ---- the kernels
+
+
+def kernels(neuron, params, state, xs, weight, precision="float32", out_dtype=None, K=None):
+    """`unroll_recurrent` by the kernels, also where there is no GPU, with chunks of K steps."""
+    problem, params, leaves, xs = recurrent.check_call(neuron, params, state and state.neuron, xs, out_dtype)
+    call, fed, weight = recurrent.check_recurrence(problem, params, state, weight, 0, precision)
+    assert (why := recurrent_triton.why_not_kernels(problem, call)) is None, why
+    blocks = recurrent_triton.blocks
+    with pytest.MonkeyPatch.context() as patch:
+        if K is not None:
+            patch.setattr(recurrent_triton, "blocks", lambda *args: blocks(*args)._replace(chunk=min(K, problem.T)))
+        outs, final, fed = recurrent_triton.run(problem, call, params, leaves, fed, xs, weight)
+    return problem.out_tree.unflatten(outs), RecurrentState(problem.step.state_tree.unflatten(final), fed)
+
+
+@pytest.fixture
+def on_numpy(monkeypatch):
+    """NumPy runs the text of the kernels. `on_numpy(old, new)` plants a bug in it."""
+    triton_on_numpy.install(monkeypatch)
+    recurrent_triton._run.clear_cache()
+
+    def plant(old, new):
+        def kernel(text, name):
+            assert old in text or "backward" not in name
+            return triton_on_numpy.module(text.replace(old, new))[name]
+
+        monkeypatch.setattr(triton, "kernel", kernel)
+
+    yield plant
+    recurrent_triton._run.clear_cache()
+
+
+PLAIN = dict(heads=1, T=9, lanes=LANES)
+KERNELS = {
+    "masks and a last short chunk": PLAIN,
+    "heads": dict(PLAIN, heads=3),
+    "no masks": dict(PLAIN, T=8, lanes=(8, 16)),
+    "one step": dict(PLAIN, T=1),
+    "two axes of samples": dict(PLAIN, lanes=(3, 4, 5), T=4),
+    "bfloat16": dict(PLAIN, dtype=jnp.bfloat16),
+}
+
+
+def check_kernels(c, weight, state, rtol, **options):
+    want, d_want = pull(
+        recurrent.unroll_recurrent if not options else partial(unroll_scan, **options), c, state, weight
+    )
+    got, d_got = pull(partial(kernels, **options), c, state, weight)
+    spikes = jax.tree.leaves(want[0])[0]
+    if spikes.size > 1000:
+        assert_fires(spikes, high=0.6)
+    assert_same_spikes(jax.tree.leaves(got[0])[0], spikes)
+    assert_close(got, want, rtol=1e-5)
+    assert_close(d_got, d_want, rtol=rtol)
+
+
+def unroll_scan(*args, **options):
+    return unroll_recurrent(*args, implementation="scan", **options)
+
+
+@pytest.mark.parametrize("name, which", [("lif", k) for k in KERNELS] + [(n, "heads") for n in ("cuba", "adaptive")])
+def test_kernels_give_what_scan_gives(name, which, on_numpy):
+    c, weight, state = case(name, **KERNELS[which])
+    narrow = KERNELS[which].get("dtype") == jnp.bfloat16
+    check_kernels(c, weight, state, 2**-7 if narrow else 10 * NEURONS[name][-1])
+
+
+def test_kernels_for_a_neuron_of_two_inputs(on_numpy):
+    """The user's own neuron: two input leaves, three kinds of parameter. The product is added to the first input."""
+    c, weight, state = case("affine")
+    check_kernels(c, weight, state, 1e-4)
+
+
+@pytest.mark.parametrize("precision, rtol", [("bfloat16", 2**-6), ("bfloat16x2", 2**-14), ("float32", 1e-5)])
+def test_precision_of_the_kernels(precision, rtol, on_numpy):
+    """With weights that need all of float32. The spikes are compared where no sum is near the threshold."""
+    c, weight, state = case("lif")
+    weight = weight + 1e-3 * jax.random.normal(jax.random.key(5), weight.shape)
+    want, d_want = pull(partial(unroll_scan, precision=precision), c, state, weight)
+    got, d_got = pull(partial(kernels, precision=precision), c, state, weight)
+    assert_same_spikes(got[0], want[0])
+    assert_close(d_got, d_want, rtol)
+
+
+def test_three_parts_are_float32_and_two_have_16_bits():
+    w = jax.random.normal(jax.random.key(0), (1000,)) * 10.0 ** jax.random.randint(jax.random.key(1), (1000,), -9, 9)
+    total = lambda parts: sum(p.astype(jnp.float32) for p in recurrent_triton.split(w, parts)[::-1])
+    np.testing.assert_array_equal(total(3), w)
+    for parts, precision, bits in ((1, "bfloat16", 8), (2, "bfloat16x2", 16)):
+        np.testing.assert_allclose(total(parts), w, rtol=2.0**-bits)
+        np.testing.assert_array_equal(total(parts), recurrent.rounded(w, precision))
+
+
+def test_kernels_in_pieces_equal_the_whole_to_the_last_bit(on_numpy):
+    c, weight, state = case("adaptive")
+    weight = weight + 1e-3 * jax.random.normal(jax.random.key(5), weight.shape)
+    whole, end = kernels(c.neuron, c.params, state, c.xs, weight)
+    first, middle = kernels(c.neuron, c.params, state, c.xs[:4], weight)
+    second, last = kernels(c.neuron, c.params, middle, c.xs[4:], weight)
+    jax.tree.map(np.testing.assert_array_equal, (jnp.concatenate([first, second]), last), (whole, end))
+
+
+def test_a_first_output_that_is_no_spike_starts_the_kernels_exactly(on_numpy):
+    c, weight, state = case("lif")
+    state = state._replace(fed=jax.random.normal(jax.random.key(3), LANES))
+    check_kernels(c, weight, state, 1e-4)
+
+
+@pytest.mark.parametrize("out_dtype", [jnp.bool_, jnp.int8, jnp.bfloat16, sf.Packed(8)])
+def test_kernels_and_out_dtype(out_dtype, on_numpy):
+    c, weight, _ = case("lif")
+    loss = lambda run, x, w: (run(c.neuron, c.params, None, x, w, out_dtype=out_dtype)[1].neuron.v ** 2).sum()
+    got, want = (run(c.neuron, c.params, None, c.xs, weight, out_dtype=out_dtype) for run in (kernels, unroll_scan))
+    assert got[0].dtype == want[0].dtype and (got[0] == want[0]).all()
+    got, want = (jax.grad(partial(loss, run), (0, 1))(c.xs, weight) for run in (kernels, unroll_scan))
+    assert_close(got, want, 1e-5)
+
+
+PLANTED = {
+    "weight not transposed": ("HEADS, True)", "HEADS, False)"),
+    "heads swapped": ("* HEADS + tl.program_id(1))", "* HEADS + HEADS - 1 - tl.program_id(1))"),
+    "s[t-1] lost between chunks": ("split(d_x, PARTS)", "split(d_x * (k > 0), PARTS)"),
+    "d_current of the same step": ("d_out = d_out_at[k].to(tl.float32) + back", "d_out = d_out_at[k].to(tl.float32)"),
+    "padding not masked": ("(neuron < HEAD) & ", ""),
+}
+
+
+@pytest.mark.parametrize("bug", PLANTED)
+def test_a_bug_planted_in_the_kernels_is_seen(bug, on_numpy):
+    on_numpy(*PLANTED[bug])
+    c, weight, state = case("lif", heads=3)
+    with pytest.raises((AssertionError, jax.errors.JaxRuntimeError)):
+        check_kernels(c, weight, state, 1e-4)
+
+
+@pytest.mark.parametrize("mapped", [("xs",), ("weight", "xs")])
+def test_kernels_under_vmap(mapped, on_numpy):
+    c, weight, state = case("lif")
+    axes = [0 if name in mapped else None for name in ("xs", "weight")]
+    xs = jnp.stack([c.xs, 0.5 * c.xs]) if axes[0] == 0 else c.xs
+    weights = jnp.stack([weight, -weight]) if axes[1] == 0 else weight
+
+    def gradients(run):
+        loss = lambda x, w: (run(c.neuron, c.params, state, x, w)[0] * c.xs).sum()
+        return jax.vmap(jax.grad(loss, (0, 1)), axes)(xs, weights)
+
+    assert_close(gradients(kernels), gradients(unroll_scan), 1e-5)
+
+
+@dataclass(frozen=True)
+class Graded:
+    """A neuron whose output is a number, not a spike."""
+
+    def init_state(self, shape):
+        return jnp.zeros(shape, jnp.float32)
+
+    def step(self, params, state, x):
+        v = params * state + x
+        return v, jnp.tanh(v)
+
+
+def why_not(neuron, params, H, precision="bfloat16", heads=1):
+    problem, params, *_ = recurrent.check_call(neuron, params, None, jnp.ones((2, 3, H)), None)
+    call, _, _ = recurrent.check_recurrence(
+        problem, params, None, jnp.ones((heads, H // heads, H // heads)), 0, precision
+    )
+    return recurrent_triton.why_not_kernels(problem, call)
+
+
+def test_what_the_kernels_cannot_do_is_said(monkeypatch):
+    assert why_not(sf.LIF(), sf.LIFParams(), 256) is None and why_not(sf.LIF(), sf.LIFParams(), 512, heads=2) is None
+    assert "at most 256 neurons a head" in why_not(sf.LIF(), sf.LIFParams(), 257)
+    assert "at most 128 neurons a head" in why_not(sf.LIF(), sf.LIFParams(), 256, "float32")
+    assert "neuron Graded: the output that feeds back is not always 0 or 1" in why_not(Graded(), jnp.float32(0.5), 8)
+    c, weight, state = case("lif")
+    with pytest.raises(NotImplementedError, match="'triton': it needs a GPU"):
+        monkeypatch.setattr(triton, "platform", lambda: "cpu")
+        unroll_recurrent(c.neuron, c.params, state, c.xs, weight, implementation="triton")
+
+
+COMPILED = {
+    "H = 256": dict(lanes=(256, 256), T=8, precision="bfloat16", dtype=jnp.bfloat16),
+    "three parts": dict(lanes=(5, 100), T=6, precision="float32"),
+    "bool": dict(lanes=(8, 16), T=4, precision="bfloat16x2", out_dtype=jnp.bool_),
+}
+
+
+@pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="Triton is not installed")
+@pytest.mark.parametrize("name, which", [*(("lif", k) for k in COMPILED), ("adaptive", "three parts")])
+def test_the_kernels_compile_to_ptx(name, which, monkeypatch):
+    """Each step waits at two barriers, around the spikes' way through shared memory, and at no other."""
+    options = dict(COMPILED[which])
+    T, lanes, dtype = options.pop("T"), options.pop("lanes"), options.pop("dtype", jnp.float32)
+    compiled = []
+
+    def called(kernel, args, shapes, grid, warps, constants):
+        compiled.append((kernel.__name__, constants, to_ptx(kernel, args, shapes, warps, constants, 90)))
+        return [jnp.zeros(s.shape, s.dtype) for s in shapes]
+
+    triton_on_numpy.install(monkeypatch, called=called)
+    neuron, params, xs = structs(name, T, lanes, dtype)
+    weight = jax.ShapeDtypeStruct((lanes[-1],) * 2, jnp.float32)
+    loss = lambda p, x, w: sum(a.sum() for a in jax.tree.leaves(kernels(neuron, p, None, x, w, **options)[1]))
+    jax.eval_shape(jax.grad(loss, (0, 1, 2)), params, xs, weight)
+    assert [name for name, *_ in compiled] == ["snn_recurrent_forward", "snn_recurrent_backward"]
+    for kernel, constants, ptx in compiled:
+        assert ".local" not in ptx and "wgmma" not in ptx
+        steps = constants["K"] + constants["TAIL"]
+        parts = constants["PARTS"] if kernel.endswith("backward") else 1
+        assert ptx.count("bar.sync") <= 2 * steps * parts + constants["PARTS"] + 1
+
+
+ON_GPU = [
+    pytest.mark.gpu,
+    pytest.mark.skipif(importlib.util.find_spec("jax_triton") is None, reason="jax-triton is not installed"),
+]
+
+
+def fused(*args, **options):
+    return unroll_recurrent(*args, implementation="triton", **options)
+
+
+def compare_on_gpu(c, weight, state, precision, rtol):
+    run = lambda unroll: jax.jit(lambda: pull(partial(unroll, precision=precision), c, state, weight))()
+    (want, d_want), (got, d_got), again = run(unroll_scan), run(fused), run(fused)
+    spikes = jax.tree.leaves(want[0])[0]
+    if spikes.size > 1000:
+        assert_fires(spikes, high=0.6)
+    assert_same_spikes(jax.tree.leaves(got[0])[0], spikes)
+    assert_close(got, want, rtol=1e-5)
+    assert_close(d_got, d_want, rtol)
+    jax.tree.map(np.testing.assert_array_equal, (got, d_got), again)
+
+
+@pytest.mark.parametrize("T", [pytest.param(T, marks=ON_GPU) for T in (1, 2, 31, 256)])
+@pytest.mark.parametrize("B", [1, 5, 64, 256, 300])
+@pytest.mark.parametrize("H", [1, 17, 64, 128, 200, 256])
+def test_contract_on_a_gpu(H, B, T):
+    precision = "bfloat16" if H > 128 or T == 31 else "float32"
+    c, weight, state = case("lif", T=T, lanes=(B, H))
+    compare_on_gpu(c, weight, state, precision, 2**-5 if precision == "bfloat16" else 1e-4)
+
+
+@pytest.mark.parametrize("name", [pytest.param(n, marks=ON_GPU) for n in ("cuba", "adaptive", "affine", "lif_soft")])
+@pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
+def test_contract_of_more_neurons_on_a_gpu(name, dtype):
+    c, weight, state = case(name, heads=4, T=37, lanes=(3, 7, 400), dtype=dtype)
+    compare_on_gpu(c, weight, state, "bfloat16x2", 1e-3 if dtype == jnp.float32 else 2**-6)

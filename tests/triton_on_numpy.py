@@ -4,6 +4,7 @@ A load or a store outside its array raises an error unless it is masked. A GPU m
 """
 
 import math
+import re
 import sys
 import types
 from inspect import Parameter, Signature
@@ -76,6 +77,7 @@ vars(language).update(
     full=lambda shape, value, dtype: lanes(np.full(shape, value, dtype)),
     zeros=lambda shape, dtype: lanes(np.zeros(shape, dtype)),
     cast=cast,
+    dot=lambda a, b, total: lanes(total + a.astype(np.float32) @ b.astype(np.float32)),
     load=load,
     store=store,
     where=where,
@@ -106,16 +108,18 @@ def module(text):
     code = "\n".join(line for line in text.splitlines() if not line.startswith(("import ", "from ")))
     scope = dict(triton=types.SimpleNamespace(jit=lambda f: f), tl=language, libdevice=language.libdevice)
     exec(code, scope)
+    if "get" in scope:  # inline assembly; tests of the PTX and on a GPU cover it
+        scope |= dict(get=lambda pointer, mask=None: load(pointer, mask), put=store)
     return scope
 
 
-def run(function, args, out_shapes, programs, constants):
+def run(function, args, out_shapes, grid, constants):
     """Run a kernel once for each program of its grid."""
     outs = [np.zeros(s.shape, s.dtype) for s in out_shapes]
     pointers = [a if np.ndim(a) == 0 else Pointer(np.array(a).reshape(-1)) for a in args]
     pointers += [Pointer(o.reshape(-1)) for o in outs]
-    for i in range(programs):
-        language.program_id = lambda axis, i=i: np.int32(i)
+    for i in np.ndindex(*grid):
+        language.program_id = lambda axis, i=i: np.int32(i[axis])
         with np.errstate(all="ignore"):
             function(*pointers, **constants)
     return outs
@@ -127,7 +131,11 @@ def jax_triton(new, called):
 
     def triton_call(*args, kernel, grid, name, num_warps, num_stages, compute_capability, **constants):
         shapes, fusion = constants.pop(out), constants.pop(options)
-        assert name in ("snn_forward", "snn_backward") and num_stages == 1 and compute_capability in (None, 80, 90)
+        assert (
+            re.fullmatch("snn_(recurrent_)?(forward|backward)", name)
+            and num_stages == 1
+            and compute_capability in (None, 80, 90)
+        )
         assert fusion == ({"enable_fp_fusion": True} if new else True)
         return called(kernel, args, shapes, grid, num_warps, constants)
 
@@ -143,7 +151,7 @@ def on_numpy(kernel, args, shapes, grid, warps, constants):
     def call(*arrays):
         arrays = iter(arrays)
         values = [a if isinstance(a, int) else np.asarray(next(arrays)) for a in args]
-        return run(kernel, values, shapes, *grid, constants)
+        return run(kernel, values, shapes, grid, constants)
 
     return jax.pure_callback(call, shapes, *arrays)
 

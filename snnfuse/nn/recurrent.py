@@ -8,7 +8,8 @@ from jax import Array
 from snnfuse.nn.spikes import values
 from snnfuse.nn.spiking import Fixed, Spiking
 from snnfuse.nn.temporal import Temporal
-from snnfuse.ops.recurrent import PRECISIONS, RecurrentState, unroll_recurrent
+from snnfuse.ops.problem import PARTS
+from snnfuse.ops.recurrent import RecurrentState, unroll_recurrent
 
 
 class Recurrent(Temporal):
@@ -44,8 +45,8 @@ class Recurrent(Temporal):
             raise TypeError(f"neuron must be a module such as nn.LIF(tau=2.0); got {neuron!r}")
         if features < 1 or heads < 1 or features % heads:
             raise ValueError(f"features must be a positive multiple of heads; got features={features}, heads={heads}")
-        if precision not in PRECISIONS:
-            raise ValueError(f"precision must be one of {PRECISIONS}; got {precision!r}")
+        if precision not in PARTS:
+            raise ValueError(f"precision must be one of {list(PARTS)}; got {precision!r}")
         size = features // heads
         shape = (size, size) if heads == 1 else (heads, size, size)
         if mask is not None and jnp.shape(mask) != shape:

@@ -132,6 +132,23 @@ class Problem:
         return None
 
 
+PARTS = {"bfloat16": 1, "bfloat16x2": 2, "float32": 3}  # precision: the bfloat16 numbers that a weight is the sum of
+
+
+@dataclass(frozen=True)
+class Recurrence:
+    """What a call of `unroll_recurrent` has besides its problem, whose neuron sees the current x[t] + s[t-1] @ weight."""
+
+    feedback: int
+    precision: str
+    heads: int
+    starts: bool  # s[0] is an argument; otherwise it is 0
+
+    @property
+    def parts(self) -> int:
+        return PARTS[self.precision]
+
+
 def _pick(leaves, which):
     return tuple(leaf for leaf, w in zip(leaves, which, strict=True) if w)
 

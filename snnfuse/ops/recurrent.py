@@ -1,5 +1,6 @@
 """`unroll_recurrent`: a neuron whose output at one step is part of its input at the next step, through a weight matrix."""
 
+import importlib
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -11,9 +12,11 @@ from snnfuse.core.neuron import Neuron, PyTree
 from snnfuse.ops import implementations
 from snnfuse.ops.check import check_call
 from snnfuse.ops.packing import Packed, pack
-from snnfuse.ops.problem import Leaves, Problem
+from snnfuse.ops.partition import varying
+from snnfuse.ops.problem import PARTS, Leaves, Problem, Recurrence
 
-PRECISIONS = ("float32", "bfloat16")
+# `implementation=None` tries these in this order. Each is a module with `why_not` and `run`, imported when it is needed.
+PREFERENCE = {"triton": "snnfuse.ops.recurrent_triton", "scan": "snnfuse.ops.recurrent"}
 
 
 class RecurrentState(NamedTuple):
@@ -45,9 +48,14 @@ def unroll_recurrent(
         H / heads]: neurons connect within their head, and head k owns the neurons from k H / heads on.
       feedback: which output feeds back, if the neuron has several: an index into the flat outputs. Default: the first.
         The value that feeds back is the float32 output, before the cast to `out_dtype`.
-      precision: "float32" uses the weight as it is; "bfloat16" rounds it to bfloat16. Products and sums are float32, and
-        the gradient of the weight is not rounded.
-      implementation: "scan" (`jax.lax.scan`). None also runs "scan": no fused kernel exists yet.
+      precision: how exact the product with the weight is; products are summed in float32.
+        "float32": the weight as it is. "bfloat16x2": the weight as the sum of two bfloat16 numbers, which have 16 bits of
+        mantissa (tf32 has 11). "bfloat16": the weight rounded to bfloat16, which has 8. The gradient of the weight is that
+        of the weight before rounding. In the backward pass "triton" rounds d_current, the gradient of x[t] + s[t-1] @
+        weight, to as many bfloat16 numbers before it multiplies it; "scan" does not round it.
+      implementation: "triton" (one fused GPU kernel forward, one backward, through jax-triton) or "scan" (`jax.lax.scan`).
+        "triton" runs up to 256 neurons a head with "bfloat16" and 128 otherwise, for a neuron whose fed-back output is 0 or
+        1. A named one runs or raises. None picks "triton" if it can run, else "scan"; `snnfuse.explain` says why.
 
     Returns:
       (outs, state): outs is a tree of [T, *B, H]; state is the `RecurrentState` after the last step.
@@ -60,19 +68,36 @@ def unroll_recurrent(
         raise TypeError(f"state must be None or RecurrentState(neuron, fed); got {type(state).__name__}")
     given = None if state is None else state.neuron
     problem, params, leaves, xs = check_call(neuron, params, given, xs, out_dtype)
-    if implementation not in (None, *implementations.NAMES):
-        raise ValueError(
-            f"implementation must be None or one of {sorted(implementations.NAMES)}; got {implementation!r}"
+    recurrence, fed, weight = check_recurrence(problem, params, state, weight, feedback, precision)
+    module = importlib.import_module(PREFERENCE[choose(problem, recurrence, implementation)])
+    outs, final, fed = module.run(problem, recurrence, params, leaves, fed, xs, weight)
+    return problem.out_tree.unflatten(outs), RecurrentState(problem.step.state_tree.unflatten(final), fed)
+
+
+def choose(problem: Problem, recurrence: Recurrence, name: str | None) -> str:
+    """`name` if that implementation can run this call; the first of `PREFERENCE` that can, if `name` is None."""
+    if name is not None and name not in implementations.NAMES:
+        raise ValueError(f"implementation must be None or one of {sorted(implementations.NAMES)}; got {name!r}")
+    if name is not None and name not in PREFERENCE:
+        raise NotImplementedError(
+            f"implementation {name!r} has no recurrent kernel; use one of {list(PREFERENCE)} or None"
         )
-    if implementation not in (None, "scan"):
-        raise NotImplementedError(f"implementation {implementation!r} has no recurrent kernel; use 'scan' or None")
-    if precision not in PRECISIONS:
-        raise ValueError(f"precision must be one of {PRECISIONS}; got {precision!r}")
+    reasons = []
+    for candidate in (name,) if name else PREFERENCE:
+        if (why := importlib.import_module(PREFERENCE[candidate]).why_not(problem, recurrence)) is None:
+            return candidate
+        reasons.append(f"implementation {candidate!r}: {why}")
+    raise NotImplementedError("; ".join(reasons))
+
+
+def check_recurrence(problem, params, state, weight, feedback, precision):
+    """(recurrence, () or (s[0],), the weight as [heads, H / heads, H / heads])."""
+    if precision not in PARTS:
+        raise ValueError(f"precision must be one of {list(PARTS)}; got {precision!r}")
     _check_feedback(problem, params, feedback)
     weight = _check_weight(weight, problem.lane_shape[-1])
-    fed = _check_fed(state, problem)
-    outs, final, fed = _scan(problem, feedback, precision, params, leaves, fed, xs, weight)
-    return problem.out_tree.unflatten(outs), RecurrentState(problem.step.state_tree.unflatten(final), fed)
+    fed = () if state is None else (_check_fed(state, problem),)
+    return Recurrence(feedback, precision, weight.shape[0], bool(fed)), fed, weight
 
 
 def _check_weight(weight, width):
@@ -88,8 +113,6 @@ def _check_weight(weight, width):
 
 
 def _check_fed(state, problem):
-    if state is None:
-        return jnp.zeros(problem.lane_shape, problem.dtype)
     fed = jnp.asarray(state.fed)
     if fed.shape != problem.lane_shape:
         raise ValueError(f"state.fed must be [*B, H] = {problem.lane_shape}, as xs is without T; got {fed.shape}")
@@ -121,22 +144,36 @@ def rounded(weight: Array, precision: str) -> Array:
     """The weight as the product uses it. The gradient passes the rounding unchanged."""
     if precision == "float32":
         return weight
-    return weight + jax.lax.stop_gradient(jax.lax.reduce_precision(weight, 8, 7) - weight)
+    near, rest = 0.0, jax.lax.stop_gradient(weight)
+    for _ in range(PARTS[precision]):
+        part = jax.lax.reduce_precision(rest, 8, 7)
+        near, rest = near + part, rest - part
+    return weight + (near - jax.lax.stop_gradient(weight))
 
 
-@partial(jax.jit, static_argnums=(0, 1, 2), inline=True)
-def _scan(problem: Problem, feedback, precision, params: Leaves, state: Leaves, fed, xs: Leaves, weight):
+def why_not(problem: Problem, recurrence: Recurrence) -> None:
+    """None: "scan" runs every valid call, on any device."""
+    return None
+
+
+@partial(jax.jit, static_argnums=(0, 1), inline=True)
+def run(problem: Problem, recurrence: Recurrence, params: Leaves, state: Leaves, fed: Leaves, xs: Leaves, weight):
+    """The implementation "scan": (outs, final state, the output that feeds back at the last step)."""
     params = tuple(p.astype(problem.dtype) for p in params)
-    weight = rounded(weight.astype(problem.dtype), precision)
+    weight = rounded(weight.astype(problem.dtype), recurrence.precision)
     if problem.initial is not None:
         state = tuple(jnp.full(problem.lane_shape, value, problem.dtype) for value in problem.initial)
+    (fed,) = fed or (jnp.zeros(problem.lane_shape, problem.dtype),)
+    params, state, fed, xs, weight = varying((params, state, fed, xs, weight))
 
     def body(carry, x):
         state, fed = carry
         current, *others = (leaf.astype(problem.dtype) for leaf in x)
         state, outs = problem.step(params, state, (current + product(fed, weight), *others))
         pairs = zip(outs, problem.out_dtypes, strict=True)
-        return (state, outs[feedback]), tuple((o != 0) if isinstance(d, Packed) else o.astype(d) for o, d in pairs)
+        return (state, outs[recurrence.feedback]), tuple(
+            (o != 0) if isinstance(d, Packed) else o.astype(d) for o, d in pairs
+        )
 
     (state, fed), outs = jax.lax.scan(body, (state, fed), xs)
     pairs = zip(outs, problem.out_dtypes, strict=True)

@@ -28,11 +28,7 @@ class Triton(fused.Fused):
     """The implementation "triton"."""
 
     def why_not(self, problem: Problem) -> str | None:
-        if platform() != "gpu":
-            return f"it needs a GPU, the device is a {platform()}"
-        if any(importlib.util.find_spec(name) is None for name in ("triton", "jax_triton")):
-            return 'it needs jax-triton: pip install "snnfuse[triton]"'
-        return why_not_kernels(problem)
+        return why_not_here() or why_not_kernels(problem)
 
     def blocks(self, problem: Problem) -> Blocks:
         return triton_blocks(problem)
@@ -47,17 +43,33 @@ class Triton(fused.Fused):
 TRITON = Triton()
 
 
+def why_not_here() -> str | None:
+    """None if this machine can run Triton kernels."""
+    if platform() != "gpu":
+        return f"it needs a GPU, the device is a {platform()}"
+    if any(importlib.util.find_spec(name) is None for name in ("triton", "jax_triton")):
+        return 'it needs jax-triton: pip install "snnfuse[triton]"'
+    return None
+
+
 def why_not_kernels(problem: Problem) -> str | None:
     """None if Triton kernels can be generated for this problem. Triton need not be installed."""
+    if (why := why_not_dtypes(problem)) is not None:
+        return why
+    if (why := problem.why_not_lanewise((32,))) is not None:  # first: the block sizes depend on the traced step
+        return why
+    lanes = triton_blocks(problem).lanes
+    return problem.why_not_lanewise((lanes,)) or triton_source.why_not(problem, (lanes,))
+
+
+def why_not_dtypes(problem: Problem) -> str | None:
+    """None if the kernels can read and write the dtypes of this problem."""
     if problem.dtype != jnp.float32:
         return f"it computes in float32; xs is {problem.dtype}"
     dtypes = [d for d in problem.out_dtypes if not isinstance(d, Packed)]
     if unknown := [str(d) for d in dtypes if jnp.dtype(d).name not in _DTYPES]:
         return f"it has no output dtype {', '.join(unknown)}"
-    if (why := problem.why_not_lanewise((32,))) is not None:  # first: the block sizes depend on the traced step
-        return why
-    lanes = triton_blocks(problem).lanes
-    return problem.why_not_lanewise((lanes,)) or triton_source.why_not(problem, lanes)
+    return None
 
 
 _DTYPES = frozenset(
@@ -110,27 +122,31 @@ class TritonKernels:
         return jax.ShapeDtypeStruct(shape, self.problem.dtype)
 
     def _call(self, name, text, args, out_shape):
-        import jax_triton
-
-        lanes, K = self.blocks.lanes, self.blocks.chunk
-        known = inspect.signature(jax_triton.triton_call).parameters
-        fusion = {"enable_fp_fusion": True}  # fused multiply-adds, as in XLA; Triton 3.10 changes the default
-        return jax_triton.triton_call(
-            *args,
-            self.problem.T // K,
-            kernel=kernel(text, name),
-            grid=(math.ceil(self.problem.M / lanes),),
-            name=name,
-            num_warps=self.blocks.warps,
-            num_stages=1,
-            compute_capability=round(10 * compute_capability()) or None,
-            M=self.problem.M,
-            K=K,
-            TAIL=self.problem.T % K,
-            BLOCK=lanes,
-            **{"out_type" if "out_type" in known else "out_shape": out_shape},
-            **({"backend_options": fusion} if "backend_options" in known else fusion),
+        lanes, K, T, M = self.blocks.lanes, self.blocks.chunk, self.problem.T, self.problem.M
+        constants = dict(M=M, K=K, TAIL=T % K, BLOCK=lanes)
+        return triton_call(
+            name, text, (*args, T // K), out_shape, (math.ceil(M / lanes),), self.blocks.warps, constants
         )
+
+
+def triton_call(name, text, args, out_shape, grid, warps, constants):
+    """Run the kernel `name` of a module's text through jax-triton."""
+    import jax_triton
+
+    known = inspect.signature(jax_triton.triton_call).parameters
+    fusion = {"enable_fp_fusion": True}  # fused multiply-adds, as in XLA; Triton 3.10 changes the default
+    return jax_triton.triton_call(
+        *args,
+        kernel=kernel(text, name),
+        grid=grid,
+        name=name,
+        num_warps=warps,
+        num_stages=1,
+        compute_capability=round(10 * compute_capability()) or None,
+        **constants,
+        **{"out_type" if "out_type" in known else "out_shape": out_shape},
+        **({"backend_options": fusion} if "backend_options" in known else fusion),
+    )
 
 
 @cache

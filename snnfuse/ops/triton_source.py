@@ -25,10 +25,10 @@ from snnfuse.ops.problem import Problem
 Periods = tuple[int, ...]  # of each array in params: lane m reads element m % period
 
 
-def why_not(problem: Problem, lanes: int) -> str | None:
+def why_not(problem: Problem, shape: tuple[int, ...]) -> str | None:
     """None if every equation of the step and its gradient has a Triton expression."""
     name = type(problem.step.neuron).__name__
-    for closed in (problem.step_jaxpr((lanes,)), problem.full_pullback_jaxpr((lanes,))):
+    for closed in (problem.step_jaxpr(shape), problem.full_pullback_jaxpr(shape)):
         for eqn in equations.live(closed.jaxpr):
             try:
                 equations.expression(eqn, ["0.0"] * len(eqn.invars))
@@ -39,35 +39,37 @@ def why_not(problem: Problem, lanes: int) -> str | None:
 
 def forward_text(problem: Problem, blocks: Blocks, periods: Periods, save: bool) -> str:
     """A module with the kernel `snn_forward(*params, *state, *xs, chunks, *outs, *final state, *checkpoints)`."""
-    names = _Names(problem)
-    return _module(problem, _step(problem, names, blocks.lanes)[0], _forward(problem, names, blocks, periods, save))
+    names = Names(problem)
+    return module(
+        problem, step_function(problem, names, (blocks.lanes,))[0], _forward(problem, names, blocks, periods, save)
+    )
 
 
 def backward_text(problem: Problem, blocks: Blocks, periods: Periods, wanted: Wanted, live_outs, live_state) -> str:
     """A module with the kernel `snn_backward(*params, *state, *checkpoints, *xs, *d_outs, *d_state, chunks,
     *d_params, *d_state, *d_xs)`. It has only the cotangents that are not zero and the gradients that are wanted."""
-    names = _Names(problem)
-    step, known = _step(problem, names, blocks.lanes)
-    pullback = _pullback(problem, names, blocks.lanes, wanted, live_outs, known)
-    return _module(problem, step, pullback, _backward(problem, names, blocks, periods, wanted, live_outs, live_state))
+    names = Names(problem)
+    step, known = step_function(problem, names, (blocks.lanes,))
+    pullback = pullback_function(problem, names, (blocks.lanes,), wanted, live_outs, known)
+    return module(problem, step, pullback, _backward(problem, names, blocks, periods, wanted, live_outs, live_state))
 
 
 def module_text(problem: Problem, blocks: Blocks, periods: Periods) -> str:
     """Both kernels of a training step in one module, for reading."""
-    names = _Names(problem)
+    names = Names(problem)
     wanted = Wanted((True,) * len(names.params), (problem.initial is None,) * len(names.state), (True,) * len(names.xs))
     live_outs, live_state = problem.differentiable, (True,) * len(names.state)
-    step, known = _step(problem, names, blocks.lanes)
-    return _module(
+    step, known = step_function(problem, names, (blocks.lanes,))
+    return module(
         problem,
         step,
         _forward(problem, names, blocks, periods, save=True),
-        _pullback(problem, names, blocks.lanes, wanted, live_outs, known),
+        pullback_function(problem, names, (blocks.lanes,), wanted, live_outs, known),
         _backward(problem, names, blocks, periods, wanted, live_outs, live_state),
     )
 
 
-def _module(problem, *functions):
+def module(problem, *functions):
     neuron = re.sub(r" at 0x[0-9a-f]+", "", repr(problem.step.neuron))  # the same text in every process
     about = textwrap.wrap(neuron, 117) or [""]
     imports = "import triton\nimport triton.language as tl\n"
@@ -76,7 +78,7 @@ def _module(problem, *functions):
     return "\n\n".join(["\n".join(f"# {line}" for line in about) + "\n" + imports, *functions])
 
 
-class _Names:
+class Names:
     """Unique names for the leaves of params, state, xs and outs, taken from the neuron's own names."""
 
     def __init__(self, problem: Problem):
@@ -122,20 +124,20 @@ def _unique(name, taken):
 # ---- the two jaxprs
 
 
-def _step(problem, names, lanes):
+def step_function(problem, names, shape):
     """(the text of `step`, the name of each expression in it)."""
-    jaxpr = problem.step_jaxpr((lanes,)).jaxpr
+    jaxpr = problem.step_jaxpr(shape).jaxpr
     inputs = [*names.params, *names.state, *names.xs]
     outputs = [f"{s}_new" for s in names.state] + names.outs
     return equations.function("step", jaxpr, inputs, outputs, hints=equations.assigned(jaxpr))
 
 
-def _pullback(problem, names, lanes, wanted, live_outs, known):
-    jaxpr = problem.pullback_jaxpr((lanes,), wanted.params, wanted.xs, live_outs).jaxpr
+def pullback_function(problem, names, shape, wanted, live_outs, known):
+    jaxpr = problem.pullback_jaxpr(shape, wanted.params, wanted.xs, live_outs).jaxpr
     inputs = [*names.params, *names.state, *names.xs, *(f"d_{s}_new" for s in names.state)]
-    inputs += [f"d_{o}" for o in _pick(names.outs, live_outs)]
+    inputs += [f"d_{o}" for o in pick(names.outs, live_outs)]
     outputs = [f"d_{s}" for s in names.state]
-    outputs += [f"d_{n}" for n in (*_pick(names.params, wanted.params), *_pick(names.xs, wanted.xs))]
+    outputs += [f"d_{n}" for n in (*pick(names.params, wanted.params), *pick(names.xs, wanted.xs))]
     return equations.function("pullback", jaxpr, inputs, outputs, known=known)[0]
 
 
@@ -215,7 +217,7 @@ def _forward(problem, names, blocks, periods, save):
     save = save and T > K
     ahead = blocks.prefetch and T >= 2 * K
     masked = _masked(problem, blocks)
-    x_ptrs, out_ptrs = _ptrs(names.xs), _ptrs(names.outs)
+    x_ptrs, out_ptrs = pointers(names.xs), pointers(names.outs)
     packed = {o: d for o, d in zip(names.outs, problem.out_dtypes, strict=True) if isinstance(d, Packed)}
     at = ["at", *(f"{o}_at" for o in packed)]
     load_chunk, loaded = _load_chunk("load_chunk", names.xs, masked)
@@ -227,30 +229,30 @@ def _forward(problem, names, blocks, periods, save):
 
     def checkpoint(c, *conditions):
         mask = [" & ".join([*masked, *conditions])] if masked or conditions else []
-        where = f"{_row(f'({c} - 1)', 'M', problem)} + lane"
+        where = f"{offset(f'({c} - 1)', 'M', problem)} + lane"
         return [_store(f"{s}_saved_ptr + {where}", s, mask) for s in names.state if save]
 
     def load(c, size="K", suffix=""):
-        at = f"{_row(c, 'K * M', problem)} + lane"
-        return [_call([n + suffix for n in loaded], "load_chunk", x_ptrs, [at], masked, ["M", size])]
+        at = f"{offset(c, 'K * M', problem)} + lane"
+        return [call([n + suffix for n in loaded], "load_chunk", x_ptrs, [at], masked, ["M", size])]
 
     def run(c, size="K", suffix=""):
         at_here = [n + suffix for n in at]
         strides = ["K * M", *(f"(K // {d.steps}) * M" for d in packed.values())]
-        lines = [f"{n} = {_row(c, stride, problem)} + lane" for n, stride in zip(at_here, strides, strict=True)]
+        lines = [f"{n} = {offset(c, stride, problem)} + lane" for n, stride in zip(at_here, strides, strict=True)]
         groups = names.params, names.state, [n + suffix for n in loaded], out_ptrs, at_here, masked, ["M", size]
-        return [*lines, _call(names.state, "forward_chunk", *groups)]
+        return [*lines, call(names.state, "forward_chunk", *groups)]
 
     tail = checkpoint("chunks") + load("chunks", "TAIL", "_tail") + run("chunks", "TAIL", "_tail")
-    text = _fill(
+    text = fill(
         _FORWARD,
         chunk_arguments=[*names.params, *names.state, *loaded, *out_ptrs, *at, *masked, *_CHUNK_CONSTANTS],
-        step=[_call([*names.state, *names.outs], "step", names.params, names.state, _at_k(names.xs))],
+        step=[call([*names.state, *names.outs], "step", names.params, names.state, at_step(names.xs))],
         store=[line for o in names.outs for line in store(o)],
-        give_back=_return(names.state),
+        give_back=returned(names.state),
         arguments=[
-            *(*_ptrs(names.params), *_start(problem, names), *x_ptrs, "chunks"),
-            *(*out_ptrs, *_ptrs(names.state, "_end"), *_ptrs(names.state if save else (), "_saved"), *_CONSTANTS),
+            *(*pointers(names.params), *_start(problem, names), *x_ptrs, "chunks"),
+            *(*out_ptrs, *pointers(names.state, "_end"), *pointers(names.state if save else (), "_saved"), *_CONSTANTS),
         ],
         mask=[f"{mask} = lane < M" for mask in masked],
         params=_load_params(problem, names, periods, masked),
@@ -282,11 +284,11 @@ def _backward(problem, names, blocks, periods, wanted, live_outs, live_state):
     saved = T > K
     ahead = blocks.prefetch and T >= 2 * K
     masked = _masked(problem, blocks)
-    d_outs, d_xs = _d(_pick(names.outs, live_outs)), _d(_pick(names.xs, wanted.xs))
-    d_params, d_state = _d(_pick(names.params, wanted.params)), _d(names.state)
-    wanted_state = _pick(d_state, wanted.state) if wanted.state else []
+    d_outs, d_xs = d_of(pick(names.outs, live_outs)), d_of(pick(names.xs, wanted.xs))
+    d_params, d_state = d_of(pick(names.params, wanted.params)), d_of(names.state)
+    wanted_state = pick(d_state, wanted.state) if wanted.state else []
     load_chunk, loaded = _load_chunk("load_chunk_backward", (*names.xs, *d_outs), masked)
-    inputs = [*names.params, *names.state, *d_params, *d_state, *loaded, *_ptrs(d_xs), "at", *masked]
+    inputs = [*names.params, *names.state, *d_params, *d_state, *loaded, *pointers(d_xs), "at", *masked]
     here = [f"{d}_here" for d in d_params]
 
     def load(c, size="K", suffix="", first=True):
@@ -299,33 +301,33 @@ def _backward(problem, names, blocks, periods, wanted, live_outs, live_state):
         for s, state in zip(names.state, states, strict=True) if saved else ():
             conditions = [*masked, *([f"({c} > 0)"] if first else [])]
             masking = f", mask={' & '.join(conditions)}, other={state if first else 0.0}" if conditions else ""
-            lines += [f"{state} = tl.load({s}_saved_ptr + {_row(f'({c} - 1)', 'M', problem)} + lane{masking})"]
-        groups = _ptrs(names.xs), _ptrs(d_outs), [f"{_row(c, 'K * M', problem)} + lane"], masked, ["M", size]
-        return [*lines, _call([n + suffix for n in loaded], "load_chunk_backward", *groups)]
+            lines += [f"{state} = tl.load({s}_saved_ptr + {offset(f'({c} - 1)', 'M', problem)} + lane{masking})"]
+        groups = pointers(names.xs), pointers(d_outs), [f"{offset(c, 'K * M', problem)} + lane"], masked, ["M", size]
+        return [*lines, call([n + suffix for n in loaded], "load_chunk_backward", *groups)]
 
     def run(c, size="K", suffix=""):
-        at = f"at{suffix} = {_row(c, 'K * M', problem)} + lane"
+        at = f"at{suffix} = {offset(c, 'K * M', problem)} + lane"
         given = [n + suffix if n in (*names.state, *loaded, "at") else n for n in inputs]
-        return [at, _call([*d_params, *d_state], "backward_chunk", given, ["M", size])]
+        return [at, call([*d_params, *d_state], "backward_chunk", given, ["M", size])]
 
     def zero_or(live, d):
         return f"{d} = {_load(f'{d}_end_ptr + lane', masked) if live else 'tl.zeros([BLOCK], tl.float32)'}"
 
-    before_step = names.params, _at_k(names.state), _at_k(names.xs)
-    text = _fill(
+    before_step = names.params, at_step(names.state), at_step(names.xs)
+    text = fill(
         _BACKWARD,
         chunk_arguments=[*inputs, *_CHUNK_CONSTANTS],
         start=[f"{s}_at = ({s},)" for s in names.state],
-        replay=[_call([*names.state, *("_" for _ in names.outs)], "step", *before_step)],
+        replay=[call([*names.state, *("_" for _ in names.outs)], "step", *before_step)],
         keep=[f"{s}_at += ({s},)" for s in names.state],
-        pullback=[_call([*d_state, *here, *d_xs], "pullback", *before_step, d_state, _at_k(d_outs))],
+        pullback=[call([*d_state, *here, *d_xs], "pullback", *before_step, d_state, at_step(d_outs))],
         add=[f"{d} += {h}" for d, h in zip(d_params, here, strict=True)],
         store=[_store(f"{d}_ptr + at + k * M", f"{d}.to({d}_ptr.dtype.element_ty)", masked) for d in d_xs],
-        give_back=_return([*d_params, *d_state]),
+        give_back=returned([*d_params, *d_state]),
         arguments=[
-            *(*_ptrs(names.params), *_start(problem, names), *_ptrs(names.state if saved else (), "_saved")),
-            *(*_ptrs(names.xs), *_ptrs(d_outs), *_ptrs(_pick(d_state, live_state), "_end"), "chunks"),
-            *(*_ptrs(d_params), *_ptrs(wanted_state, "_start"), *_ptrs(d_xs), *_CONSTANTS),
+            *(*pointers(names.params), *_start(problem, names), *pointers(names.state if saved else (), "_saved")),
+            *(*pointers(names.xs), *pointers(d_outs), *pointers(pick(d_state, live_state), "_end"), "chunks"),
+            *(*pointers(d_params), *pointers(wanted_state, "_start"), *pointers(d_xs), *_CONSTANTS),
         ],
         mask=[f"{mask} = lane < M" for mask in masked],
         params=_load_params(problem, names, periods, masked),
@@ -353,7 +355,7 @@ def _masked(problem, blocks):
     return ["mask"] if problem.M % blocks.lanes else []
 
 
-def _row(index, stride, problem):
+def offset(index, stride, problem):
     """An offset; in 64 bits if 32 could overflow."""
     return f"tl.cast({index}, tl.int64) * {stride}" if problem.T * problem.M >= 2**31 else f"{index} * {stride}"
 
@@ -379,19 +381,19 @@ def _initial(problem, names, masked, suffix=""):
 
 
 def _start(problem, names):
-    return _ptrs(names.state if problem.initial is None else (), "_start")
+    return pointers(names.state if problem.initial is None else (), "_start")
 
 
 def _load_chunk(function, names, masked):
     """(a function that loads K steps of some sequences, the names of what it returns)."""
     at = [f"{n}_at" for n in names]
-    text = _fill(
+    text = fill(
         _LOAD_CHUNK,
         name=[function],
-        arguments=[*_ptrs(names), "at", *masked, *_CHUNK_CONSTANTS],
+        arguments=[*pointers(names), "at", *masked, *_CHUNK_CONSTANTS],
         empty=[f"{n} = ()" for n in at],
         load=[f"{n}_at += ({_load(f'{n}_ptr + at + k * M', masked)}.to(tl.float32),)" for n in names],
-        give_back=_return(at),
+        give_back=returned(at),
     )
     return text, at
 
@@ -404,13 +406,13 @@ def _store(where, what, mask):
     return f"tl.store({where}, {what}{f', mask={mask[0]}' if mask else ''})"
 
 
-def _call(targets, function, *groups):
+def call(targets, function, *groups):
     """`targets = function(...)`, with the words of all groups as arguments."""
     call = f"{function}({', '.join(word for group in groups for word in group)})"
     return f"{', '.join(targets)} = {call}" if targets else call
 
 
-def _fill(template: str, **holes: list[str]) -> str:
+def fill(template: str, **holes: list[str]) -> str:
     """The template with its holes filled. A line whose only hole is filled with no lines vanishes."""
     lines = []
     for line in template.strip("\n").splitlines():
@@ -437,21 +439,21 @@ def _wrapped(line: str, width: int = 110) -> list[str]:
     return [opening, *(f"{indent}    {line.rstrip()}" for line in lines), indent + closing]
 
 
-def _return(names):
+def returned(names):
     return [f"return {', '.join(names)}"] if names else []
 
 
-def _ptrs(names, suffix=""):
+def pointers(names, suffix=""):
     return [f"{n}{suffix}_ptr" for n in names]
 
 
-def _at_k(names):
+def at_step(names):
     return [f"{n}_at[k]" for n in names]
 
 
-def _d(names):
+def d_of(names):
     return [f"d_{n}" for n in names]
 
 
-def _pick(values, which):
+def pick(values, which):
     return [v for v, w in zip(values, which, strict=True) if w]

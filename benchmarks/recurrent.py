@@ -1,0 +1,131 @@
+"""How long does a recurrent layer take, beside `lax.scan` and beside cuDNN's recurrent networks?
+
+    python benchmarks/recurrent.py                on a GPU; 3 minutes on an H100; rows go to results/recurrent.jsonl
+
+One layer s[t] = LIF(x[t] + s[t-1] @ W), forward and backward, with the gradients of x and W, in bfloat16, W rounded to bfloat16:
+"triton" is the fused kernel, "scan" `jax.lax.scan`, "unroll=8" the same loop written by hand with eight steps in an iteration.
+cuDNN's RNN (tanh) and LSTM, called through PyTorch, are no spiking layers and compute the product with their input too; they say
+what a vendor's library needs for a layer of this size. `ms` is device time: of a jitted loop over three sets of arrays, or of a
+CUDA graph. `precision`: how the weight is multiplied.
+"""
+
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from runner import Case, main, question
+from with_jax import bf16, device_ms, f32
+
+import snnfuse as sf
+
+SHAPES = [(256, 256, 128), (256, 256, 256), (1000, 64, 128), (250, 256, 512), (250, 256, 1024), (250, 64, 1024)]
+NEURONS = {
+    "LIF": (sf.LIF(), sf.LIFParams(0.9, 1.0)),
+    "adaptive LIF": (sf.AdaptiveLIF(), sf.AdaptiveLIFParams(0.9, 0.95, 0.2, 1.0)),
+}
+
+
+@question("recurrent")
+def recurrent(args):
+    for T, B, H in [(8, 4, 32)] if args.tiny else SHAPES:
+        key = dict(T=T, B=B, size=H)
+        ways = [("scan", "bfloat16"), ("unroll=8", "bfloat16")]
+        if not args.tiny:
+            ways = [("triton", "bfloat16"), *([("triton", "bfloat16x2"), ("triton", "float32")] if H <= 128 else []), *ways]
+        for name in NEURONS:
+            for way, precision in ways if name == "LIF" else ways[:1]:
+                named = dict(case=name, implementation=way, dtype="bfloat16", note=precision)
+                yield Case(named | key, measure, (name, way, precision, T, B, H))
+        if not args.tiny:
+            for kind, dtype in (("RNN", "float16"), ("RNN", "tf32"), ("LSTM", "float16")):
+                named = dict(case=f"cuDNN {kind}", library="torch", dtype=dtype)
+                yield Case(named | key, cudnn, (kind, dtype, T, B, H), "torch")
+
+
+def inputs(T, B, H, seed=0):
+    keys = jax.random.split(jax.random.key(seed), 3)
+    most = min(256, int(512 / H**0.5))
+    x = (0.5 * jax.random.normal(keys[0], (T, B, H)) + 0.15).astype(bf16)
+    weight = jax.random.randint(keys[1], (H, H), -most, most + 1) / f32(1024)
+    return x, weight, jax.random.normal(keys[2], (T, B, H)).astype(bf16)
+
+
+def unrolled(neuron, params, weight, x):
+    weight = weight.astype(bf16)
+
+    def body(carry, x):
+        state, s = carry
+        back = jnp.dot(s, weight, preferred_element_type=f32)
+        state, s = neuron.step(params, state, x.astype(f32) + back)
+        s = s.astype(bf16)
+        return (state, s), s
+
+    first = neuron.init_state(x.shape[1:]), jnp.zeros(x.shape[1:], bf16)
+    return jax.lax.scan(body, first, x, unroll=8)[1]
+
+
+def layer(name, way, precision, x, weight):
+    neuron, params = NEURONS[name]
+    if way == "unroll=8":
+        return unrolled(neuron, params, weight, x)
+    options = dict(precision=precision, implementation=way)
+    return sf.unroll_recurrent(neuron, params, None, x, weight, **options)[0]
+
+
+def measure(name, way, precision, T, B, H):
+    def both(x, weight, d_out):
+        out, vjp = jax.vjp(partial(layer, name, way, precision), x, weight)
+        return out, vjp(d_out)
+
+    sets = [inputs(T, B, H, seed) for seed in range(3)]
+    out, (d_x, d_weight) = jax.jit(both)(*sets[0])
+    want, (want_x, want_weight) = jax.jit(partial(reference, name, precision))(*sets[0])
+    error = lambda a, b: float(jnp.abs((a - b).astype(f32)).max() / jnp.abs(b.astype(f32)).max())
+    ms, *quartiles = device_ms(both, sets)
+    forward_ms, *_ = device_ms(lambda x, weight, _: layer(name, way, precision, x, weight), sets)
+    return dict(
+        ms=ms,
+        quartiles=quartiles,
+        forward_ms=forward_ms,
+        us_per_step=1e3 * ms / T,
+        firing_rate=float(out.astype(f32).mean()),
+        flips=int((out != want).sum()),
+        gradient_error=max(error(d_x, want_x), error(d_weight, want_weight)),
+    )
+
+
+def reference(name, precision, x, weight, d_out):
+    out, vjp = jax.vjp(partial(layer, name, "scan", precision), x, weight)
+    return out, vjp(d_out)
+
+
+def cudnn(kind, dtype, T, B, H):
+    import torch
+
+    torch.backends.cudnn.allow_tf32 = torch.backends.cuda.matmul.allow_tf32 = True
+    kept = torch.float16 if dtype == "float16" else torch.float32
+    rnn = getattr(torch.nn, kind)(H, H).to("cuda", kept)
+    x = torch.randn(T, B, H, device="cuda", dtype=kept, requires_grad=True)
+    d_out = torch.randn(T, B, H, device="cuda", dtype=kept)
+
+    def run():
+        rnn.zero_grad()
+        x.grad = None
+        rnn(x)[0].backward(d_out)
+
+    times = []
+    for _ in range(12):
+        start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+        start.record()
+        for _ in range(3):
+            run()
+        end.record()
+        torch.cuda.synchronize()
+        times.append(start.elapsed_time(end) / 3)
+    ms, low, high = (float(np.quantile(times[5:], q)) for q in (0.5, 0.25, 0.75))
+    return dict(ms=ms, quartiles=(low, high))
+
+
+if __name__ == "__main__":
+    main(__doc__, "recurrent")
