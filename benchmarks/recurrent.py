@@ -32,7 +32,11 @@ def recurrent(args):
         key = dict(T=T, B=B, size=H)
         ways = [("scan", "bfloat16"), ("unroll=8", "bfloat16")]
         if not args.tiny:
-            ways = [("triton", "bfloat16"), *([("triton", "bfloat16x2"), ("triton", "float32")] if H <= 128 else []), *ways]
+            ways = [
+                ("triton", "bfloat16"),
+                *([("triton", "bfloat16x2"), ("triton", "float32")] if H <= 128 else []),
+                *ways,
+            ]
         for name in NEURONS:
             for way, precision in ways if name == "LIF" else ways[:1]:
                 named = dict(case=name, implementation=way, dtype="bfloat16", note=precision)

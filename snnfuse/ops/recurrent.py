@@ -64,13 +64,9 @@ def unroll_recurrent(
 
     Gradients reach params, state, xs and weight.
     """
-    if state is not None and not isinstance(state, RecurrentState):
-        raise TypeError(f"state must be None or RecurrentState(neuron, fed); got {type(state).__name__}")
-    given = None if state is None else state.neuron
-    problem, params, leaves, xs = check_call(neuron, params, given, xs, out_dtype)
-    recurrence, fed, weight = check_recurrence(problem, params, state, weight, feedback, precision)
-    module = importlib.import_module(PREFERENCE[choose(problem, recurrence, implementation)])
-    outs, final, fed = module.run(problem, recurrence, params, leaves, fed, xs, weight)
+    checked = check_call_with_weight(neuron, params, state, xs, weight, feedback, precision, out_dtype)
+    problem, recurrence, *arrays = checked
+    outs, final, fed = module(choose(problem, recurrence, implementation)).run(problem, recurrence, *arrays)
     return problem.out_tree.unflatten(outs), RecurrentState(problem.step.state_tree.unflatten(final), fed)
 
 
@@ -84,20 +80,29 @@ def choose(problem: Problem, recurrence: Recurrence, name: str | None) -> str:
         )
     reasons = []
     for candidate in (name,) if name else PREFERENCE:
-        if (why := importlib.import_module(PREFERENCE[candidate]).why_not(problem, recurrence)) is None:
+        if (why := module(candidate).why_not(problem, recurrence)) is None:
             return candidate
         reasons.append(f"implementation {candidate!r}: {why}")
     raise NotImplementedError("; ".join(reasons))
 
 
-def check_recurrence(problem, params, state, weight, feedback, precision):
-    """(recurrence, () or (s[0],), the weight as [heads, H / heads, H / heads])."""
+def module(name: str):
+    """The module of an implementation in `PREFERENCE`."""
+    return importlib.import_module(PREFERENCE[name])
+
+
+def check_call_with_weight(neuron, params, state, xs, weight, feedback, precision, out_dtype):
+    """(problem, recurrence, params, state, () or (s[0],), xs, the weight as [heads, H / heads, H / heads])."""
+    if state is not None and not isinstance(state, RecurrentState):
+        raise TypeError(f"state must be None or RecurrentState(neuron, fed); got {type(state).__name__}")
+    given = None if state is None else state.neuron
+    problem, params, leaves, xs = check_call(neuron, params, given, xs, out_dtype)
     if precision not in PARTS:
         raise ValueError(f"precision must be one of {list(PARTS)}; got {precision!r}")
     _check_feedback(problem, params, feedback)
     weight = _check_weight(weight, problem.lane_shape[-1])
     fed = () if state is None else (_check_fed(state, problem),)
-    return Recurrence(feedback, precision, weight.shape[0], bool(fed)), fed, weight
+    return problem, Recurrence(feedback, precision, weight.shape[0], bool(fed)), params, leaves, fed, xs, weight
 
 
 def _check_weight(weight, width):

@@ -17,7 +17,7 @@ from jax.extend import core as jex
 from snnfuse.ops import fused, recurrent_source, triton, triton_source
 from snnfuse.ops.fused import Wanted
 from snnfuse.ops.packing import Packed, pack
-from snnfuse.ops.partition import like, on_lanes, varying
+from snnfuse.ops.partition import like, on_lanes, periodic, varying
 from snnfuse.ops.problem import Problem, Recurrence
 from snnfuse.ops.recurrent_source import RecurrentBlocks
 
@@ -77,6 +77,22 @@ def blocks(problem: Problem, recurrence: Recurrence) -> RecurrentBlocks:
     crowded = size == 256 or recurrence.parts == 3 and size == 128
     chunk = 4 if problem.num_state * (2 if crowded else 1) <= 3 else 2
     return RecurrentBlocks(size, 8, min(8, size // 16), min(chunk, problem.T))
+
+
+def source(problem: Problem, recurrence: Recurrence) -> str:
+    """The text of both kernels that are compiled for this call, with every gradient."""
+    shapes = [jax.ShapeDtypeStruct(s, jnp.float32) for s in problem.param_shapes]
+    periods = tuple(jax.eval_shape(lambda p: periodic(p, problem.lane_shape), s).shape[0] for s in shapes)
+    sizes, every = blocks(problem, recurrence), lambda n: (True,) * n
+    states = every(problem.num_state)
+    wanted = Wanted(every(len(shapes)), states if problem.initial is None else (), every(len(problem.x_dtypes)))
+    live = problem.differentiable, states, True
+    return "\n\n".join(
+        [
+            recurrent_source.forward_text(problem, sizes, periods, recurrence, save=True),
+            recurrent_source.backward_text(problem, sizes, periods, recurrence, wanted, *live),
+        ]
+    )
 
 
 @dataclass(frozen=True)
