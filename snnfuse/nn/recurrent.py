@@ -24,7 +24,8 @@ class Recurrent(Temporal):
       self_connections: True by default; False removes the weight from each neuron to itself.
       mask: an array of zeros and ones with the shape of the weight, [H, H] or, with several heads, [heads, H / heads,
         H / heads]; 0 removes a connection.
-      precision: "float32" by default; "bfloat16" rounds the weight, see `snnfuse.ops.recurrent.unroll_recurrent`.
+      precision: "float32" by default; "bfloat16" and "bfloat16x2" round the weight, see `snnfuse.unroll_recurrent`.
+        "bfloat16" is the fastest: 0.33 ms where "float32" takes 0.65 (T = 256, B = 256, H = 128, with the gradients).
       scale: 1.0 by default; each head's weight starts as an orthogonal matrix times this.
       rngs: `nnx.Rngs`; the stream `params` draws the weight.
     """
