@@ -2,6 +2,7 @@
 
 import math
 import re
+from dataclasses import replace
 from functools import partial
 
 import cases
@@ -15,8 +16,8 @@ from hypothesis import strategies as st
 from jax.sharding import PartitionSpec as P
 
 import snnfuse as sf
-from snnfuse.ops import fused, implementations
-from snnfuse.ops.blocks import Blocks
+from snnfuse.ops import blocks, fused, implementations
+from snnfuse.ops.blocks import Blocks, param_groups
 from snnfuse.ops.check import check_call
 from snnfuse.ops.pallas_triton import PallasKernels
 
@@ -118,6 +119,42 @@ def test_keeps_its_inputs_and_checkpoints_and_nothing_else():
     kept = sorted(leaf.size for leaf in jax.tree.leaves(vjp))
     checkpoints = [(24 // 4 - 1, 100)] * 2  # two state leaves, the interpreter's chunk of 4, none for the first chunk
     assert kept == sorted(math.prod(shape) for shape in [(24, 100), (100,), (100,), *checkpoints, (1,), (50,), (100,)])
+
+
+LEARNED = {"scalar": (), "per channel": (64,), "per sample": (8, 1, 1), "per lane": (8, 2, 64)}
+
+
+@pytest.mark.parametrize("shape", LEARNED.values(), ids=LEARNED)
+@pytest.mark.parametrize("start", [None, 0.2])
+def test_a_program_adds_the_gradients_of_params_over_several_blocks(shape, start, monkeypatch):
+    monkeypatch.setattr(blocks, "PROGRAMS", 2)
+    key, lanes = jax.random.key(3), (8, 2, 64)
+    xs, cotangent = jax.random.normal(key, (5, *lanes)) + 0.3, jax.random.normal(jax.random.key(4), (5, *lanes))
+    params = sf.LIFParams(jax.random.uniform(key, shape, minval=0.3, maxval=0.9), jnp.ones(shape))
+    state = None if start is None else sf.LIFState(jnp.full(lanes, start))
+
+    def gradients(implementation):
+        run = lambda params, state, xs: sf.unroll(sf.LIF(), params, state, xs, implementation=implementation)[0]
+        out, vjp = jax.vjp(run, params, state, xs)
+        assert_fires(out)
+        return vjp(cotangent)
+
+    assert_close(gradients("interpret"), gradients("scan"), rtol=1e-5)
+
+
+def test_the_parts_of_a_gradient_of_params_are_few():
+    M = 2**23
+    gradient = jax.grad(lambda decay, xs: sf.unroll(sf.LIF(), sf.LIFParams(decay), None, xs)[0].sum())
+    groups = lambda T, *periods: param_groups(lif(T, M), Blocks(256, 2, T), periods)
+    assert [groups(T, 64) for T in (1, 4, 8, 16, 100)] == [16, 16, 8, 1, 1]
+    assert groups(4) == groups(4, M) == 1
+    assert groups(4, 1, 64) == groups(4, 2**15) == 16
+    assert f"tensor<{M // 16}xf32>" in lower(gradient, jnp.ones(64), jnp.ones((4, M // 64, 64), jnp.bfloat16))
+
+
+def lif(T, M):
+    problem = check_call(sf.LIF(), sf.LIFParams(), None, jnp.ones((T, 8)), None)[0]
+    return replace(problem, lane_shape=(M,))
 
 
 def final_state(neuron, implementation, params, state, xs):

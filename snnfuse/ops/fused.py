@@ -48,8 +48,12 @@ class Kernels(Protocol):
     def forward(self, params: Leaves, state: Leaves, xs: Leaves, *, save: bool) -> tuple[Leaves, Leaves, Leaves]:
         """(outs [T, M], final state [M], checkpoints [_, M], none unless `save`)."""
 
-    def backward(self, params, state, checkpoints, xs, d_outs, d_state, *, wanted: Wanted):
-        """(d_params, float32 [M] each; d_state [M]; d_xs [T, M])."""
+    def backward(self, params, state, checkpoints, xs, d_outs, d_state, *, wanted: Wanted, periods: tuple[int, ...]):
+        """(d_params; d_state [M]; d_xs [T, M]).
+
+        `periods` has an entry P for each wanted param. Its gradient [P] is returned in parts, float32 [n P] for any n:
+        lane m of the parts belongs to element m % P, and the sum of the n parts is the gradient.
+        """
 
 
 class Passes(Protocol):
@@ -171,11 +175,13 @@ def results_of_forward(problem: Problem, results) -> tuple[Leaves, Leaves, Leave
     return split(results, len(problem.out_dtypes), problem.num_state)
 
 
-def shapes_of_backward(problem: Problem, xs: Leaves, wanted: Wanted) -> list[jax.ShapeDtypeStruct]:
-    """The flat results of a backward kernel: the wanted d_params and d_state, float32 [M] each, then the wanted d_xs."""
-    lanes = jax.ShapeDtypeStruct((problem.M,), problem.dtype)
+def shapes_of_backward(problem: Problem, xs: Leaves, wanted: Wanted, groups: int = 1) -> list[jax.ShapeDtypeStruct]:
+    """The flat results of a backward kernel: the wanted d_params, float32 [M / groups] each, because a program adds those
+    of `groups` blocks of lanes; the wanted d_state, float32 [M] each; then the wanted d_xs."""
+    lanes = lambda count: jax.ShapeDtypeStruct((count,), problem.dtype)
     d_xs = [jax.ShapeDtypeStruct(x.shape, x.dtype) for x, want in zip(xs, wanted.xs, strict=True) if want]
-    return [lanes] * (sum(wanted.params) + sum(wanted.state)) + d_xs
+    d_params = [lanes(problem.M // groups)] * sum(wanted.params)
+    return d_params + [lanes(problem.M)] * sum(wanted.state) + d_xs
 
 
 def results_of_backward(results, wanted: Wanted):

@@ -118,7 +118,7 @@ class MosaicKernels:
         pairs = zip(outs, problem.out_dtypes, strict=True)
         return tuple(pack(o, d.steps) if isinstance(d, Packed) else o.astype(d) for o, d in pairs), *rest
 
-    def backward(self, params, state, checkpoints, xs, d_outs, d_state, *, wanted):
+    def backward(self, params, state, checkpoints, xs, d_outs, d_state, *, wanted, periods):
         problem, (rows, K, _), T = self.problem, self.blocks, self.problem.T
         live_outs = tuple(d is not None for d in d_outs)
         live_state = tuple(d is not None for d in d_state)

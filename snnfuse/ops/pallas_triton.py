@@ -10,7 +10,7 @@ from jax import lax
 from jax.experimental import pallas as pl
 
 from snnfuse.ops import fused
-from snnfuse.ops.blocks import Blocks, interpreter_blocks, triton_blocks, triton_candidates
+from snnfuse.ops.blocks import Blocks, interpreter_blocks, param_groups, triton_blocks, triton_candidates
 from snnfuse.ops.device import platform
 from snnfuse.ops.packing import Packed
 from snnfuse.ops.problem import Problem
@@ -124,12 +124,13 @@ class PallasKernels:
         )
         return fused.results_of_forward(problem, results)
 
-    def backward(self, params, state, checkpoints, xs, d_outs, d_state, *, wanted):
+    def backward(self, params, state, checkpoints, xs, d_outs, d_state, *, wanted, periods):
         problem, K, T = self.problem, self.blocks.chunk, self.problem.T
         live_outs = tuple(d is not None for d in d_outs)
         live_state = tuple(d is not None for d in d_state)
         pullback = problem.pullback_jaxpr((self.blocks.lanes,), wanted.params, wanted.xs, live_outs)
         inputs = (params, state, checkpoints, xs, _compact(d_outs), _compact(d_state))
+        groups = param_groups(problem, self.blocks, (*(p.shape[0] for p in params), *periods) if periods else ())
 
         def kernel(*refs):
             *in_refs, d_param_refs, d_state_refs, d_x_refs = fused.split(
@@ -138,35 +139,47 @@ class PallasKernels:
             param_refs, state_refs, checkpoint_refs, x_refs, d_out_refs, d_final_refs = in_refs
             mask = self._mask()
             p = self._load_params(param_refs, mask)
-
-            def load(c, k=K):
-                s = self._initial(state_refs, self._where(c == 0, mask) if checkpoint_refs else mask)
-                if checkpoint_refs:
-                    later = self._where(c > 0, mask)
-                    saved = (self._load(ref.at[jnp.maximum(c - 1, 0)], later) for ref in checkpoint_refs)
-                    s = tuple(jnp.where(c > 0, b, a) for a, b in zip(s, saved, strict=True))
-                return s, self._load_steps(x_refs, c * K, k, mask), self._load_steps(d_out_refs, c * K, k, mask)
-
-            def chunk(c, carry, loaded):
-                d_p, d_s, d_x = fused.chunk_backward(problem, pullback, p, *loaded, *carry)
-                self._store_steps(d_x_refs, c * K, d_x, mask)
-                return d_p, d_s
-
             zero = jnp.zeros((self.blocks.lanes,), problem.dtype)
-            d_final = iter(d_final_refs)
-            d_s = tuple(self._load(next(d_final).at[:], mask) if live else zero for live in live_state)
-            carry = (zero,) * len(d_param_refs), d_s
-            C = T // K
-            if T % K:
-                carry = chunk(jnp.int32(C), carry, load(jnp.int32(C), T % K))
-            d_p, d_s = self._loop(C, lambda i: C - 1 - i, load, chunk, carry)
-            d_s = [leaf for leaf, want in zip(d_s, wanted.state, strict=bool(wanted.state)) if want]
-            for ref, leaf in zip((*d_param_refs, *d_state_refs), (*d_p, *d_s), strict=True):
+
+            def block(g, d_p):
+                """Block g of this program: adds its gradients of the params to d_p."""
+                at = lambda refs: [_Group(ref, groups, g) for ref in refs] if groups > 1 else refs
+                starts, saved, x, d_out, d_final, d_start, d_x = map(
+                    at, (state_refs, checkpoint_refs, x_refs, d_out_refs, d_final_refs, d_state_refs, d_x_refs)
+                )
+
+                def load(c, k=K):
+                    s = self._initial(starts, self._where(c == 0, mask) if saved else mask)
+                    if saved:
+                        later = self._where(c > 0, mask)
+                        before = (self._load(ref.at[jnp.maximum(c - 1, 0)], later) for ref in saved)
+                        s = tuple(jnp.where(c > 0, b, a) for a, b in zip(s, before, strict=True))
+                    return s, self._load_steps(x, c * K, k, mask), self._load_steps(d_out, c * K, k, mask)
+
+                def chunk(c, carry, loaded):
+                    d_p, d_s, steps = fused.chunk_backward(problem, pullback, p, *loaded, *carry)
+                    self._store_steps(d_x, c * K, steps, mask)
+                    return d_p, d_s
+
+                finals = iter(d_final)
+                d_s = tuple(self._load(next(finals).at[:], mask) if live else zero for live in live_state)
+                carry, C = (d_p, d_s), T // K
+                if T % K:
+                    carry = chunk(jnp.int32(C), carry, load(jnp.int32(C), T % K))
+                d_p, d_s = self._loop(C, lambda i: C - 1 - i, load, chunk, carry)
+                d_s = [leaf for leaf, want in zip(d_s, wanted.state, strict=bool(wanted.state)) if want]
+                for ref, leaf in zip(d_start, d_s, strict=True):
+                    self._store(ref.at[:], leaf, mask=mask)
+                return d_p
+
+            d_p = (zero,) * len(d_param_refs)
+            d_p = lax.fori_loop(0, groups, block, d_p) if groups > 1 else block(0, d_p)
+            for ref, leaf in zip(d_param_refs, d_p, strict=True):
                 self._store(ref.at[:], leaf, mask=mask)
 
-        out_shape = fused.shapes_of_backward(problem, xs, wanted)
+        out_shape = fused.shapes_of_backward(problem, xs, wanted, groups)
         reused = self._reused(inputs, out_shape) if problem.reuse_cotangents else {}
-        results = self._call(kernel, "snn_backward", sum(inputs, ()), len(params), out_shape, reused)
+        results = self._call(kernel, "snn_backward", sum(inputs, ()), len(params), out_shape, reused, groups)
         return fused.results_of_backward(results, wanted)
 
     @staticmethod
@@ -180,19 +193,25 @@ class PallasKernels:
     def _float(self, *shape):
         return jax.ShapeDtypeStruct(shape, self.problem.dtype)
 
-    def _call(self, kernel, name, args, num_params, out_shape, reused=None):
-        lanes = self.blocks.lanes
+    def _call(self, kernel, name, args, num_params, out_shape, reused=None, groups=1):
+        """Run the kernel. A program owns block i of `lanes` lanes, and with `groups` that of each of as many equal parts of M."""
+        M, lanes = self.problem.M, self.blocks.lanes
         varies = jax.typeof(args[-1]).manual_axis_type
         out_shape = [jax.ShapeDtypeStruct(a.shape, a.dtype, manual_axis_type=varies) for a in out_shape]
         whole = lambda a: pl.BlockSpec(a.shape, lambda i: (0,) * len(a.shape))
         block = lambda a: pl.BlockSpec((*a.shape[:-1], lanes), lambda i: (0,) * (len(a.shape) - 1) + (i,))
-        specs = [whole(a) if a.shape[0] != self.problem.M else block(a) for a in args[:num_params]]
+        specs = [whole(a) if a.shape[0] != M else block(a) for a in args[:num_params]]
+        shapes = [a.shape for a in out_shape]
+        if groups > 1:  # [.., M] as [.. * groups, M / groups]
+            parts = lambda a: a.reshape(-1, M // groups) if a.shape[-1] == M else a
+            args = [*args[:num_params], *map(parts, args[num_params:])]
+            out_shape = [jax.eval_shape(parts, a) for a in out_shape]
         compiler = {}
         if not self.interpret:
             compiler["compiler_params"] = self._triton.CompilerParams(num_warps=self.blocks.warps, num_stages=1)
-        return pl.pallas_call(
+        results = pl.pallas_call(
             kernel,
-            grid=(pl.cdiv(self.problem.M, lanes),),
+            grid=(pl.cdiv(M // groups, lanes),),
             in_specs=specs + [block(a) for a in args[num_params:]],
             out_specs=[block(a) for a in out_shape],
             out_shape=out_shape,
@@ -201,6 +220,7 @@ class PallasKernels:
             interpret=self.interpret,
             name=name,
         )(*args)
+        return [a.reshape(shape) for a, shape in zip(results, shapes, strict=True)]
 
     @property
     def _triton(self):
@@ -272,6 +292,20 @@ class PallasKernels:
         for i, leaves in enumerate(steps):
             for ref, leaf in zip(refs, leaves, strict=True):
                 self._store(ref.at[start + i], leaf.astype(ref.dtype), mask=mask)
+
+
+class _Group:
+    """Block `g` of a reference [.. * groups, lanes] to the blocks of one program, indexed like a reference [.., lanes]."""
+
+    def __init__(self, ref, groups, g):
+        self.ref, self.groups, self.g, self.dtype = ref, groups, g, ref.dtype
+
+    @property
+    def at(self):
+        return self
+
+    def __getitem__(self, t):
+        return self.ref.at[self.g if isinstance(t, slice) else t * self.groups + self.g]
 
 
 def _compact(leaves):

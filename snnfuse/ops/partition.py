@@ -2,12 +2,13 @@
 
 A kernel knows one device and flat lanes [M]. `jit` cannot split a kernel: it would gather the operands. So each call is
 wrapped in `custom_partitioning`. Its rule says that every axis of [*B, N] may be sharded, and that time may not. Each
-device then runs the same kernel on its own lanes, without communication. The kernels return the gradient of a parameter
-lane by lane, and XLA sums it over lanes and devices.
+device then runs the same kernel on its own lanes, without communication. The gradient of a parameter that several lanes
+share is a sum over lanes. A kernel returns parts of this sum; they are added on each device, then over the devices.
 
 `vmap` only adds an axis of lanes, so its rule calls the same kernel with one more axis in *B.
 """
 
+import math
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -23,9 +24,10 @@ from snnfuse.ops.device import device_count
 def on_lanes(method, kernels, params, *groups, shared=(), **options):
     """`kernels.method(*shared, params, *groups, **options)`, which takes and returns flat lanes, for arrays that are not.
 
-    Leaves of `params` are [*B, N], where any axis may be 1. Leaves of `groups` and results are [*B, N] or [time, *B, N].
-    Each device runs the kernels for its own lanes. The block sizes stay the same, so forward and backward agree on K.
-    Every device gets the whole of the arrays in `shared`. If `kernels.whole_last_axis`, axis N is not sharded.
+    Leaves of `params` are [*B, N], where any axis may be 1. Leaves of `groups` and results are [*B, N] or [time, *B, N],
+    but the gradient of a parameter has the shape of that parameter. Each device runs the kernels for its own lanes. The
+    block sizes stay the same, so forward and backward agree on K. Every device gets the whole of the arrays in `shared`.
+    If `kernels.whole_last_axis`, axis N is not sharded.
     """
     mesh = jax.sharding.get_abstract_mesh()
     if left := [a for a in mesh.axis_names if mesh.manual_axes and a not in mesh.manual_axes and mesh.shape[a] > 1]:
@@ -34,7 +36,10 @@ def on_lanes(method, kernels, params, *groups, shared=(), **options):
             "implementation='scan' does not need them"
         )
     leaves, tree = jax.tree.flatten(varying((shared, params, groups)))
-    call = _Lanes(method, options, kernels, tree, len(shared), len(params), len(kernels.problem.lane_shape))
+    wanted = options["wanted"].params if method == "backward" else (False,) * len(params)
+    sums = tuple(p.shape for p, want in zip(params, wanted, strict=True) if want)
+    rank = len(kernels.problem.lane_shape)
+    call = _Lanes(method, options, kernels, tree, len(shared), len(params), rank, sums)
     lanes = jax.typeof(leaves[-1]).sharding
     if not lanes.mesh.explicit_axes:
         return call(*leaves)
@@ -62,9 +67,8 @@ def _varies(leaf):
 
 
 def like(d, primal):
-    """Give a cotangent the type of its primal: sum it over broadcast lanes, cast it, and shard it like the primal."""
-    axes = [i for i, (n, m) in enumerate(zip(d.shape, primal.shape, strict=True)) if n != m]
-    d = (d.sum(axes, keepdims=True) if axes else d).astype(primal.dtype)
+    """Give a cotangent the type of its primal: cast it, and shard it like the primal."""
+    d = d.astype(primal.dtype)
     if not (mesh := jax.typeof(d).sharding.mesh).explicit_axes:
         return d
     return jax.sharding.reshard(d, NamedSharding(mesh, jax.typeof(primal).sharding.spec))
@@ -74,7 +78,8 @@ def like(d, primal):
 class _Lanes:
     """One call of `on_lanes`, over a flat list of leaves: `num_shared` shared ones, then `num_params` params, then lanes.
 
-    `rank` is the rank of [*B, N].
+    `rank` is the rank of [*B, N]. The first results are gradients of params; `sums` has the shape of each, with 1 for an
+    axis that it is summed over.
     """
 
     method: str
@@ -84,6 +89,7 @@ class _Lanes:
     num_shared: int
     num_params: int
     rank: int
+    sums: tuple[tuple[int, ...], ...]
 
     @property
     def whole_last_axis(self):
@@ -107,19 +113,26 @@ class _Lanes:
         """The same under a mesh with explicit axes: the results are sharded like the lanes of `like`."""
         lanes = self.lanes_of(like.spec)
 
-        def sharding(struct):
-            return NamedSharding(like.mesh, PartitionSpec(*[None] * (struct.ndim - self.rank), *lanes))
+        def sharding(i, struct):
+            axes = self._kept(i, lanes)
+            return NamedSharding(like.mesh, PartitionSpec(*[None] * (struct.ndim - self.rank), *axes))
 
         def call(*leaves):
             structs = [jax.ShapeDtypeStruct(a.shape, a.dtype) for a in leaves]
             with jax.sharding.use_abstract_mesh(jax.sharding.AbstractMesh((), ())):
                 results = jax.eval_shape(self.on_one_device, *structs)
-            out = jax.tree.map(sharding, results)
+            structs, tree = jax.tree.flatten(results)
+            out = tree.unflatten([sharding(i, struct) for i, struct in enumerate(structs)])
             return jax.sharding.auto_axes(
                 lambda *leaves: self(*leaves), axes=like.mesh.explicit_axes, out_sharding=out
             )(*leaves)
 
         return call
+
+    def _kept(self, i, axes, summed=None):
+        """`axes` of [*B, N], one entry for each, with `summed` for those that result `i` is summed over."""
+        shape = self.sums[i] if i < len(self.sums) else (None,) * self.rank
+        return tuple(summed if n == 1 else axis for n, axis in zip(shape, axes, strict=True))
 
     def on_one_device(self, *leaves):
         shared, params, groups = self.tree.unflatten(leaves)
@@ -127,11 +140,14 @@ class _Lanes:
         problem = replace(self.kernels.problem, lane_shape=shape, param_shapes=tuple(p.shape for p in params))
         flat = lambda a: a.reshape(*a.shape[: a.ndim - self.rank], problem.M)
         kernels = getattr(replace(self.kernels, problem=problem), self.method)
-        results = kernels(
-            *shared, tuple(periodic(p, shape) for p in params), *jax.tree.map(flat, groups), **self.options
-        )
+        sums = [self._kept(i, shape, 1) for i in range(len(self.sums))]
+        periods = dict(periods=tuple(period(s, shape) for s in sums)) if self.method == "backward" else {}
+        params = tuple(periodic(p, shape) for p in params)
+        results = kernels(*shared, params, *jax.tree.map(flat, groups), **self.options, **periods)
         _, results = varying((leaves, results))  # some kinds of kernel call do not mark their results
-        return jax.tree.map(lambda a: a.reshape(*a.shape[:-1], *shape), results)
+        results, tree = jax.tree.flatten(results)
+        summed = [total(a, s, shape) for a, s in zip(results, sums, strict=False)]
+        return tree.unflatten(summed + [a.reshape(*a.shape[:-1], *shape) for a in results[len(sums) :]])
 
     def sharding_rule(self, mesh, operands, results):
         """An axis of lanes has one factor in all arrays; a time axis and an axis of length 1 in params have their own."""
@@ -149,6 +165,9 @@ class _Lanes:
                     axes.insert(0, whole[-1])
             terms.append(" ".join(axes))
         n = len(operands)
+        for i in range(len(self.sums)):
+            axes = self._kept(i, lanes)
+            terms[n + i] = " ".join(axis or f"sum{i}x{j}" for j, axis in enumerate(axes))
         return f"{', '.join(terms[:n])} -> {', '.join(terms[n:])}", {"need_replication_factors": tuple(whole)}
 
     def is_param(self, i):
@@ -169,8 +188,20 @@ class _Lanes:
             return NamedSharding(mesh, PartitionSpec(*[None] * (len(struct.shape) - self.rank), *axes))
 
         args = tuple(sharding(i, s) for i, s in enumerate(shardings))
-        outs = jax.tree.map(lambda s: sharding(len(shardings), s), results)
-        return mesh, self.on_one_device, outs, args
+        outs, tree = jax.tree.flatten(jax.tree.map(lambda s: sharding(len(shardings), s), results))
+        for i in range(len(self.sums)):
+            outs[i] = NamedSharding(mesh, PartitionSpec(*self._kept(i, lanes)))
+
+        def run(*leaves):
+            results, tree = jax.tree.flatten(self.on_one_device(*leaves))
+            for i in range(len(self.sums)):
+                kept = self._kept(i, lanes)
+                over = [axis for axis, keep in zip(lanes, kept, strict=True) if axis is not None and keep is None]
+                names = tuple(name for axis in over for name in (axis if isinstance(axis, tuple) else (axis,)))
+                results[i] = jax.lax.psum(results[i], names) if names else results[i]
+            return tree.unflatten(results)
+
+        return mesh, run, tree.unflatten(outs), args
 
     def vmap(self, size, batched, *leaves):
         """The mapped axis becomes the first of *B: [V, time, *B, N] is [time, V, *B, N] to the kernels.
@@ -191,16 +222,28 @@ class _Lanes:
             return jnp.moveaxis(leaf, 0, leaf.ndim - 1 - self.rank)
 
         leaves = [lead(i, leaf, mapped) for i, (leaf, mapped) in enumerate(zip(leaves, batched, strict=True))]
-        results = replace(self, rank=self.rank + 1)(*leaves)
+        sums = tuple((size, *shape) for shape in self.sums)  # each of the mapped calls has its own gradient
+        results = replace(self, rank=self.rank + 1, sums=sums)(*leaves)
         results = jax.tree.map(lambda a: jnp.moveaxis(a, a.ndim - 1 - self.rank, 0), results)
         return results, jax.tree.map(lambda _: True, results)
 
 
-def periodic(p, shape):
-    """A parameter flattened to one period of the lanes: [1], [M], or the trailing axes that it covers completely."""
-    covered = p.shape
+def period(shape, lanes):
+    """After how many lanes of `lanes`, the shape [*B, N], the elements of a parameter of this shape repeat."""
+    covered = shape
     while covered and covered[0] == 1:
         covered = covered[1:]
-    if covered == shape[len(shape) - len(covered) :]:
-        return p.reshape(-1)
-    return jnp.broadcast_to(p, shape).reshape(-1)
+    return math.prod(covered if covered == lanes[len(lanes) - len(covered) :] else lanes)
+
+
+def periodic(p, shape):
+    """A parameter flattened to one period of the lanes: [1], [M], or the trailing axes that it covers completely."""
+    return (p if p.size == period(p.shape, shape) else jnp.broadcast_to(p, shape)).reshape(-1)
+
+
+def total(parts, shape, lanes):
+    """The sum of the parts that a kernel returns, a whole number of periods of a parameter of this shape."""
+    once = parts.reshape(-1, period(shape, lanes)).sum(0)
+    if once.size == math.prod(shape):
+        return once.reshape(shape)
+    return once.reshape(lanes).sum([i for i, n in enumerate(shape) if n == 1], keepdims=True)

@@ -121,12 +121,11 @@ class RecurrentKernels:
         )
         return fused.split(results, len(problem.out_dtypes), problem.num_state, int(save))
 
-    def backward(self, weight, params, checkpoints, d_outs, d_state, d_fed, xs, *, wanted: Wanted):
+    def backward(self, weight, params, checkpoints, d_outs, d_state, d_fed, xs, *, wanted: Wanted, periods):
         """(d_params, float32 [M] each; d_state [M]; d_fed [M]; d_xs [T, M]). xs[0] is the current."""
         problem = self.problem
         live_outs, live_state = (tuple(d is not None for d in group) for group in (d_outs, d_state))
         live_fed = d_fed[0] is not None
-        periods = tuple(p.shape[0] for p in params)
         arrays = (*params, *checkpoints, *xs, *d_outs, *d_state, *d_fed, weight)
         lanes = self._float(problem.M)
         exact = self.recurrence.parts > 1  # then d_current is not rounded before the product that gives d_weight
@@ -135,7 +134,14 @@ class RecurrentKernels:
         results = self._call(
             "snn_recurrent_backward",
             recurrent_source.backward_text(
-                problem, self.blocks, periods, self.recurrence, wanted, live_outs, live_state, live_fed
+                problem,
+                self.blocks,
+                tuple(p.shape[0] for p in params),
+                self.recurrence,
+                wanted,
+                live_outs,
+                live_state,
+                live_fed,
             ),
             [a for a in arrays if a is not None],
             [lanes] * sum(sizes)

@@ -16,7 +16,7 @@ import jax
 import jax.numpy as jnp
 
 from snnfuse.ops import fused, triton_source
-from snnfuse.ops.blocks import Blocks, triton_blocks, triton_candidates
+from snnfuse.ops.blocks import Blocks, param_groups, triton_blocks, triton_candidates
 from snnfuse.ops.device import compute_capability, platform
 from snnfuse.ops.fused import Wanted
 from snnfuse.ops.packing import Packed
@@ -107,26 +107,27 @@ class TritonKernels:
         )
         return fused.results_of_forward(problem, results)
 
-    def backward(self, params, state, checkpoints, xs, d_outs, d_state, *, wanted: Wanted):
+    def backward(self, params, state, checkpoints, xs, d_outs, d_state, *, wanted: Wanted, periods):
         live_outs, live_state = (tuple(d is not None for d in group) for group in (d_outs, d_state))
         arrays = (*params, *state, *checkpoints, *xs, *d_outs, *d_state)
+        groups = param_groups(self.problem, self.blocks, (*_periods(params), *periods) if periods else ())
         results = self._call(
             "snn_backward",
             triton_source.backward_text(self.problem, self.blocks, _periods(params), wanted, live_outs, live_state),
             [a for a in arrays if a is not None],
-            fused.shapes_of_backward(self.problem, xs, wanted),
+            fused.shapes_of_backward(self.problem, xs, wanted, groups),
+            GROUPS=groups,
         )
         return fused.results_of_backward(results, wanted)
 
     def _float(self, *shape):
         return jax.ShapeDtypeStruct(shape, self.problem.dtype)
 
-    def _call(self, name, text, args, out_shape):
+    def _call(self, name, text, args, out_shape, **constants):
         lanes, K, T, M = self.blocks.lanes, self.blocks.chunk, self.problem.T, self.problem.M
-        constants = dict(M=M, K=K, TAIL=T % K, BLOCK=lanes)
-        return triton_call(
-            name, text, (*args, T // K), out_shape, (math.ceil(M / lanes),), self.blocks.warps, constants
-        )
+        grid = (math.ceil(M // constants.get("GROUPS", 1) / lanes),)
+        constants |= dict(M=M, K=K, TAIL=T % K, BLOCK=lanes)
+        return triton_call(name, text, (*args, T // K), out_shape, grid, self.blocks.warps, constants)
 
 
 def triton_call(name, text, args, out_shape, grid, warps, constants):

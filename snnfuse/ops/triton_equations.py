@@ -57,7 +57,8 @@ _COMPUTED, _ROUNDED = (
     {"bfloat16", "float16"},
 )  # the dtypes of lanes, and those that a step may round to
 RESERVED = frozenset(
-    """ahead at at_tail bit c chunks i k lane mask step pullback load_chunk load_chunk_backward forward_chunk backward_chunk snn_forward snn_backward M K TAIL BLOCK
+    """ahead at at_tail bit c chunks first group i k lane mask step pullback load_chunk load_chunk_backward forward_chunk backward_chunk snn_forward snn_backward M K TAIL
+    BLOCK GROUPS
     row neuron current back weight_at fed_at get put split product load_weight snn_recurrent_forward snn_recurrent_backward
     SIZE ROWS HEAD HEADS PARTS tl triton
     libdevice float range and as assert break class continue def del elif else except finally for from global if import in

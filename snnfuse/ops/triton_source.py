@@ -194,21 +194,23 @@ def backward_chunk({chunk_arguments}):
 
 @triton.jit
 def snn_backward({arguments}):
-    lane = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
-    {mask}
-    {params}
+    first = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     {zero}
-    {d_final}
-    {last_short_chunk}
-    {load_first}
-    for i in range(chunks):
-        c = chunks - 1 - i
-        {load_ahead}
-        {load}
-        {run}
-        {take_ahead}
+    for group in range(GROUPS):  # blocks of lanes that share their params
+        lane = group * (M // GROUPS) + first
+        {mask}
+        {params}
+        {d_final}
+        {last_short_chunk}
+        {load_first}
+        for i in range(chunks):
+            c = chunks - 1 - i
+            {load_ahead}
+            {load}
+            {run}
+            {take_ahead}
+        {store_d_state}
     {store_d_params}
-    {store_d_state}
 """
 
 
@@ -327,7 +329,13 @@ def _backward(problem, names, blocks, periods, wanted, live_outs, live_state):
         arguments=[
             *(*pointers(names.params), *_start(problem, names), *pointers(names.state if saved else (), "_saved")),
             *(*pointers(names.xs), *pointers(d_outs), *pointers(pick(d_state, live_state), "_end"), "chunks"),
-            *(*pointers(d_params), *pointers(wanted_state, "_start"), *pointers(d_xs), *_CONSTANTS),
+            *(
+                *pointers(d_params),
+                *pointers(wanted_state, "_start"),
+                *pointers(d_xs),
+                *_CONSTANTS,
+                "GROUPS: tl.constexpr",
+            ),
         ],
         mask=[f"{mask} = lane < M" for mask in masked],
         params=_load_params(problem, names, periods, masked),
@@ -339,7 +347,7 @@ def _backward(problem, names, blocks, periods, wanted, live_outs, live_state):
         load=[] if ahead else load("c"),
         run=run("c"),
         take_ahead=[f"{n} = {n}_ahead" for n in (*names.state, *loaded)] if ahead else [],
-        store_d_params=[_store(f"{d}_ptr + lane", d, masked) for d in d_params],
+        store_d_params=[_store(f"{d}_ptr + first", d, masked) for d in d_params],
         store_d_state=[_store(f"{d}_start_ptr + lane", d, masked) for d in wanted_state],
     )
     return "\n\n".join([load_chunk, text])
