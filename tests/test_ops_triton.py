@@ -21,6 +21,7 @@ from jax.extend import core as jex
 from jax.sharding import PartitionSpec as P
 
 import snnfuse as sf
+from snnfuse.ops import blocks as block_sizes
 from snnfuse.ops import fused, triton, triton_equations, triton_source
 from snnfuse.ops.blocks import Blocks
 from snnfuse.ops.check import check_call
@@ -177,6 +178,21 @@ def test_only_the_gradients_asked_for_and_a_constant_initial_state(numpy_kernels
     scan = partial(sf.unroll, neuron, implementation="scan")
     assert_close(jax.grad(partial(loss, kernels))(params, xs), jax.grad(partial(loss, scan))(params, xs), 1e-5)
     assert_close(jax.grad(partial(loss, kernels), 1)(params, xs), jax.grad(partial(loss, scan), 1)(params, xs), 1e-5)
+
+
+@pytest.mark.parametrize("shape", [(), (64,), (8, 1, 1)], ids=["scalar", "per channel", "per sample"])
+def test_a_program_adds_the_gradients_of_params_over_several_blocks(shape, numpy_kernels, monkeypatch):
+    monkeypatch.setattr(block_sizes, "PROGRAMS", 2)
+    xs, cotangent = (jax.random.normal(jax.random.key(i), (5, 8, 2, 64)) + 0.3 for i in range(2))
+    params = sf.LIFParams(jax.random.uniform(jax.random.key(2), shape, minval=0.3, maxval=0.9), jnp.ones(shape))
+
+    def gradients(run):
+        out, vjp = jax.vjp(lambda params, xs: run(params, None, xs)[0], params, xs)
+        assert_fires(out)
+        return vjp(cotangent)
+
+    got = gradients(partial(unroll, sf.LIF(), Blocks(32, 1, 3), None))
+    assert_close(got, gradients(partial(sf.unroll, sf.LIF(), implementation="scan")), 1e-5)
 
 
 # ---- what a user's step may use

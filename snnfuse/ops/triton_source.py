@@ -347,7 +347,7 @@ def _backward(problem, names, blocks, periods, wanted, live_outs, live_state):
         load=[] if ahead else load("c"),
         run=run("c"),
         take_ahead=[f"{n} = {n}_ahead" for n in (*names.state, *loaded)] if ahead else [],
-        store_d_params=[_store(f"{d}_ptr + first", d, masked) for d in d_params],
+        store_d_params=[_store(f"{d}_ptr + first", d, masked and ["first < M"]) for d in d_params],
         store_d_state=[_store(f"{d}_start_ptr + lane", d, masked) for d in wanted_state],
     )
     return "\n\n".join([load_chunk, text])
