@@ -35,9 +35,14 @@ from runner import HERE, Case, main, question, split
 from with_jax import bf16, copy_rate, device_ms, f32, forward_backward, peak_mb, times
 
 import snnfuse as sf
+from snnfuse.core.compose import Affine
 from snnfuse.ops import triton, tuning
 
-CASES = [  # the first four run by every implementation, the others by scan and "pallas"
+CASES = [  # the first eight run by every implementation, the others by scan and "pallas"
+    ("lif learned", 4, 2**23, f32),
+    ("lif learned", 4, 2**23, bf16),
+    ("normalised lif", 4, 2**23, f32),
+    ("normalised lif", 4, 2**23, bf16),
     ("lif", 32, 2**20, f32),
     ("lif", 32, 2**20, bf16),
     ("lif", 256, 2**17, f32),
@@ -52,12 +57,12 @@ CASES = [  # the first four run by every implementation, the others by scan and 
     ("izhikevich", 32, 2**20, f32),
     ("own neuron", 32, 2**20, f32),
 ]
-EVERYONE = 4
+EVERYONE = 8
 COMPILED = [(16, 2**12), (256, 2**12), (4096, 2**12), (500, 2**13)]
 
 
 def shapes(args):
-    return [(name, 4, 256, dtype) for name, _, _, dtype in (CASES[1], CASES[-1])] if args.tiny else CASES
+    return [(name, 4, 256, dtype) for name, _, _, dtype in (CASES[1], CASES[3], CASES[-1])] if args.tiny else CASES
 
 
 @question("core", implementations=("scan,pallas,mosaic,triton", "which of them; scan first, to compare with"))
@@ -111,6 +116,14 @@ def inputs(name, T, M, dtype):
     return [((scale * (draw(2 * i) + 0.3)).astype(dtype), draw(2 * i + 1).astype(dtype)) for i in range(count)]
 
 
+def arranged(name, xs):
+    """xs as the neuron takes it: with its channels in the last axis, and in a tuple for `Affine`."""
+    neuron, params = NEURONS[name]
+    channels = max((leaf.size for leaf in jax.tree.leaves(params) if isinstance(leaf, jax.Array)), default=1)
+    xs = xs.reshape(len(xs), -1, channels) if channels > 1 else xs
+    return (xs,) if isinstance(neuron, Affine) else xs
+
+
 def spikes_of(name, implementation):
     """A function of (the arrays among the params, xs), and those arrays."""
     neuron, params = NEURONS[name]
@@ -119,7 +132,7 @@ def spikes_of(name, implementation):
 
     def spikes(learned, xs):
         params = tree.unflatten([learned.get(i, leaf) for i, leaf in enumerate(leaves)])
-        return sf.unroll(neuron, params, None, xs, implementation=implementation)[0]
+        return sf.unroll(neuron, params, None, arranged(name, xs), implementation=implementation)[0].reshape(xs.shape)
 
     return spikes, learned
 
@@ -190,7 +203,7 @@ def fastest_blocks(name, T, M, dtype, implementation, seconds, tiny):
     xs = inputs(name, T, M, dtype)[0][0]
     with tempfile.TemporaryDirectory() as folder, mock.patch.dict(os.environ, XDG_CACHE_HOME=folder):
         options = dict(implementation=implementation, seconds=0.0 if tiny else seconds)
-        timed = sf.autotune(*NEURONS[name], None, xs, **options)
+        timed = sf.autotune(*NEURONS[name], None, arranged(name, xs), **options)
     tuning.read.cache_clear()  # later calls use their own choice again
     tried = [(ms, list(blocks)) for ms, blocks in (*timed[:10], timed[-1])]
     return dict(ms=timed[0][0], of_copy_rate=5e3 * xs.nbytes / rate(tiny) / timed[0][0], tried=tried)

@@ -6,6 +6,7 @@ import jax.numpy as jnp
 import numpy as np
 
 import snnfuse as sf
+from snnfuse.core.compose import Affine, AffineParams
 
 ABOVE = float(np.nextafter(np.float32(1), np.float32(2)))  # u > 1 is u >= ABOVE
 number = jnp.float32
@@ -40,6 +41,11 @@ class Late:
 NEURONS = {  # name: (neuron, params); arrays among the params get gradients
     "lif": (sf.LIF(), sf.LIFParams()),
     "lif learned tau": (sf.LIF(), sf.LIFParams(number(0.5))),
+    "lif learned": (sf.LIF(), sf.LIFParams(jnp.linspace(0.3, 0.8, 64), jnp.linspace(0.8, 1.2, 64))),  # for each channel
+    "normalised lif": (
+        Affine(sf.LIF()),
+        AffineParams(sf.LIFParams(), (jnp.linspace(0.5, 1.5, 64),), jnp.linspace(-0.1, 0.1, 64)),
+    ),
     "adaptive lif": (sf.AdaptiveLIF(), sf.AdaptiveLIFParams(*map(number, (0.9, 0.95, 0.2, 1.0)))),
     "izhikevich": (sf.Izhikevich(), sf.IzhikevichParams()),
     "own neuron": (Resonator(), dict(decay=number(0.8), gain=number(1.0))),
