@@ -9,7 +9,7 @@ from jax import Array, lax
 from snnfuse.core.compose import Affine, AffineParams, Connect, Twice
 from snnfuse.core.neuron import PyTree
 from snnfuse.core.neurons import LI
-from snnfuse.nn.spikes import Spikes, values
+from snnfuse.nn.spikes import Spikes, differentiable, values
 from snnfuse.nn.spiking import Spiking
 from snnfuse.nn.temporal import Temporal, Timeless
 from snnfuse.ops.packing import Packed
@@ -96,6 +96,7 @@ class NormSpiking(Temporal):
       connect: "sum" (the default) adds the shortcut to the neuron's input; "add", "and" or "iand" combine it with the spikes
         (see `snnfuse.Connect`).
       pack: True returns packed `Spikes`, whose bits the same kernel writes. Only for neurons that spike, and not for "add".
+        With "and" and "iand" the shortcut must be spikes, 0 or 1.
 
     Bytes per element and step in training, 16 bits, no shortcut: 2 for the statistics (read x), 4 forward (read x, write s),
     6 backward (read x and ds, write du) and 6 for the gradient of the statistics (read x and du, write dx), in all 18. A separate
@@ -137,6 +138,7 @@ class NormSpiking(Temporal):
         if self.pack:
             neuron, out_dtype = Twice(neuron), (out_dtype, Packed(8))
         options = dict(implementation=self.neuron.implementation, out_dtype=out_dtype, reuse_cotangents=True)
+        params, state, inputs = differentiable(self.neuron.out_dtype, (params, state, inputs))
         outs, state = self.neuron.unroll(neuron, params, state, inputs, **options)
         return (Spikes(*outs) if self.pack else outs), state
 

@@ -18,7 +18,7 @@ def mean_pool(x: Array | Spikes) -> Array:
 
 
 def max_pool(x: Array, window: int = 3, stride: int = 2, padding: int = 1) -> Array:
-    """The maximum of each window, [n, H, W, C] -> [n, H', W', C] with H' = (H + 2 padding - window) // stride + 1.
+    """The maximum of each window, in the dtype of x (bool and integers too): [n, H, W, C] -> [n, H', W', C] with H' = (H + 2 padding - window) // stride + 1.
 
     Among equal values the gradient goes to the first, row by row, as in PyTorch; most spikes are equal. The backward pass
     stores the place of that value, one byte per output, and neither x nor the output. `lax.reduce_window` returns the same
@@ -41,7 +41,7 @@ def _forward(how, x):
     window, stride, padding = how
     n, H, W, C = x.shape
     h, w = ((size + 2 * padding - window) // stride + 1 for size in (H, W))
-    padded = jnp.pad(x, ((0, 0), (padding, padding), (padding, padding), (0, 0)), constant_values=-jnp.inf)
+    padded = jnp.pad(x, ((0, 0), (padding, padding), (padding, padding), (0, 0)), constant_values=_lowest(x.dtype))
     best = place = None
     for k in range(window * window):
         i, j = divmod(k, window)
@@ -54,6 +54,12 @@ def _forward(how, x):
             larger = (seen > best) | (seen != seen)  # a NaN is passed on
             best, place = jnp.where(larger, seen, best), jnp.where(larger, jnp.uint8(k), place)
     return best, (place, jnp.zeros((0, H, W), x.dtype))
+
+
+def _lowest(dtype):
+    if dtype == jnp.bool_:
+        return False
+    return jnp.iinfo(dtype).min if jnp.issubdtype(dtype, jnp.integer) else -jnp.inf
 
 
 def _backward(how, residuals, d_out):

@@ -1,5 +1,6 @@
 """Readouts: one value per neuron from its whole sequence, [T, *B, N] -> [*B, N]."""
 
+import jax
 import jax.numpy as jnp
 from jax import Array
 
@@ -7,8 +8,22 @@ from snnfuse.nn.spikes import Spikes, values
 
 
 def spike_rate(spikes: Array | Spikes) -> Array:
-    """Spikes per step, in float32; the spikes may have any dtype, bool and int8 too."""
-    return jnp.mean(values(spikes), axis=0, dtype=jnp.float32)
+    """Spikes per step, in float32; the spikes may have any dtype, bool and int8 too.
+
+    An unsigned integer above 1 is no spike, but a word of a `Packed` output: it raises ValueError, and inside of `jit`, where
+    there is no value to look at, its rate is NaN.
+    """
+    x = values(spikes)
+    rate = jnp.mean(x, axis=0, dtype=jnp.float32)
+    if not jnp.issubdtype(x.dtype, jnp.unsignedinteger):
+        return rate
+    words = jnp.max(x, axis=0) > 1
+    if not isinstance(words, jax.core.Tracer) and words.any():
+        raise ValueError(
+            f"spikes in {x.dtype} must be 0 or 1; got {x.max()}. Unpack a Packed output with snnfuse.unpack(words, T); "
+            "cast counts to float32"
+        )
+    return jnp.where(words, jnp.nan, rate)
 
 
 def membrane_mean(v: Array) -> Array:

@@ -5,7 +5,7 @@ import jax.numpy as jnp
 from flax import nnx
 from jax import Array
 
-from snnfuse.nn.spikes import values
+from snnfuse.nn.spikes import differentiable, values
 from snnfuse.nn.spiking import Fixed, Spiking
 from snnfuse.nn.temporal import Temporal
 from snnfuse.ops.problem import PARTS
@@ -63,11 +63,13 @@ class Recurrent(Temporal):
 
     def __call__(self, xs: Array, state: RecurrentState | None = None) -> tuple[Array, RecurrentState]:
         weight = self.weight[...] if self.mask is None else self.weight[...] * self.mask[...]
+        inputs = self.neuron.params, state, values(xs), weight
+        params, state, xs, weight = differentiable(self.neuron.out_dtype, inputs)
         return unroll_recurrent(
             self.neuron.neuron,
-            self.neuron.params,
+            params,
             state,
-            values(xs),
+            xs,
             weight,
             precision=self.precision,
             implementation=self.neuron.implementation,

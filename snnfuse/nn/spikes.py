@@ -1,11 +1,15 @@
 """Spikes with their bits: a layer that must store them for its backward pass stores one bit per spike."""
 
 from dataclasses import dataclass
+from functools import partial
+from typing import Any
 
 import jax
+import jax.numpy as jnp
 from jax import Array
 
-from snnfuse.ops.packing import pack, unpack
+from snnfuse.core.neuron import PyTree
+from snnfuse.ops.packing import Packed, pack, unpack
 
 
 @jax.tree_util.register_dataclass
@@ -21,7 +25,13 @@ class Spikes:
 
     @staticmethod
     def of(values: Array) -> "Spikes":
-        """`values`, each 0 or 1, together with their bits."""
+        """`values`, each 0 or 1, together with their bits.
+
+        Another value raises ValueError. Inside of `jit` there is no value to look at: there, the gradient of the next layer's
+        weights counts every value that is not 0 as 1.
+        """
+        if not isinstance(values, jax.core.Tracer) and not ((values == 0) | (values == 1)).all():
+            raise ValueError(f"values must be 0 or 1 to be packed as bits; got {values.min()} to {values.max()}")
         return Spikes(values, pack(values, 8))
 
     def from_bits(self) -> "Spikes":
@@ -43,3 +53,25 @@ def _unpacked(values, bits):
 def _unpacked_jvp(primals, tangents):
     values, bits = primals
     return unpack(bits, values.shape[0], values.dtype), tangents[0]
+
+
+def differentiable(out_dtype: Any, inputs: PyTree) -> PyTree:
+    """`inputs` of a layer, as they are. They refuse a gradient if no output has a float dtype, because it would be zero."""
+    dtypes = jax.tree.leaves(out_dtype)
+    if not dtypes or any(not isinstance(d, Packed) and jnp.issubdtype(d, jnp.floating) for d in dtypes):
+        return inputs
+    return _refusing(", ".join(str(d if isinstance(d, Packed) else jnp.dtype(d)) for d in dtypes), inputs)
+
+
+@partial(jax.custom_jvp, nondiff_argnums=(0,))
+def _refusing(out_dtype, inputs):
+    return inputs
+
+
+@_refusing.defjvp
+def _refuse(out_dtype, primals, tangents):
+    raise TypeError(
+        f"out_dtype must be a float dtype where a gradient passes the layer; got {out_dtype}, whose gradient is zero for all "
+        "layers before. nn.PackSpikes after the layer stores bits and keeps the gradient. For the gradient of the state "
+        "alone, call snnfuse.unroll"
+    )

@@ -17,7 +17,7 @@ from jax import Array
 
 from snnfuse.core import neurons
 from snnfuse.core.neuron import Neuron, PyTree, WithState
-from snnfuse.nn.spikes import values
+from snnfuse.nn.spikes import differentiable, values
 from snnfuse.nn.temporal import Temporal
 from snnfuse.ops.api import unroll
 
@@ -64,7 +64,8 @@ class Spiking(Temporal):
       shape: of the learned parameters: () for one value in all (the default), (N,) for one per channel, [*B, N] for one
         per neuron.
       implementation: "pallas", "mosaic", "triton", "scan" or "interpret"; None (the default) chooses, see `snnfuse.unroll`.
-      out_dtype: dtype of the outputs, or a `snnfuse.Packed`; None (the default) is the dtype of xs.
+      out_dtype: dtype of the outputs, or a `snnfuse.Packed`; None (the default) is the dtype of xs. Only outputs in a float
+        dtype carry a gradient: a layer with others raises TypeError if something before it, or in it, is differentiated.
       choices: fields of the neuron, such as `reset` and `surrogate`.
     """
 
@@ -124,7 +125,8 @@ class Spiking(Temporal):
 
     def __call__(self, xs: PyTree, state: PyTree | None = None) -> tuple[PyTree, PyTree]:
         options = dict(implementation=self.implementation, out_dtype=self.out_dtype)
-        return self.unroll(self.neuron, self.params, state, values(xs), **options)
+        params, state, xs = differentiable(self.out_dtype, (self.params, state, values(xs)))
+        return self.unroll(self.neuron, params, state, xs, **options)
 
     def trace(self, xs: Array, state: PyTree | None = None) -> tuple[tuple[Array, PyTree], PyTree]:
         """Like a call, and also returns the state after every step: ((outs, states), state), `states` float32 [T, *B, N]."""

@@ -8,6 +8,7 @@ from jax import Array
 
 from snnfuse.core.neuron import PyTree
 from snnfuse.nn.spikes import Spikes, values
+from snnfuse.ops.packing import Packed
 
 
 class Temporal(nnx.Module):
@@ -53,6 +54,13 @@ class Sequential(Temporal):
         for i, layer in enumerate(layers):
             if not callable(layer):
                 raise TypeError(f"layer {i} must be callable; got {layer!r}")
+            neurons = layer, getattr(layer, "neuron", None)  # of NormSpiking and Recurrent
+            packed = [n.out_dtype for n in neurons if isinstance(getattr(n, "out_dtype", None), Packed)]
+            if packed and i < len(layers) - 1:
+                raise ValueError(
+                    f"out_dtype of layer {i} must not be Packed, because layer {i + 1} would take its words for numbers; got "
+                    f"{packed[0]}. nn.PackSpikes() after layer {i} stores bits and keeps the values"
+                )
         self.layers = nnx.List(layers)
 
     def init_state(self, xs: PyTree) -> tuple:
