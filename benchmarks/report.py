@@ -39,6 +39,8 @@ COLUMNS = {  # of each table: head={format of a row's fields}
     "held-out accuracy={held_out_accuracy:.1%}; final loss={final_loss:.4f}; seconds={seconds:.0f}",
     "multi_gpu": "case={how}; devices={devices}; mesh={on}; T={T}; batch={B}; ms per step={took}; "
     "samples/s={samples_per_s:,.0f}; peak MB per device={peak_mb:,.0f}; over one device={over}; predicted ms={predicted}",
+    "recurrent": "layer={case}; T={T}; B={B}; H={size}; run by={how}; precision={exact}; ms={ms:.3g}; forward ms={forward_ms:.3g}; "
+    "us per step={us_per_step:.3g}",
     "loader": "case={case}; workers={workers}; on the device, ms={resident_ms:.2f}; fed by the loader, ms={fed_ms:.2f}; "
     "ratio={fed_over_resident:.3f}",
     "contract": "implementation={implementation}; tests=`{tests}`; passed={passed}; failed={failed}; commit={commit}",
@@ -247,8 +249,14 @@ def gains():
     return GAINS_CAPTION + "\n\n" + "\n".join(f"| {' | '.join(line)} |" for line in lines)
 
 
+def recurrent():
+    way = lambda r: r.get("implementation", "PyTorch").replace("triton", "fused").replace("scan", "`lax.scan`")
+    found = [r | dict(how=way(r), exact=r.get("note", r["dtype"])) for r in rows("recurrent")]
+    return table("recurrent", sorted(found, key=lambda r: (-r["B"], r["size"], r["ms"])))
+
+
 TABLES = {file: lambda file=file: table(file, rows(file)) for file in ("flips", "accuracy", "loader", "contract")}
-TABLES |= {make.__name__: make for make in (core, compile_time, resnet, largest_T, peers, multi_gpu)}
+TABLES |= {make.__name__: make for make in (core, compile_time, recurrent, resnet, largest_T, peers, multi_gpu)}
 FILES = {HERE / "README.md": TABLES, HERE.parent / "README.md": dict(gains=gains)}
 
 

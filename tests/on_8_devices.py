@@ -14,6 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+import triton_on_numpy
 from compare import assert_close, assert_fires, assert_same_spikes
 from flax import nnx
 from jax.sharding import AxisType, NamedSharding
@@ -23,6 +24,7 @@ from test_train import TINY, rows, train
 import snnfuse as sf
 from snnfuse import nn, parallel, training
 from snnfuse.core.compose import Twice
+from snnfuse.ops import triton
 
 IMPLEMENTATIONS = ("scan", "interpret")
 MOVES = re.compile(r" = (.*?) (all-gather|all-reduce|all-to-all|collective-permute|reduce-scatter)(?:-start)?\(")
@@ -109,6 +111,42 @@ def test_shard_map_with_its_checks():
     mesh = parallel.make_mesh("data=8")
     got = jax.jit(jax.shard_map(step, mesh=mesh, in_specs=(P(), P(None, "data")), out_specs=P()))(0.7, case.xs)
     assert_close(got, jax.value_and_grad(loss)(0.7, case.xs), rtol=1e-5)
+
+
+@pytest.mark.parametrize("implementation", ["scan", "triton"])
+def test_a_recurrent_layer_splits_its_samples(implementation, monkeypatch):
+    """Every device has the whole weight and its own samples; only gradients of shared arrays move.
+
+    In place of the kernels runs a stand-in that mixes all of its arguments: it must be given one device's part of them.
+    """
+
+    def called(kernel, args, shapes, *_):
+        mixed = sum(a.astype(jnp.float32).sum() for a in args if not isinstance(a, int))
+        return [jnp.broadcast_to(mixed, s.shape).astype(s.dtype) for s in shapes]
+
+    monkeypatch.setattr(triton, "why_not_here", lambda: None)
+    triton_on_numpy.install(monkeypatch, called=called)
+    monkeypatch.setattr(triton, "kernel", lambda text, name: name)
+    case = cases.make("lif", T=5, lanes=(8, 6))
+    weight = jax.random.normal(jax.random.key(0), (2, 3, 3))
+
+    def gradients(implementation, weight, xs):
+        def loss(weight, xs):
+            layer = nn.Recurrent(nn.LIF(decay=0.7, implementation=implementation), 6, heads=2, rngs=nnx.Rngs(0))
+            layer.weight[...] = weight
+            return (layer(xs)[0] * case.xs).sum()
+
+        return jax.value_and_grad(loss, (0, 1))(weight, xs)
+
+    mesh = parallel.make_mesh("data=8")
+    put = lambda a, *spec: jax.device_put(a, NamedSharding(mesh, P(*spec)))
+    args = put(weight), put(case.xs, None, "data")
+    compiled = jax.jit(partial(gradients, implementation)).lower(*args).compile()
+    got = compiled(*args)
+    if implementation == "scan":
+        assert_close(got, gradients("scan", weight, case.xs), 1e-5)
+    assert got[1][1].sharding.spec == P(None, "data")
+    assert all(kind == "all-reduce" and math.prod(shape) <= weight.size for kind, shape in collectives(compiled))
 
 
 # ---- a network, on one device and on many

@@ -16,6 +16,7 @@ import pytest
 from compare import assert_close, assert_fires, assert_same_spikes
 
 import snnfuse
+from snnfuse.interop import snntorch
 
 MAKE = Path(__file__).parent / "golden" / "make_spikingjelly.py"
 GOLDEN = dict(np.load(MAKE.with_name("spikingjelly.npz")))
@@ -125,3 +126,26 @@ def test_the_golden_vectors_can_be_made_again():
         if key.endswith("/s"):
             assert_same_spikes(made[key], arrays[key])
     assert_close(made, arrays, rtol=1e-6)
+
+
+# ---- recurrent layers
+
+RECURRENT = dict(np.load(MAKE.with_name("recurrent.npz")))
+RECURRENT_LAYERS = {
+    "spikingjelly": (snnfuse.LIF(), snnfuse.LIFParams(0.5, 1.0)),
+    "rleaky": (snntorch.Leaky(), snnfuse.LIFParams(0.8, 1.0)),
+    "rsynaptic": (snntorch.Synaptic(), snnfuse.CubaLIFParams(0.6, 0.8, 1.0)),
+}
+
+
+@pytest.mark.parametrize("name", RECURRENT_LAYERS)
+def test_recurrent_layers_match_pytorch(name):
+    """golden/make_recurrent.py says how their layers map to ours."""
+    neuron, params = RECURRENT_LAYERS[name]
+    run = lambda x, weight: snnfuse.unroll_recurrent(neuron, params, None, x, weight)[0]
+    spikes, vjp = jax.vjp(run, RECURRENT["x"], RECURRENT["weight"])
+    want = RECURRENT[f"{name}_s"]
+    assert_fires(want, high=0.6)
+    assert_same_spikes(spikes, want)
+    gradients = tuple(RECURRENT[f"{name}_{key}"] for key in ("d_x", "d_weight"))
+    assert_close(vjp(jnp.asarray(RECURRENT["d_s"])), gradients, 1e-5)

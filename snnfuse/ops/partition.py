@@ -152,23 +152,24 @@ class _Lanes:
     def sharding_rule(self, mesh, operands, results):
         """An axis of lanes has one factor in all arrays; a time axis and an axis of length 1 in params have their own."""
         lanes = [f"lane{i}" for i in range(self.rank)]
-        whole = lanes[-1:] if self.whole_last_axis else []
+        whole = {lanes[-1]} if self.whole_last_axis else set()
         terms = []
         for i, t in enumerate((*operands, *results)):
             if i < self.num_shared:
                 axes = [f"shared{i}x{j}" for j in range(len(t.shape))]
-                whole += axes
+                whole.update(axes)
             else:
                 axes = [f"one{i}x{j}" if self.is_param(i) and t.shape[j] == 1 else lanes[j] for j in range(self.rank)]
                 if len(t.shape) > self.rank:
-                    whole.append(f"time{i}")
-                    axes.insert(0, whole[-1])
-            terms.append(" ".join(axes))
+                    axes.insert(0, f"time{i}")
+                    whole.add(f"time{i}")
+            terms.append(axes)
         n = len(operands)
         for i in range(len(self.sums)):
-            axes = self._kept(i, lanes)
-            terms[n + i] = " ".join(axis or f"sum{i}x{j}" for j, axis in enumerate(axes))
-        return f"{', '.join(terms[:n])} -> {', '.join(terms[n:])}", {"need_replication_factors": tuple(whole)}
+            terms[n + i] = [axis or f"sum{i}x{j}" for j, axis in enumerate(self._kept(i, lanes))]
+        ordered = dict.fromkeys(axis for axes in terms for axis in axes if axis in whole)  # as XLA wants them
+        terms = [" ".join(axes) for axes in terms]
+        return f"{', '.join(terms[:n])} -> {', '.join(terms[n:])}", {"need_replication_factors": tuple(ordered)}
 
     def is_param(self, i):
         return self.num_shared <= i < self.num_shared + self.num_params
