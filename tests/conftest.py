@@ -1,11 +1,11 @@
 import os
 from importlib.metadata import version
 
-# On a CPU, compiling takes most of the tests' time. XLA compiles twice as fast without its optimisations, and before JAX 0.12
+# On a CPU, compiling takes most of the tests' time. XLA compiles twice as fast without its optimisations, and before JAX 0.11
 # again twice as fast or more without the fusion emitters. The flags must be set before JAX starts; child processes inherit them.
 if os.environ.get("JAX_PLATFORMS") == "cpu":
     flags = ["--xla_backend_optimization_level=0", "--xla_cpu_parallel_codegen_split_count=1"]
-    if version("jaxlib") < "0.12":
+    if version("jaxlib") < "0.11":
         flags.append("--xla_cpu_use_fusion_emitters=false")
     os.environ["XLA_FLAGS"] = " ".join([os.environ.get("XLA_FLAGS", ""), *flags])
 

@@ -6,7 +6,6 @@ The golden vectors, and how their equations map to ours, are in golden/make_spik
 import importlib.util
 import json
 from collections import defaultdict
-from functools import partial
 from pathlib import Path
 
 import jax
@@ -22,7 +21,6 @@ MAKE = Path(__file__).parent / "golden" / "make_spikingjelly.py"
 GOLDEN = dict(np.load(MAKE.with_name("spikingjelly.npz")))
 CASES = {case["id"]: case for case in json.loads(str(GOLDEN["cases"]))}
 WITHOUT_TORCH = any(importlib.util.find_spec(name) is None for name in ("torch", "spikingjelly", "snntorch"))
-FAST_COMPILE = {"xla_backend_optimization_level": 0}  # this file in 47 s, 77 s without (two cores, half busy)
 
 SURROGATES = {
     "ATan": snnfuse.ATan,
@@ -90,7 +88,7 @@ def test_matches_pytorch(neuron, cases, implementation):
         outs, final = snnfuse.unroll(neuron, params, State(v=v0), x, implementation=implementation)
         return outs, final.v
 
-    @partial(jax.jit, compiler_options=FAST_COMPILE)
+    @jax.jit
     def run(x, v0, learned, g_s, g_v):
         outs, vjp = jax.vjp(forward, x, v0, learned)
         return *outs, *vjp((g_s, g_v))

@@ -24,13 +24,16 @@ from snnfuse.parallel.plan import H100, LayerCost, all_reduce, hand_over, plan_m
 HERE = Path(__file__).parent
 
 
+def on_devices(count):
+    """The environment of a process with so many simulated devices. It keeps the flags that conftest.py sets."""
+    flags = f"{os.environ.get('XLA_FLAGS', '')} --xla_force_host_platform_device_count={count}"
+    return os.environ | {"XLA_FLAGS": flags, "JAX_PLATFORMS": "cpu"}
+
+
 def test_everything_on_8_devices():
-    flags = (
-        f"{os.environ.get('XLA_FLAGS', '')} --xla_force_host_platform_device_count=8 --xla_backend_optimization_level=0"
-    )
     result = subprocess.run(
         [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "--tb=short", str(HERE / "on_8_devices.py")],
-        env={**os.environ, "XLA_FLAGS": flags, "JAX_PLATFORMS": "cpu"},
+        env=on_devices(8),
         capture_output=True,
         text=True,
     )
@@ -43,11 +46,10 @@ def on_hosts(out, axes, devices, hosts=1):
     with socket.socket() as s:
         s.bind(("localhost", 0))
         coordinator = f"localhost:{s.getsockname()[1]}" if hosts > 1 else "-"
-    flags = f"--xla_force_host_platform_device_count={devices} --xla_backend_optimization_level=0"
     processes = [
         subprocess.Popen(
             [sys.executable, str(HERE / "on_two_hosts.py"), coordinator, str(i) if hosts > 1 else "-", str(out), axes],
-            env={**os.environ, "XLA_FLAGS": flags, "JAX_PLATFORMS": "cpu"},
+            env=on_devices(devices),
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,
             text=True,

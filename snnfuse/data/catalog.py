@@ -25,16 +25,16 @@ CATALOG = {
     "ssc": _HERE + "neuromorphic.SSC",
     "synthetic_saccades": _HERE + "synthetic.SyntheticSaccades",
 }
-BUILT_IN = ("mnist5k", "digits", "synthetic_saccades")  # prepared when first asked for: they need no archive
+BUILT_IN = ("mnist5k", "digits", "synthetic_saccades")  # they need no download, so their first use prepares them
 
 
 def data_dir(folder: str | os.PathLike | None = None) -> Path:
-    """Where prepared data sets lie: `folder`, else $TFDS_DATA_DIR, else tfds's own ~/tensorflow_datasets."""
+    """The folder of prepared data sets: `folder`, or else $TFDS_DATA_DIR, or else ~/tensorflow_datasets as tfds has it."""
     return Path(folder or os.environ.get("TFDS_DATA_DIR") or "~/tensorflow_datasets").expanduser()
 
 
 def data_set(name: str) -> type:
-    """The class of a name in `CATALOG`: what its samples are and where its archives are. It needs no optional package."""
+    """The class of a name in `CATALOG`. It describes the samples and lists the archives. No optional package is needed."""
     if name not in CATALOG:
         close = difflib.get_close_matches(name, CATALOG, n=1)
         hint = f" (did you mean {close[0]!r}?)" if close else ""
@@ -44,7 +44,10 @@ def data_set(name: str) -> type:
 
 
 def builder(name: str, folder: str | os.PathLike | None = None, **choices):
-    """The tfds builder of a name in `CATALOG`; `choices` are on_bad="raise" | "skip", on_unsorted="raise" | "sort" | "skip"."""
+    """The tfds builder of a name in `CATALOG`.
+
+    Choices for broken recordings: on_bad="raise" or "skip"; on_unsorted="raise", "sort" or "skip".
+    """
     found = data_set(name)
     for package in ("tensorflow_datasets", "array_record", "importlib_resources"):
         require(package)
@@ -60,9 +63,10 @@ def prepare(
     download=False,
     **choices,
 ):
-    """The builder, prepared: from its archives in `manual`/NAME (default FOLDER/downloads/manual), fetched first if `download`.
+    """Prepare a data set from its archives, and return its builder. A data set that is prepared already is only opened.
 
-    Once prepared, it is only read. A preparation that fails leaves nothing behind.
+    The archives are in `manual`/NAME; `manual` is FOLDER/downloads/manual by default. With `download`, missing archives are
+    fetched first. A preparation that fails leaves nothing behind.
     """
     made = builder(name, folder, **choices)
     if is_prepared(made):
@@ -88,13 +92,13 @@ def is_prepared(made) -> bool:
 
 
 def prepared_in(name: str, folder: str | os.PathLike | None = None) -> Path | None:
-    """Where the newest prepared version lies, ours or tfds's own of that name; None if there is none. It needs no tfds."""
+    """The folder of the newest prepared version, made by snnfuse or by tfds; None if there is none. tfds is not needed."""
     found = sorted(data_dir(folder).glob(f"{name}/*.*.*/dataset_info.json"))
     return found[-1].parent if found else None
 
 
 def prepared(name: str, folder: str | os.PathLike | None = None):
-    """The builder of a prepared data set, ours or tfds's own of that name. The built-in sets are prepared when asked for."""
+    """The builder of a prepared data set, made by snnfuse or by tfds. A data set in `BUILT_IN` is prepared first if needed."""
     made = builder(name, folder)
     if is_prepared(made):
         return made
@@ -109,7 +113,10 @@ def prepared(name: str, folder: str | os.PathLike | None = None):
 
 
 def source(name: str, split: str, folder: str | os.PathLike | None = None) -> Sequence[dict]:
-    """A split as a random-access source of dicts of NumPy arrays: source[i], len(source). It pickles, for workers."""
+    """A split with random access: `source[i]` is a dict of NumPy arrays, `len(source)` the number of samples.
+
+    The source can be pickled and sent to worker processes.
+    """
     made = prepared(name, folder)
     if split not in made.info.splits:
         raise ValueError(f"{name} has splits {', '.join(made.info.splits)}; got {split!r}")

@@ -9,8 +9,9 @@ snnTorch 1.0 resets at the start of the next step and keeps the reset out of the
 
 The state v is the membrane that snnTorch returns. Every gradient is snnTorch's: of x, of the first v, of decay and threshold.
 Without the delay this equals `SoftReset()` only while v[t-1] < threshold. snnTorch clamps a decay to [0, 1] in each step;
-here the parameter itself must stay there. It spikes above the threshold, not at it: on continuous inputs the same.
-Of its other options, reset_mechanism="zero" is `HardReset(detach=True)` with the delay and `HardReset()` without, for `Leaky`.
+here the parameter itself must stay there. snnTorch spikes above the threshold, not at it; on continuous
+inputs this makes no difference.
+For `Leaky` with reset_mechanism="zero" use `HardReset(detach=True)` if the reset is delayed, and `HardReset()` if it is not.
 
     layer = nn.Spiking(snntorch.Leaky(), sf.LIFParams(decay=0.9))      # snn.Leaky(beta=0.9)
 """

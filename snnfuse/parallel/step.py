@@ -32,18 +32,18 @@ ALONG_DATA = PartitionSpec("data")
 
 
 def axes_here() -> tuple[str, ...]:
-    """The names of the device axes that the code being traced runs on, () outside of `data_parallel` (or `shard_map`)."""
+    """The mesh axes over which the code being traced is divided; () outside of `data_parallel` and `shard_map`."""
     return tuple(jax.sharding.get_abstract_mesh().manual_axes)
 
 
 def data_axes() -> tuple[str, ...]:
-    """Those of `axes_here` whose devices hold different samples: all but "time"."""
+    """The axes among `axes_here` along which devices hold different samples: all except "time"."""
     return tuple(axis for axis in axes_here() if axis != TIME)
 
 
-# Bytes of one sum. Chosen, not searched for: 4 MB take little longer than the latency, 64 MB little longer than their bytes.
-LAST = 2**22  # the last sum, which can only run beside the update; see `flatten_optimizer`
-PIECE = 2**26  # each of the others, about
+# Bytes of one sum. These were not tuned. Sending 4 MB takes little longer than the latency alone; for 64 MB the latency is small.
+LAST = 2**22  # about the size of the last sum, which can only run beside the update; see `flatten_optimizer`
+PIECE = 2**26  # about the size of each of the others
 
 
 def mean_gradients(
@@ -57,8 +57,8 @@ def mean_gradients(
     `flatten_optimizer`.
 
     Args:
-      dtype: the dtype in which floats are sent and added; None: their own. bfloat16 halves the bytes of float32. In a
-        network that computes in bfloat16 the gradients of weights are already rounded to it; their sum is rounded again.
+      dtype: the dtype in which floats are sent and added; None keeps their own. bfloat16 halves the bytes of float32. A
+        network that computes in bfloat16 has already rounded the gradients of its weights; this rounds their sum again.
 
     Raises:
       ValueError: if `dtype` is not a float dtype.
@@ -78,15 +78,15 @@ def mean_gradients(
             continue
         flat = jnp.concatenate([_join(leaves, piece).astype(dtype or kind), *after.get(kind, ())])
         flat = _pmean(flat, axes)
-        # A zero that depends on this sum, also if that is NaN. Adding it to the next buffer fixes the order of the sums;
-        # otherwise the compiler may begin with the smallest.
+        # A zero that depends on this sum, even if the sum is NaN. Adding it to the next buffer fixes the order of the sums.
+        # Without it the compiler may begin with the smallest.
         after[kind] = [(flat[:1] > jnp.inf).astype(flat.dtype)]
         sums.append(flat.astype(kind))
     return treedef.unflatten(_split(sums, pieces, leaves))
 
 
 def _pmean(x, axes):
-    """lax.pmean. Two devices exchange their arrays instead: the same bytes, and no separate kernel that adds."""
+    """lax.pmean. Two devices exchange their arrays instead: this sends the same bytes and needs no kernel of its own to add."""
     if lax.axis_size(axes) == 2:
         return (x + lax.ppermute(x, axes, [(0, 1), (1, 0)])) * 0.5
     return lax.pmean(x, axes)
@@ -122,7 +122,7 @@ def _join(leaves, piece):
 
 
 def _split(arrays, pieces, leaves):
-    """Cut the leaves out of one array for each of `pieces`. Numbers after the last leaf of a piece are dropped."""
+    """The leaves, cut out of `arrays`, which has one array for each piece. Numbers after a piece's last leaf are dropped."""
     out = [None] * len(leaves)
     for array, piece in zip(arrays, pieces, strict=True):
         ends = np.cumsum([jnp.size(leaves[i]) for i in piece])
@@ -132,7 +132,10 @@ def _split(arrays, pieces, leaves):
 
 
 def _pieces(leaves):
-    """Lists of indices of leaves: floats of one dtype, about PIECE bytes each, the last leaves first. Other leaves are alone."""
+    """Lists of the indices of leaves, the last leaves first.
+
+    The leaves of a list are floats of one dtype and have about PIECE bytes together. A leaf that is no float has its own list.
+    """
     of_dtype, pieces = {}, []
     for i, leaf in enumerate(leaves):
         kind = jnp.result_type(leaf)
@@ -178,7 +181,7 @@ def data_parallel(step: Callable, mesh: Mesh, *, batch: PyTree = ALONG_DATA) -> 
 
     Args:
       step: it must average its gradients with `mean_gradients`. Every device gets the same `rest`, except for random keys.
-      batch: a PartitionSpec, or a tree of them: how the arrays of the batch are cut. With a time axis (see
+      batch: how the arrays of the batch are divided: a PartitionSpec, or a tree of them. With a time axis (see
         `over_time`) it is PartitionSpec("time", "data") for sequences [T, B, ...].
 
     What devices share:
@@ -230,7 +233,7 @@ def _on_each_device(step, axes):
 
 
 def _same_everywhere(new, old, axes, apart):
-    """Keys as they were; nnx.BatchStat averaged; what an nnx.Metric gained on each device, added up."""
+    """The new state, made the same on all devices: old keys, averaged nnx.BatchStat, and summed gains of each nnx.Metric."""
     keys = {p: x for p, x in jax.tree_util.tree_leaves_with_path(old) if _is_key(x)}
     new = jax.tree_util.tree_map_with_path(lambda p, x: keys.get(p, x) if _is_key(x) else x, new)
     is_variable = lambda v: isinstance(v, nnx.Variable)
