@@ -161,6 +161,26 @@ def test_running_averages_are_those_of_torch():
 
 
 @strict
+@pytest.mark.parametrize("shape", [(6, 5, 4, 4, 3), (8, 30, 3)])
+@pytest.mark.parametrize("ratio", [0.0, 300.0, 4096.0])
+@pytest.mark.parametrize("per_step", [False, True])
+def test_statistics_keep_their_digits_beside_a_large_mean(per_step, ratio, shape):
+    """mean / deviation of 300 and 4096, against float64; E[x^2] - E[x]^2 in float32 loses all digits at 4096."""
+    xs = (jax.random.normal(jax.random.key(0), shape) + ratio).at[0].add(1.0)
+    axes = tuple(range(int(per_step), len(shape) - 1))
+    x = np.asarray(xs, np.float64)
+    mean, var = x.mean(axes, keepdims=True), x.var(axes, keepdims=True)
+    norm = nn.BatchNorm(3, per_step=per_step, rngs=nnx.Rngs(0))
+    scale, _ = norm.affine(xs)
+    np.testing.assert_allclose(scale, 1 / np.sqrt(var + 1e-5).reshape(scale.shape), rtol=1e-4)
+    np.testing.assert_allclose(norm(xs), (x - mean) / np.sqrt(var + 1e-5), atol=1e-5 + 1e-6 * ratio)
+    d = jax.random.normal(jax.random.key(1), shape)
+    got = jax.grad(lambda xs: (nn.BatchNorm(3, per_step=per_step, rngs=nnx.Rngs(0))(xs) * d).sum())(xs)
+    y, d = (x - mean) / np.sqrt(var + 1e-5), np.asarray(d, np.float64)
+    want = (d - d.mean(axes, keepdims=True) - y * (d * y).mean(axes, keepdims=True)) / np.sqrt(var + 1e-5)
+    np.testing.assert_allclose(got, want, atol=2e-5 + 2e-6 * ratio)
+
+
 @pytest.mark.parametrize("per_step", [False, True])
 def test_axis_name_shares_statistics(per_step):
     """Three shards of one sample each, under vmap, give the spikes, gradients and running averages of the whole batch."""

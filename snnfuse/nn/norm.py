@@ -27,8 +27,9 @@ class BatchNorm(Timeless, nnx.BatchNorm):
         their average. This is not fused: the neuron gets the normalised current in the dtype of xs.
       momentum: 0.9 by default. `epsilon`, `use_running_average`, `axis_name`: as in `nnx.BatchNorm`.
 
-    Variables, `train()` and `eval()` are those of `nnx.BatchNorm`. Statistics are float32, with variance E[x^2] - E[x]^2. The
-    running statistics start at mean 0 and variance 1. The running variance averages the unbiased variance, as in PyTorch.
+    Variables, `train()` and `eval()` are those of `nnx.BatchNorm`. Statistics are float32, and keep their digits where the
+    mean is thousands of times the deviation. The running statistics start at mean 0 and variance 1. The running variance
+    averages the unbiased variance, as in PyTorch.
     """
 
     def __init__(
@@ -66,12 +67,7 @@ class BatchNorm(Timeless, nnx.BatchNorm):
         return scale, like(self.bias) - mean * scale
 
     def _statistics(self, xs):
-        axes = tuple(range(1 if self.per_step else 0, xs.ndim - 1))
-        x = xs.astype(jnp.float32)
-        mean, square = (a.mean(axes, keepdims=self.per_step) for a in (x, x * x))
-        if self.axis_name is not None:
-            mean, square = lax.pmean((mean, square), self.axis_name)
-        var = jnp.maximum(square - mean * mean, 0)
+        mean, var = _moments(xs, self.per_step, self.axis_name)
         n = xs.size / mean.size * (1 if self.axis_name is None else lax.axis_size(self.axis_name))
         for average, now in ((self.mean, mean), (self.var, var * (n / max(1, n - 1)))):
             now = lax.stop_gradient(now.reshape(-1, self.num_features).mean(0))
@@ -82,6 +78,33 @@ class BatchNorm(Timeless, nnx.BatchNorm):
         xs = values(xs)
         scale, shift = (jnp.broadcast_to(a, xs.shape) for a in self.affine(xs))
         return (xs.astype(jnp.float32) * scale + shift).astype(xs.dtype)
+
+
+def _moments(xs, per_step, axis_name):
+    """(mean, variance), float32, of xs [T, B, ..., N] over all axes but the last (and the first if `per_step`), and `axis_name`.
+
+        mean = c + E[x - c];   variance = E[(x - c)^2] - E[x - c]^2
+
+    xs is read once. With c = 0 the difference of squares would lose the digits of a variance that is small beside mean^2. So
+    c is a value of the channel itself, the one in the middle: it is k deviations from the mean in less than 1 / k^2 of all
+    choices (Chebyshev), and the relative error of the variance is about k^2 6e-8. Devices have their own c; their means and
+    variances are joined by mean = E[m] and variance = E[v + (m - mean)^2].
+
+    Chan, Golub and LeVeque 1983, https://doi.org/10.1080/00031305.1983.10483115.
+    """
+    axes = tuple(range(1 if per_step else 0, xs.ndim - 1))
+    middle = tuple(slice(n // 2, n // 2 + 1) if i in axes else slice(None) for i, n in enumerate(xs.shape))
+    c = lax.stop_gradient(xs[middle]).astype(jnp.float32)
+    away = xs.astype(jnp.float32) - c
+    first, square = (a.mean(axes, keepdims=True) for a in (away, away * away))
+    mean, var = c + first, jnp.maximum(square - first * first, 0)
+    if axis_name is not None:  # each device writes into its own place, so that one sum sends all means and variances
+        place, count = lax.axis_index(axis_name), lax.axis_size(axis_name)
+        both = jnp.stack([mean, var])
+        means, variances = lax.psum(jnp.zeros((count, *both.shape)).at[place].set(both), axis_name).swapaxes(0, 1)
+        mean = means.mean(0)
+        var = (variances + (means - mean) ** 2).mean(0)
+    return (mean, var) if per_step else (mean.reshape(-1), var.reshape(-1))
 
 
 class NormSpiking(Temporal):
