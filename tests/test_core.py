@@ -507,6 +507,27 @@ def test_the_papers_gradient(implementation):
     assert_close(d_xs, np.stack(want[::-1]), 1e-5)
 
 
+@pytest.mark.parametrize(
+    "neuron, params",
+    [
+        (sf.LIF(sf.HardReset(-0.2)), sf.LIFParams()),
+        (sf.IF(), sf.IFParams()),
+        (sf.LIF(surrogate=sf.Relaxed(sf.ATan())), sf.LIFParams()),
+        (sf.AdaptiveLIF(), sf.AdaptiveLIFParams()),
+        (sf.Izhikevich(), sf.IzhikevichParams()),
+    ],
+)
+@pytest.mark.parametrize("implementation", ["scan", "interpret"])
+def test_one_infinite_input_spikes_and_is_reset(neuron, params, implementation):
+    """The reset must not be 0 * inf: the neuron goes on as after any spike, and no gradient is NaN."""
+    xs = jnp.asarray([jnp.inf] + [40.0 if isinstance(neuron, sf.Izhikevich) else 1.5] * 20)[:, None]
+    run = lambda params, xs: sf.unroll(neuron, params, None, xs, implementation=implementation)
+    (outs, state), vjp = jax.vjp(run, jax.tree.map(jnp.float32, params), xs)
+    assert outs[0] == 1 and outs[1:].sum() >= 1
+    gradients = vjp(jax.tree.map(jnp.ones_like, (outs, state)))
+    assert all(jnp.isfinite(leaf).all() for leaf in jax.tree.leaves((state, gradients)))
+
+
 def test_a_sharp_exponential_neuron_loses_no_spike():
     """delta = 0.003: the upswing overflows, which used to make the membrane NaN; against float64."""
     decay, theta, delta = 0.5, 0.8, 0.003
