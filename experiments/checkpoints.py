@@ -16,6 +16,8 @@ import numpy as np
 import orbax.checkpoint as ocp
 from jax import Array
 
+from snnfuse import training
+
 DIGEST = "digest"
 
 
@@ -39,31 +41,40 @@ class Checkpoints:
     def _open(self):
         return ocp.CheckpointManager(self.path, options=ocp.CheckpointManagerOptions(max_to_keep=self._keep))
 
-    def save(self, step: int, arrays: dict[str, Array]):
+    def save(self, step: int, arrays: dict[str, Array], settings: dict[str, str] | None = None):
         """Starts to write. An error is raised here, by the next `save`, or by `last`."""
         if self._manager.latest_step() != step:
             content = {**arrays, DIGEST: _digest(arrays)}
-            self._or_not_saved(lambda: self._manager.save(step, args=ocp.args.StandardSave(content)))
+            items = dict(arrays=ocp.args.StandardSave(content), settings=ocp.args.JsonSave(settings or {}))
+            self._or_not_saved(lambda: self._manager.save(step, args=ocp.args.Composite(**items)))
 
     def last(self) -> int | None:
         """Waits until all checkpoints are written; returns the step of the last one."""
         self._or_not_saved(self._manager.wait_until_finished)
         return self._manager.latest_step()
 
-    def restore(self, like: dict[str, Array]) -> tuple[int, dict[str, Array]] | None:
+    def restore(
+        self, like: dict[str, Array], settings: dict[str, str] | None = None
+    ) -> tuple[int, dict[str, Array]] | None:
         """(step, arrays) of the last whole checkpoint, in the shapes and shardings of `like`; None if there is no checkpoint.
+
+        Raises Stopped if the network of the checkpoint had other `settings` (`training.settings`).
 
         Later, damaged ones are then moved aside with a message. Raises NotSaved if all are damaged, and moves none.
         """
         damaged = []
         for step in sorted(self._manager.all_steps(), reverse=True):
             try:
-                arrays = self._restore(step, like)
+                arrays, saved = self._restore(step, like)
             except Exception as e:  # Orbax has no exception of its own for a checkpoint that it cannot read
                 damaged.append((step, _cause(e)))
                 continue
             for bad, cause in damaged:  # only now: if none can be read, the fault may not be theirs
                 print(f"checkpoint of step {bad} is damaged ({cause}): {self._set_aside(bad)}", file=sys.stderr)
+            try:
+                training.compare_settings(saved, settings or {})
+            except ValueError as e:
+                raise Stopped(f"{self.path}: {e}") from e
             return step, arrays
         if damaged:
             faults = "; ".join(f"step {step}: {cause}" for step, cause in damaged)
@@ -75,10 +86,12 @@ class Checkpoints:
 
     def _restore(self, step, like):
         content = {**like, DIGEST: np.zeros(32, np.uint8)}
-        arrays = self._manager.restore(step, args=ocp.args.StandardRestore(content))
+        items = dict(arrays=ocp.args.StandardRestore(content), settings=ocp.args.JsonRestore())
+        found = self._manager.restore(step, args=ocp.args.Composite(**items))
+        arrays = found["arrays"]
         if not np.array_equal(arrays.pop(DIGEST), _digest(arrays)):
             raise ValueError("its arrays do not have the digest that was saved with them")
-        return arrays
+        return arrays, found["settings"]
 
     def _set_aside(self, step):
         if jax.process_index() == 0:

@@ -1,8 +1,8 @@
 """Data sets by name: those of `snnfuse.data`, and `random`. One is a frozen dataclass of choices with
 
     sources() -> (train, test)                the samples: `source[i]` and `len(source)`
-    example(train) -> Frames or Images        what the loader does with a sample, on the host
-    encode(key, batch, T) -> [T, B, ...]      runs on the device, inside the jitted step
+    example() -> Frames or Images             what the loader does with a sample, on the host
+    encode(key, batch, T, train)              -> [T, B, ...]; runs on the device, inside the step; augments if `train`
     classes, note                             how many classes; a remark for every result
 
 `python -m snnfuse.data list` says where each comes from. `random` has the shapes of another data set, for timing.
@@ -12,10 +12,11 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Annotated, ClassVar
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import tyro
-from jax import Array
+from jax import Array, lax
 from tqdm import tqdm
 
 from snnfuse.data import archives, catalog, encoders
@@ -55,13 +56,15 @@ class Images:
         train, test = _sources(self.name)
         return in_memory(train, f"{self.name}, train"), in_memory(test, f"{self.name}, test")
 
-    def example(self, train: bool) -> load.Images:
-        return load.Images(pad=self.shift if train else 0)
+    def example(self) -> load.Images:
+        return load.Images()
 
-    def encode(self, key: Array, batch: dict[str, Array], T: int) -> Array:
-        images = jnp.tile(self.example(False).unpack(batch["image"]), self.repeat)
+    def encode(self, key: Array, batch: dict[str, Array], T: int, train: bool = False) -> Array:
+        noise, place = jax.random.split(key)
+        images = moved(place, batch["image"], self.shift) if train and self.shift else batch["image"]
+        images = jnp.tile(self.example().unpack(images), self.repeat)
         if self.encoding == "bernoulli":
-            return encoders.bernoulli(key, images, T)
+            return encoders.bernoulli(noise, images, T)
         return encoders.direct(images, T)
 
 
@@ -97,15 +100,15 @@ class Recordings:
     def sources(self) -> Sources:
         return _sources(self.name)
 
-    def example(self, train: bool) -> load.Frames:
+    def example(self) -> load.Frames:
         sensor = catalog.data_set(self.name).SENSOR
         return load.Frames(sensor, self.bins, split=self.split, store=self.store, saturate=True)
 
-    def encode(self, key: Array, batch: dict[str, Array], T: int) -> Array:
+    def encode(self, key: Array, batch: dict[str, Array], T: int, train: bool = False) -> Array:
         """Nothing is random here. Steps after the last frame are empty."""
         if T < self.bins:
             raise ValueError(f"--model.T must be at least --data.bins, {self.bins}; got {T}")
-        xs = self.example(False).unpack(batch["frames"])
+        xs = self.example().unpack(batch["frames"])
         empty = 0 if self.channels is None else self.channels - xs.shape[-1]
         return jnp.pad(xs, ((0, T - self.bins), *((0, 0),) * 3, (0, empty)))
 
@@ -149,11 +152,18 @@ class Random:
         }
         return {"events": columns | {"t": np.sort(rng.integers(0, 300_000, self.events))}, "label": label}
 
-    def example(self, train: bool):
-        return DATASETS[self.like].example(train)
+    def example(self):
+        return DATASETS[self.like].example()
 
-    def encode(self, key: Array, batch: dict[str, Array], T: int) -> Array:
-        return DATASETS[self.like].encode(key, batch, T)
+    def encode(self, key: Array, batch: dict[str, Array], T: int, train: bool = False) -> Array:
+        return DATASETS[self.like].encode(key, batch, T, train)
+
+
+def moved(key: Array, images: Array, by: int) -> Array:
+    """Each image of [B, H, W, C] moved by up to `by` pixels each way; the border is zero."""
+    padded = jnp.pad(images, ((0, 0), (by, by), (by, by), (0, 0)))
+    corners = jax.random.randint(key, (len(images), 2), 0, 2 * by + 1)
+    return jax.vmap(lambda image, at: lax.dynamic_slice(image, (*at, 0), images.shape[1:]))(padded, corners)
 
 
 def in_memory(source: Sequence[dict], name: str) -> list[dict]:

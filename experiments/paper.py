@@ -16,6 +16,11 @@ and falls to 0, gradients clipped. Further keys are those of train.py, whose loo
 row of a run, or of two implementations side by side.
 """
 
+import interrupt  # isort: skip  # the first import: Ctrl-C during the others is one line, not a traceback
+
+if __name__ == "__main__":
+    interrupt.quietly()
+
 import json
 import sys
 from pathlib import Path
@@ -94,4 +99,5 @@ def main(argv: list[str]) -> int:
 
 
 if __name__ == "__main__":
+    train.keep_compiled()
     sys.exit(main(sys.argv[1:]))

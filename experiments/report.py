@@ -56,7 +56,7 @@ def _curves(axes, rows, name, label):
 
 def _activity(config, model, source, image_axes, raster, membranes, outputs):
     T = max(STEPS, config.model.T)
-    shown = load([source[len(source) // 3]], config.data.example(train=False), batch=1, shuffle=False, device=False)
+    shown = load([source[len(source) // 3]], config.data.example(), batch=1, shuffle=False, device=False)
     batch = next(iter(shown))
     label = int(batch["label"][0])
     xs, outs, hidden, states = _recorded(config, model, batch, T)

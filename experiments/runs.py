@@ -1,14 +1,18 @@
 """The directory of a run, runs/<name>. It is made and checked before anything is computed, and read again to resume."""
 
 import json
+import os
 import shutil
+import time
 from pathlib import Path
 from typing import Any
 
 import jax
-import jax.numpy as jnp
+import numpy as np
 from checkpoints import Checkpoints, Stopped
 from tensorboardX import SummaryWriter
+
+from snnfuse import training
 
 NOT_COMPARED = (
     "name",
@@ -28,18 +32,19 @@ class Run:
         self._jsonl = None
         self._checkpoints = Checkpoints(self.path / "checkpoints")
 
-    def start(self, state) -> tuple[int, Any]:
-        """(the step to begin at, the state there), from the last whole checkpoint if there is one."""
-        _check_space(self.path, state)
-        step = 0
-        if (found := self._checkpoints.restore(_flat(state))) is not None:
-            step, state = found[0], from_flat(state, found[1])
+    def start(self, *objects) -> int:
+        """The step to begin at. If there is a whole checkpoint, the objects are restored from the last one."""
+        arrays, step = training.to_arrays(*objects), 0
+        _check_space(self.path, arrays)
+        if (found := self._checkpoints.restore(arrays, training.settings(*objects))) is not None:
+            step = found[0]
+            training.from_arrays(found[1], *objects)
         kept = [json.dumps(row) + "\n" for row in self.rows() if row["step"] <= step]
         (self.path / "metrics.new").write_text("".join(kept))
         (self.path / "metrics.new").replace(self.path / "metrics.jsonl")
         self._jsonl = open(self.path / "metrics.jsonl", "a")
         self._tensorboard = SummaryWriter(str(self.path / "tensorboard"), purge_step=step + 1)
-        return step, state
+        return step
 
     def rows(self) -> list[dict]:
         path = self.path / "metrics.jsonl"
@@ -52,8 +57,8 @@ class Run:
         for name, value in metrics.items():
             self._tensorboard.add_scalar(name.replace("eval_", "eval/"), value, step)
 
-    def save(self, step: int, state):
-        self._checkpoints.save(step, _flat(state))
+    def save(self, step: int, *objects):
+        self._checkpoints.save(step, training.to_arrays(*objects), training.settings(*objects))
 
     def saved(self) -> int | None:
         return self._checkpoints.last()
@@ -63,6 +68,47 @@ class Run:
         if self._jsonl:
             self._jsonl.close()
             self._tensorboard.close()
+
+
+class Meter:
+    """Metrics of steps that may still be running: fetched, checked and written together, so that the device never waits."""
+
+    def __init__(self, run: Run, batch: int):
+        self.run, self.batch = run, batch
+        self.restart()
+
+    def restart(self):
+        self.pending, self.since = [], time.perf_counter()
+
+    def add(self, step: int, metrics: dict):
+        """The metrics of a call whose first step is `step`: scalars, or arrays with one value a step."""
+        self.pending.append((step, metrics))
+
+    def write(self) -> dict[str, str]:
+        """Write what is pending. Returns what the progress bar shows. Raises Stopped at the first value not finite."""
+        rows = []
+        for first, metrics in self.pending:
+            columns = {name: np.atleast_1d(values).tolist() for name, values in metrics.items()}
+            steps = [dict(zip(columns, row, strict=True)) for row in zip(*columns.values(), strict=True)]
+            rows += enumerate(steps, first)
+        speed = self.batch * len(rows) / (time.perf_counter() - self.since)
+        for step, row in rows:
+            if bad := [f"{name} is {value}" for name, value in row.items() if not np.isfinite(value)]:
+                raise Stopped(
+                    f"{', '.join(bad)} at step {step}: stopped. Try a smaller --learning_rate or --clip; "
+                    f"{self.run.path} has its metrics, and its last checkpoint is of step {self.run.saved()}"
+                )
+            self.run.record(step, {**row, "samples_per_s": speed})
+        self.restart()
+        mean = {name: np.mean([row[name] for _, row in rows]) for name in rows[0][1]}
+        return {"loss": f"{mean['loss']:.3f}", "acc": f"{mean['accuracy']:.1%}", "samples/s": f"{speed:.0f}"}
+
+
+def keep_compiled() -> None:
+    """Let JAX keep compiled programs in the user's cache directory: the next run starts faster."""
+    cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "snnfuse" / "compiled"
+    if jax.config.jax_compilation_cache_dir is None:
+        jax.config.update("jax_compilation_cache_dir", str(cache))
 
 
 def _open_directory(flat):
@@ -99,30 +145,8 @@ def _check_writable(path):
         raise Stopped(f"cannot write to {path} (see --out, --name): {e.strerror or e}") from e
 
 
-def _check_space(path, state):
-    size = sum(x.nbytes for x in jax.tree.leaves(state))
+def _check_space(path, arrays):
+    size = sum(x.nbytes for x in arrays.values())
     need, free = 4 * size + 2**24, shutil.disk_usage(path).free  # two checkpoints, a third being written, the rest
     if free < need:
         raise Stopped(f"{path} needs {need / 2**20:.0f} MiB for checkpoints; its disk has {free / 2**20:.0f} MiB free")
-
-
-def _flat(state):
-    """{path: array} of an nnx state, as a checkpoint stores it. Random keys are stored as their bits."""
-    leaves = jax.tree_util.tree_leaves_with_path(state)
-    return {jax.tree_util.keystr(path): _bits(leaf) for path, leaf in leaves}
-
-
-def from_flat(state, flat):
-    def restored(path, leaf):
-        value = flat[jax.tree_util.keystr(path)]
-        return jax.random.wrap_key_data(value, impl=jax.random.key_impl(leaf)) if _is_key(leaf) else value
-
-    return jax.tree_util.tree_map_with_path(restored, state)
-
-
-def _bits(leaf):
-    return jax.random.key_data(leaf) if _is_key(leaf) else leaf
-
-
-def _is_key(leaf):
-    return jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key)

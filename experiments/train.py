@@ -19,16 +19,19 @@ Step k of a run depends on its configuration and on k alone: batches, encoding a
 So a resumed run gives, bit for bit, the result of a run that never stopped.
 """
 
+import interrupt  # isort: skip  # the first import: Ctrl-C during the others is one line, not a traceback
+
+if __name__ == "__main__":
+    interrupt.quietly()
+
 import dataclasses
 import json
-import signal
 import sys
 import time
 from collections.abc import Sequence
-from contextlib import contextmanager
 from dataclasses import dataclass
-from functools import cached_property, lru_cache, partial
-from typing import Any, Generic, TypeVar
+from functools import lru_cache, partial
+from typing import Generic, TypeVar
 
 import config as configuration
 import jax
@@ -40,14 +43,15 @@ from flax import nnx
 from inputs import DATASETS
 from jax.sharding import PartitionSpec
 from models import MODELS, READOUTS
-from runs import NOT_COMPARED, Run, Stopped
+from runs import NOT_COMPARED, Meter, Run, Stopped, keep_compiled
 from tqdm import tqdm
 
-from snnfuse import parallel
+from snnfuse import parallel, training
 from snnfuse.data.loader import Batches, load
 
 CHOICES = {"model": MODELS, "data": DATASETS}
 Model, Data = TypeVar("Model"), TypeVar("Data")
+SMALL = 2**20  # parameters; the step of a network with less is shorter than a call, even on a small GPU
 
 
 @dataclass(frozen=True)
@@ -76,13 +80,18 @@ class Config(Generic[Model, Data]):
     resume: bool = False
     """continue the run of that name from its last checkpoint"""
     stop_at: int | None = None
-    """stop after this step, as if interrupted, to be resumed; --steps alone shapes the schedule"""
+    """stop after the call with this step, as if interrupted, to be resumed; --steps alone shapes the schedule"""
     mesh: str | None = None
     """data=4 trains on 4 devices, each with a quarter of the batch and its own noise"""
     sync_batch_norm: bool = True
     """normalise with the statistics of the whole batch, not of each device's part"""
     workers: int = 0
     """processes that prepare batches; 0 prepares them in this one"""
+    on_device: int = 1024
+    """MiB: training samples that take at most this much stay on the device; others come from the host, batch by batch"""
+    steps_per_call: int | None = None
+    """steps that the device takes in one call, if the samples are there; None: on a GPU up to 32 for a network of less than
+    a million parameters, 1 for a larger one, whose step is longer than a call, and on a CPU"""
 
     def __post_init__(self):
         for name in ("steps", "batch", "log_every", "eval_every"):
@@ -92,17 +101,19 @@ class Config(Generic[Model, Data]):
             raise ValueError(f"--warmup, a fraction of the steps, must be in [0, 1); got {self.warmup}")
         if self.schedule not in ("cosine", "constant"):
             raise ValueError(f"--schedule must be cosine or constant; got {self.schedule!r}")
-        for name in ("seed", "workers"):
+        for name in ("seed", "workers", "on_device"):
             if getattr(self, name) < 0:
                 raise ValueError(f"--{name} must be at least 0; got {getattr(self, name)}")
+        K = self.steps_per_call
+        if K is not None and (K < 1 or self.log_every % K or self.eval_every % K):
+            raise ValueError(f"--steps_per_call must divide --log_every and --eval_every; got {K}")
 
 
-def create(config: Config, shape: tuple[int, ...], classes: int):
-    """(graphdef, state) of (model, optimizer)."""
+def create(config: Config, shape: tuple[int, ...], classes: int) -> tuple[nnx.Module, nnx.Optimizer]:
     model = config.model.build(shape, classes, nnx.Rngs(config.seed))
     if config.mesh and config.sync_batch_norm:
         parallel.synchronise_batch_norm(model, "data")
-    return nnx.split((model, nnx.Optimizer(model, _transform(config), wrt=nnx.Param)))
+    return model, nnx.Optimizer(model, _transform(config), wrt=nnx.Param)
 
 
 @lru_cache  # the same functions for the same configuration, so that what is compiled for it is found again
@@ -117,40 +128,9 @@ def _transform(config):
     return optax.chain(clip, optax.adamw(schedule, weight_decay=config.weight_decay))
 
 
-@dataclass(frozen=True)
-class Structure:
-    """Everything in (model, optimizer) except the arrays. The arrays go through the step as a flat list.
-
-    The reason is speed: to flatten an nnx.State and hash its graphdef in every call takes longer than a step of a ResNet
-    on a GPU.
-    """
-
-    graphdef: Any
-    tree: Any
-
-    @cached_property
-    def hash(self):
-        return hash((self.graphdef, self.tree))
-
-    def __hash__(self):
-        return self.hash
-
-
-@partial(jax.jit, static_argnums=(0, 1), donate_argnums=2)
-def train_step(config: Config, structure: Structure, arrays, batch, step):
-    update = partial(_update, config, structure.graphdef)
-    if config.mesh:  # data_parallel finds the statistics to average by their nnx.Variable
-        mesh = parallel.make_mesh(config.mesh)
-        update = parallel.data_parallel(update, mesh, batch=_specs(config, batch))
-    state, metrics = update(structure.tree.unflatten(arrays), batch, step)
-    return jax.tree.leaves(state), metrics
-
-
-def _update(config, graphdef, state, batch, step):
-    model, optimizer = nnx.merge(graphdef, state)
+def _update(config, model, optimizer, key, batch):
     model.train()
-    xs = config.data.encode(parallel.fold_key(_key(config, 0, step)), batch, config.model.T)
-    labels = batch["label"]
+    xs, labels = config.data.encode(key, batch, config.model.T, train=True), batch["label"]
 
     def loss_of(model):
         logits = READOUTS[config.model.readout](model(xs)[0])
@@ -160,25 +140,54 @@ def _update(config, graphdef, state, batch, step):
     (loss, accuracy), grads = nnx.value_and_grad(loss_of, has_aux=True)(model)
     grads = parallel.mean_gradients(grads)
     optimizer.update(model, grads)
-    metrics = {"loss": loss, "accuracy": accuracy, "grad_norm": optax.tree.norm(grads)}
-    return nnx.state((model, optimizer)), metrics
+    return {"loss": loss, "accuracy": accuracy, "grad_norm": optax.tree.norm(grads)}
 
 
-@partial(jax.jit, static_argnums=(0, 1))
-def eval_step(config: Config, graphdef, state, batch, index):
+@lru_cache  # the functions below: what is compiled for a configuration is found again
+def train_step(config: Config) -> training.CompiledStep:
+    """A step on a batch of samples that live on the device."""
+
+    @training.compiled_step(mesh=_mesh(config))
+    def train_step(model, optimizer, data):
+        batch, key = data.next()
+        axes = _axes(config)
+        batch = {name: jnp.moveaxis(x, 0, axes.get(name, 0)) for name, x in batch.items()}
+        return _update(config, model, optimizer, key, batch)
+
+    return train_step
+
+
+@lru_cache
+def train_step_from_host(config: Config, names: tuple[str, ...]) -> training.CompiledStep:
+    """A step on a batch {name: array} from the host, and the step's number."""
+    specs = (_specs(config, names), PartitionSpec())
+
+    @training.compiled_step(mesh=_mesh(config), batch=specs if config.mesh else PartitionSpec())
+    def train_step(model, optimizer, batch, step):
+        return _update(config, model, optimizer, parallel.fold_key(_key(config, 0, step)), batch)
+
+    return train_step
+
+
+@lru_cache
+def eval_step(config: Config) -> training.CompiledStep:
     """Sums over the samples whose label is not -1. The others only fill the last batch."""
-    model, _ = nnx.merge(graphdef, state)
-    model.eval()
-    xs, labels = config.data.encode(_key(config, 1, index), batch, config.model.T), batch["label"]
-    logits = READOUTS[config.model.readout](model(xs)[0])
-    real = labels >= 0
-    losses = optax.softmax_cross_entropy_with_integer_labels(logits, jnp.where(real, labels, 0))
-    return {"loss": (losses * real).sum(), "accuracy": ((logits.argmax(-1) == labels) & real).sum()}
+
+    @training.compiled_step
+    def eval_step(model, batch, index):
+        model.eval()
+        xs, labels = config.data.encode(_key(config, 1, index), batch, config.model.T), batch["label"]
+        logits = READOUTS[config.model.readout](model(xs)[0])
+        real = labels >= 0
+        losses = optax.softmax_cross_entropy_with_integer_labels(logits, jnp.where(real, labels, 0))
+        return {"loss": (losses * real).sum(), "accuracy": ((logits.argmax(-1) == labels) & real).sum()}
+
+    return eval_step
 
 
-def evaluate(config: Config, graphdef, state, source: Sequence[dict], batch: int = 250) -> dict:
+def evaluate(config: Config, model: nnx.Module, source: Sequence[dict], batch: int = 250) -> dict:
     """The mean loss and accuracy over all samples of `source`."""
-    mesh = parallel.make_mesh(config.mesh) if config.mesh else None
+    mesh = _mesh(config)
     batch += -batch % mesh.size if mesh else 0
     sums = []
     for some in in_order(config, source, batch):
@@ -186,25 +195,25 @@ def evaluate(config: Config, graphdef, state, source: Sequence[dict], batch: int
         if mesh:
             specs = _specs(config, some)
             some = {name: parallel.shard(x, mesh, specs[name]) for name, x in some.items()}
-        sums.append(eval_step(config, graphdef, state, some, index))
+        sums.append(eval_step(config)(model, some, np.int32(index)))
     return {name: float(sum(s[name] for s in sums)) / len(source) for name in sums[0]}
 
 
 def in_order(config: Config, source: Sequence[dict], batch: int) -> Batches:
     """The samples of `source` once, as NumPy arrays, the last batch as it comes."""
-    example = config.data.example(train=False)
+    example = config.data.example()
     options = dict(shuffle=False, epochs=1, drop_remainder=False, device=False)
     return load(source, example, batch=batch, workers=config.workers, **options)
 
 
 def _axes(config):
-    return getattr(config.data.example(train=False), "axes", {})
+    return getattr(config.data.example(), "axes", {})
 
 
-def _specs(config, batch):
+def _specs(config, names):
     """How each array of a batch is cut over the devices: along its batch axis."""
     axes = _axes(config)
-    return {name: PartitionSpec(*(None,) * axes.get(name, 0), "data") for name in batch}
+    return {name: PartitionSpec(*(None,) * axes.get(name, 0), "data") for name in names}
 
 
 def _filled(config, batch, size):
@@ -243,6 +252,36 @@ def _input_shape(config, source):
         raise Stopped(str(e)) from e
 
 
+def _batches(config, fixed, source, start):
+    """(whether the samples are on the device, a function of (model, optimizer, step, K) that trains K steps after `step`)."""
+    first = next(iter(in_order(config, source, 1)))
+    if len(source) * sum(x.nbytes for x in first.values()) <= config.on_device * 2**20:
+        axes, parts = _axes(config), list(in_order(config, source, 500))
+        stored = {k: np.concatenate([np.moveaxis(part[k], axes.get(k, 0), 0) for part in parts]) for k in first}
+        data = training.DeviceData(stored, config.batch, seed=config.seed)
+        data.position[...] = jnp.int32(start)
+        step = train_step(fixed)
+        return (
+            True,
+            lambda model, optimizer, at, K: (
+                step(model, optimizer, data) if K == 1 else step.scan(model, optimizer, data, steps=K)
+            ),
+        )
+    if (config.steps_per_call or 1) > 1:
+        raise Stopped("--steps_per_call above 1 needs the training samples on the device: see --on_device")
+    options = dict(seed=config.seed, start=start, workers=config.workers, device=False if config.mesh else None)
+    batches = iter(load(source, config.data.example(), batch=config.batch, **options))
+    step = train_step_from_host(fixed, tuple(first))
+    return False, lambda model, optimizer, at, K: step(model, optimizer, next(batches), np.int32(at + 1))
+
+
+def _steps_per_call(config, size, on_device):
+    # A CPU takes seconds for a convolution inside of a loop that takes milliseconds outside of it.
+    if config.steps_per_call or not on_device or size >= SMALL or jax.default_backend() == "cpu":
+        return config.steps_per_call or 1
+    return max(k for k in range(1, 33) if config.log_every % k == config.eval_every % k == 0)
+
+
 def train(config: Config) -> dict:
     """Run to the end and return the summary. Raises Stopped."""
     train_source, test_source = config.data.sources()
@@ -255,104 +294,57 @@ def train(config: Config) -> dict:
         mesh = _mesh(config)
         unused = [f for f in dataclasses.fields(config) if f.name in NOT_COMPARED and f.name != "mesh"]
         fixed = dataclasses.replace(config, **{f.name: f.default for f in unused})  # steps are compiled for this
-        graphdef, state = create(fixed, _input_shape(config, train_source), config.data.classes)
+        model, optimizer = create(fixed, _input_shape(config, train_source), config.data.classes)
         # Placed on its device, as a restored state is, so that a resumed run is the same compiled program.
-        state = parallel.shard(state, mesh) if mesh else jax.device_put(state, jax.devices()[0])
-        start, state = run.start(state)
-        size = sum(x.size for x in jax.tree.leaves(nnx.state(nnx.merge(graphdef, state)[0], nnx.Param)))
+        arrays = training.to_arrays(model, optimizer)
+        arrays = parallel.shard(arrays, mesh) if mesh else jax.device_put(arrays, jax.devices()[0])
+        training.from_arrays(arrays, model, optimizer)
+        start = run.start(model, optimizer)
+        size = sum(x.size for x in jax.tree.leaves(nnx.state(model, nnx.Param)))
         print(f"{run.path}: {size:,} parameters, steps {start + 1} to {config.steps}, {jax.devices()[0].device_kind}")
+        on_device, step = _batches(config, fixed, train_source, start)
+        K = _steps_per_call(config, size, on_device)
+        print(f"training samples come from the {'device' if on_device else 'host'}; steps in a call: {K}")
         began = time.perf_counter()
-        state = _loop(run, config, fixed, graphdef, train_source, test_source, start, state)
-        seconds = time.perf_counter() - began
-        return _finish(run, config, graphdef, state, len(train_source), test_source, seconds)
+        _loop(run, config, fixed, model, optimizer, step, K, test_source, start)
+        return _finish(run, config, model, optimizer, len(train_source), test_source, time.perf_counter() - began)
     finally:
         run.close()
 
 
-def _loop(run, config, fixed, graphdef, train_source, test_source, start, state):
-    # On a mesh train_step places the batches.
-    options = dict(seed=config.seed, start=start, workers=config.workers, device=False if config.mesh else None)
-    batches = iter(load(train_source, config.data.example(train=True), batch=config.batch, **options))
+def _loop(run, config, fixed, model, optimizer, step, K, test_source, start):
     meter = Meter(run, config.batch)
-    arrays, tree = jax.tree.flatten(state)
-    structure = Structure(graphdef, tree)
     bar = tqdm(total=config.steps, initial=start, unit="step", mininterval=0.5 if sys.stderr.isatty() else 5)
     if start < config.steps:
-        bar.write("compiling the first step", sys.stdout)
+        kept = f" (programs are kept in {cache})" if (cache := jax.config.jax_compilation_cache_dir) else ""
+        bar.write(f"compiling the first step{kept}", sys.stdout)
         sys.stdout.flush()
-    with bar, _interruptible() as interrupted:
-        for step in range(start + 1, config.steps + 1):
-            arrays, metrics = train_step(fixed, structure, arrays, next(batches), step)
-            meter.add(step, metrics)
-            bar.update()
-            stopping = step < config.steps and (step == config.stop_at or interrupted())
-            evaluating = step % config.eval_every == 0 or step == config.steps
-            if step % config.log_every == 0 or evaluating or stopping:
+    with bar, interrupt.noted() as interrupted:
+        for before in range(start, config.steps, K):
+            now = min(before + K, config.steps)
+            meter.add(before + 1, step(model, optimizer, before, now - before))
+            bar.update(now - before)
+            stopping = now < config.steps and (before < (config.stop_at or 0) <= now or interrupted())
+            evaluating = now % config.eval_every == 0 or now == config.steps
+            if now % config.log_every == 0 or evaluating or stopping:
                 bar.set_postfix(meter.write(), refresh=False)
             if evaluating:
-                some = min(250, 10 * config.batch)
-                row = evaluate(fixed, graphdef, tree.unflatten(arrays), test_source, some)
-                run.record(step, {f"eval_{name}": value for name, value in row.items()})
-                bar.write(
-                    f"step {step:5d}   held out: loss {row['loss']:.4f}, accuracy {row['accuracy']:.2%}", sys.stdout
-                )
+                row = evaluate(fixed, model, test_source, min(250, 10 * config.batch))
+                run.record(now, {f"eval_{name}": value for name, value in row.items()})
+                text = f"step {now:5d}   held out: loss {row['loss']:.4f}, accuracy {row['accuracy']:.2%}"
+                bar.write(text, sys.stdout)
                 meter.restart()
             if evaluating or stopping:
-                run.save(step, tree.unflatten(arrays))
+                run.save(now, model, optimizer)
             if stopping:
                 raise Stopped(
-                    f"stopped after step {step}; continue with the same options and "
+                    f"stopped after step {now}; continue with the same options and "
                     f"--name {run.path.name} --resume (checkpoint of step {run.saved()})"
                 )
-    return tree.unflatten(arrays)
 
 
-class Meter:
-    """Metrics of steps that may still be running: fetched, checked and written together, so that the device never waits."""
-
-    def __init__(self, run: Run, batch: int):
-        self.run, self.batch = run, batch
-        self.restart()
-
-    def restart(self):
-        self.pending, self.since = [], time.perf_counter()
-
-    def add(self, step: int, metrics: dict):
-        self.pending.append((step, metrics))
-
-    def write(self) -> dict[str, str]:
-        """Write what is pending. Returns what the progress bar shows. Raises Stopped at the first value not finite."""
-        rows = [(step, {name: float(value) for name, value in row.items()}) for step, row in self.pending]
-        speed = self.batch * len(rows) / (time.perf_counter() - self.since)
-        for step, row in rows:
-            if bad := [f"{name} is {value}" for name, value in row.items() if not np.isfinite(value)]:
-                raise Stopped(
-                    f"{', '.join(bad)} at step {step}: stopped. Try a smaller --learning_rate or --clip; "
-                    f"{self.run.path} has its metrics, and its last checkpoint is of step {self.run.saved()}"
-                )
-            self.run.record(step, {**row, "samples_per_s": speed})
-        self.restart()
-        mean = {name: np.mean([row[name] for _, row in rows]) for name in rows[0][1]}
-        return {"loss": f"{mean['loss']:.3f}", "acc": f"{mean['accuracy']:.1%}", "samples/s": f"{speed:.0f}"}
-
-
-@contextmanager
-def _interruptible():
-    """A function that says whether Ctrl-C or SIGTERM came: the loop then ends between two steps, with a checkpoint."""
-    came = []
-    try:
-        before = {s: signal.signal(s, lambda *_: came.append(True)) for s in (signal.SIGINT, signal.SIGTERM)}
-    except ValueError:  # not the main thread: signals are not ours
-        before = {}
-    try:
-        yield lambda: bool(came)
-    finally:
-        for s, handler in before.items():
-            signal.signal(s, handler)
-
-
-def _finish(run, config, graphdef, state, examples, test_source, seconds):
-    run.save(config.steps, state)
+def _finish(run, config, model, optimizer, examples, test_source, seconds):
+    run.save(config.steps, model, optimizer)
     rows = run.rows()
     evals = [row for row in rows if "eval_accuracy" in row]
     speeds = [row["samples_per_s"] for row in rows if "samples_per_s" in row]
@@ -367,7 +359,6 @@ def _finish(run, config, graphdef, state, examples, test_source, seconds):
         "samples_per_s": float(np.median(speeds)),
         "checkpoint": run.saved(),
     }
-    model, _ = nnx.merge(graphdef, state)
     model.eval()
     summary["report"] = str(report.draw(run.path / "report.png", rows, config, model, test_source))
     (run.path / "summary.json").write_text(json.dumps(summary, indent=1) + "\n")
@@ -386,7 +377,7 @@ def main(arguments: list[str]) -> int:
         print(f"error: {e}", file=sys.stderr)
         return 1
     except KeyboardInterrupt:
-        print("error: interrupted before the first step; nothing was saved", file=sys.stderr)
+        print(interrupt.MESSAGE, file=sys.stderr)
         return 130
     width = max(map(len, summary))
     print(
@@ -399,4 +390,5 @@ def main(arguments: list[str]) -> int:
 
 
 if __name__ == "__main__":
+    keep_compiled()
     sys.exit(main(sys.argv[1:]))

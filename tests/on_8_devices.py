@@ -655,11 +655,11 @@ def test_after_a_step_of_the_experiment_all_devices_have_the_same_state():
     """Also where each normalises by its own part of the batch."""
     config = dataclasses.replace(TINY, mesh="data=4", sync_batch_norm=False)
     mesh, source = parallel.make_mesh("data=4"), config.data.sources()[0]
-    graphdef, state = train.create(config, (28, 28, 1), config.data.classes)
-    assert jax.tree.leaves(nnx.filter_state(state, nnx.BatchStat))
-    arrays, tree = jax.tree.flatten(parallel.shard(state, mesh))
+    model, optimizer = train.create(config, (28, 28, 1), config.data.classes)
+    assert jax.tree.leaves(nnx.state(model, nnx.BatchStat))
     batch = parallel.shard(next(iter(train.in_order(config, source, 32))), mesh, P("data"))
-    arrays, _ = train.train_step(config, train.Structure(graphdef, tree), arrays, batch, 0)
+    train.train_step_from_host(config, tuple(batch))(model, optimizer, batch, np.int32(1))
+    arrays = jax.tree.leaves(nnx.state((model, optimizer)))
     for array in arrays:
         first, *others = (np.asarray(shard.data) for shard in array.addressable_shards)
         assert len(others) == 3

@@ -19,7 +19,6 @@ from snnfuse import nn, parallel
 sys.path.insert(0, str(Path(__file__).parent.parent / "experiments"))
 
 from checkpoints import Checkpoints
-from runs import from_flat
 
 
 def flat(state):
@@ -45,7 +44,8 @@ def main(coordinator, host, out, axes):
     checkpoints = Checkpoints(Path(out) / "checkpoints")
     first, losses = 0, []
     if (found := checkpoints.restore(flat(state))) is not None:
-        first, state = found[0], from_flat(state, found[1])
+        first = found[0]
+        state = jax.tree_util.tree_map_with_path(lambda path, _: found[1][jax.tree_util.keystr(path)], state)
         assert all(leaf.sharding.mesh == mesh for leaf in jax.tree.leaves(state)), "restored onto the mesh of now"
     for k in range(first, 4):
         state, metrics = step(state, batch)

@@ -218,3 +218,13 @@ def test_a_crop_changes_the_sensor_and_is_never_empty():
     batch = next(iter(load(SOURCE, frames, batch=4)))
     assert frames.unpack(batch["frames"]).shape == (2, 4, 2, 3, 2)
     assert pk.pack_bits(np.ones((2, 12))).shape == batch["frames"].shape[::2]
+
+
+def test_starting_does_not_print_the_source():
+    """Grain prints its transforms when it starts; for images in memory that took longer than an epoch."""
+
+    class Silent(Recordings):
+        def __repr__(self):
+            raise AssertionError("printed")
+
+    assert len(next(iter(load(Silent(), AS_THEY_ARE, batch=4)))["label"]) == 4

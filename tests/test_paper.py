@@ -56,7 +56,7 @@ def test_every_network_builds(data, model):
     config = parse(paper.arguments(data, model))
 
     def logits():
-        frames = jnp.zeros((32, 2, *config.data.example(True).shape), jnp.uint8)
+        frames = jnp.zeros((32, 2, *config.data.example().shape), jnp.uint8)
         xs = config.data.encode(jax.random.key(0), {"frames": frames}, config.model.T)
         assert xs.shape[:2] == (32, 2) and xs.shape[-1] == 3
         return config.model.build(xs.shape[2:], config.data.classes, nnx.Rngs(0))(xs)[0]
@@ -100,7 +100,7 @@ def test_recordings_become_frames_with_an_empty_channel():
     sensor = events.Sensor(34, 34)
     source = Random(like="nmnist", examples=6, events=900).sources()[0]
     data = Recordings("nmnist", bins=4, channels=3)
-    batch = next(iter(loader.load(source, data.example(train=True), batch=2, shuffle=False)))
+    batch = next(iter(loader.load(source, data.example(), batch=2, shuffle=False)))
     want = [events.to_frames(sample["events"], sensor, 4) for sample in source[:2]]
     xs = data.encode(jax.random.key(0), batch, 6)
     np.testing.assert_array_equal(xs[:4, ..., :2], np.stack(want, 1))
@@ -118,7 +118,7 @@ def test_random_input_has_the_shape_of_the_real(like):
     train_source, test_source = data.sources()
     assert data.note == "random input" and data.classes == DATASETS[like].classes
     assert (len(train_source), len(test_source)) == (4, 2)
-    batch = next(iter(loader.load(train_source, data.example(train=True), batch=4)))
+    batch = next(iter(loader.load(train_source, data.example(), batch=4)))
     shape = {"mnist": (28, 28, 3), "cifar10": (32, 32, 3), "nmnist": (34, 34, 3), "shd": (1, 700, 1)}[like]
     assert data.encode(jax.random.key(0), batch, 32).shape == (32, 4, *shape)
     with pytest.raises(ValueError, match="--data.like must be one of mnist5k, digits, mnist,"):

@@ -2,9 +2,11 @@
 
 import dataclasses
 import json
+import os
 import re
 import shutil
 import signal
+import subprocess
 import sys
 from collections import Counter
 from pathlib import Path
@@ -26,6 +28,7 @@ import train
 from inputs import DATASETS, Images
 from models import READOUTS, ConvNet
 
+from snnfuse import training
 from snnfuse.data import catalog
 from snnfuse.nn.monitor import record
 
@@ -63,6 +66,12 @@ def prepared(tmp_path_factory):
         yield
 
 
+@pytest.fixture(autouse=True)
+def undrawn(whole, monkeypatch):
+    """Only the first run draws its picture: that compiles a longer network than training does."""
+    monkeypatch.setattr(train.report, "draw", lambda *_: "no picture")
+
+
 def whole_test(data) -> dict:
     return next(iter(train.in_order(dataclasses.replace(TINY, data=data), data.sources()[1], 125)))
 
@@ -75,7 +84,7 @@ def rows(path: Path) -> list[dict]:
 
 def checkpoint(path: Path, step: int) -> dict:
     with ocp.CheckpointManager((path / "checkpoints").absolute()) as manager:
-        return manager.restore(step, args=ocp.args.StandardRestore())
+        return manager.restore(step, args=ocp.args.Composite(arrays=ocp.args.StandardRestore()))["arrays"]
 
 
 def assert_same_run(path, whole):
@@ -105,8 +114,8 @@ def test_a_run_learns_and_leaves_everything_behind(whole):
 
 def test_the_trained_network_fires(whole):
     path, _ = whole
-    graphdef, state = train.create(TINY, (28, 28, 1), 10)
-    model, _ = nnx.merge(graphdef, runs.from_flat(state, checkpoint(path, 40)))
+    model, optimizer = train.create(TINY, (28, 28, 1), 10)
+    training.from_arrays(checkpoint(path, 40), model, optimizer)
     model.eval()
     xs = TINY.data.encode(jax.random.key(0), whole_test(TINY.data), 3)
     for spikes in record(model, xs)[1].values():
@@ -145,19 +154,50 @@ def test_a_killed_run_goes_on_from_its_last_checkpoint(whole, tmp_path):
     assert_same_run(path, whole[0])
 
 
-def test_an_interrupt_stops_between_steps_with_a_checkpoint(whole, tmp_path, monkeypatch):
-    step_of = train.train_step
+def test_an_interrupt_stops_between_calls_with_a_checkpoint(whole, tmp_path, monkeypatch):
+    add = train.Meter.add
 
-    def interrupted(*args):
-        if args[-1] == 3:
+    def interrupted(self, step, metrics):
+        if step == 3:
             signal.raise_signal(signal.SIGINT)
-        return step_of(*args)
+        add(self, step, metrics)
 
-    monkeypatch.setattr(train, "train_step", interrupted)
+    monkeypatch.setattr(train.Meter, "add", interrupted)
     with pytest.raises(train.Stopped, match="stopped after step 3"):
         train.train(dataclasses.replace(TINY, out=str(tmp_path)))
     assert rows(tmp_path / TINY.name) == rows(whole[0])[:3]
     assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+
+
+def test_samples_from_the_host_and_several_steps_a_call(tmp_path, capsys):
+    dense = dataclasses.replace(TINY.model, channels=())  # on a CPU convolutions in a loop are slow
+    config = dataclasses.replace(TINY, model=dense, out=str(tmp_path), steps=20, eval_every=10)
+    losses = lambda name: [row["loss"] for row in rows(tmp_path / name) if "loss" in row]
+    train.train(dataclasses.replace(config, name="host", on_device=0))
+    assert "samples come from the host; steps in a call: 1" in capsys.readouterr().out
+    assert len(losses("host")) == 20 and losses("host")[-1] < losses("host")[0]
+    with pytest.raises(train.Stopped, match="--steps_per_call above 1 needs .* --on_device"):
+        train.train(dataclasses.replace(config, on_device=0, steps_per_call=10))
+    part = dataclasses.replace(config, name="five", steps_per_call=5)
+    with pytest.raises(train.Stopped, match="stopped after step 10"):
+        train.train(dataclasses.replace(part, stop_at=7))
+    train.train(dataclasses.replace(part, resume=True))
+    train.train(dataclasses.replace(config, name="one"))
+    assert "samples come from the device; steps in a call: 5" in capsys.readouterr().out
+    np.testing.assert_allclose(losses("five"), losses("one"), rtol=1e-4)
+
+
+def test_a_checkpoint_of_other_settings_is_refused(whole, tmp_path):
+    """A run whose config.json agrees, but whose code builds another network."""
+    path = tmp_path / TINY.name
+    shutil.copytree(whole[0], path)
+    run = runs.Run(configuration.flatten(dataclasses.replace(TINY, out=str(tmp_path), resume=True)))
+    model, optimizer = train.create(TINY, (28, 28, 1), 10)
+    spiking = next(m for _, m in nnx.iter_modules(model) if hasattr(m, "threshold"))
+    spiking.threshold = 1.5
+    with pytest.raises(train.Stopped, match=r"threshold was 1 and is 1.5"):
+        run.start(model, optimizer)
+    run.close()
 
 
 def test_resume_with_another_configuration_names_the_key(whole):
@@ -201,17 +241,17 @@ def test_a_directory_that_cannot_be_written_stops_before_training(tmp_path, monk
 
 def test_random_keys_are_checkpointed(tmp_path):
     """A model with dropout has typed random keys in its state."""
-    make = lambda seed: nnx.split(nnx.Dropout(0.5, rngs=nnx.Rngs(seed)))[1]
+    make = lambda seed: nnx.Dropout(0.5, rngs=nnx.Rngs(seed))
     run = runs.Run(configuration.flatten(dataclasses.replace(TINY, out=str(tmp_path))))
     run.start(make(0))
     run.save(1, make(0))
     assert run.saved() == 1
     run.close()
     run = runs.Run(configuration.flatten(dataclasses.replace(TINY, out=str(tmp_path), resume=True)))
-    step, state = run.start(make(1))
+    restored = make(1)
+    assert run.start(restored) == 1
     run.close()
-    assert step == 1
-    got, want, other = (jax.random.key_data(jax.tree.leaves(s)[1]) for s in (state, make(0), make(1)))
+    got, want, other = (jax.random.key_data(m.rngs.key[...]) for m in (restored, make(0), make(1)))
     np.testing.assert_array_equal(got, want)
     assert not np.array_equal(got, other)
 
@@ -239,20 +279,20 @@ def test_encoding():
 
 def test_only_training_images_move():
     image = np.random.default_rng(0).integers(0, 256, (28, 28, 1)).astype(np.uint8)
-    sample, rng = {"image": image, "label": 3}, np.random.default_rng(1)
-    assert np.array_equal(MNIST5K.example(train=False)(sample, rng)["image"], image)
+    batch = {"image": np.stack([image] * 300)}
+    data = dataclasses.replace(MNIST5K, encoding="direct")
+    assert np.array_equal(data.encode(jax.random.key(0), batch, 1)[0], batch["image"] / np.float32(255))
     padded = np.pad(image, ((2, 2), (2, 2), (0, 0)))
     shifted = {padded[i : i + 28, j : j + 28].tobytes(): (i, j) for i in range(5) for j in range(5)}
-    found = {shifted[MNIST5K.example(train=True)(sample, rng)["image"].tobytes()] for _ in range(300)}
-    assert len(found) == 25
+    xs = np.asarray(data.encode(jax.random.key(1), batch, 1, train=True)[0] * 255).round().astype(np.uint8)
+    assert len({shifted[x.tobytes()] for x in xs}) == 25
 
 
 def test_evaluation_counts_every_sample_once():
     config = dataclasses.replace(TINY, data=Few("mnist5k", encoding="direct"))
-    graphdef, state = train.create(config, (28, 28, 1), 10)
+    model, _ = train.create(config, (28, 28, 1), 10)
     batch = whole_test(config.data)
-    got = train.evaluate(config, graphdef, state, config.data.sources()[1], batch=50)
-    model, _ = nnx.merge(graphdef, state)
+    got = train.evaluate(config, model, config.data.sources()[1], batch=50)
     model.eval()
     logits = np.asarray(READOUTS["mean"](model(config.data.encode(jax.random.key(0), batch, 3))[0]), np.float64)
     logp = logits - np.log(np.exp(logits).sum(-1, keepdims=True))
@@ -293,6 +333,7 @@ def test_every_listed_data_set_can_be_trained_on(name):
         (("steps=3",), "steps=3"),
         (("--steps", "ten"), "--steps.*'ten'"),
         (("--steps", "0"), "--steps must be at least 1; got 0"),
+        (("--steps_per_call", "4"), "--steps_per_call must divide --log_every and --eval_every; got 4"),
         (("--workers", "-1"), "--workers must be at least 0; got -1"),
         (("--model", "mlp"), "--model must be one of conv, resnet; got 'mlp'"),
         (("--data", "dvsgesture"), r"--data must be one of mnist5k,.*did you mean dvs128_gesture"),
@@ -326,4 +367,19 @@ def test_an_interrupt_before_the_first_step_is_a_line(monkeypatch, capsys):
 
     monkeypatch.setattr(Images, "sources", interrupted)
     assert train.main([]) == 130
-    assert capsys.readouterr().err == "error: interrupted before the first step; nothing was saved\n"
+    assert capsys.readouterr().err == f"{train.interrupt.MESSAGE}\n"
+
+
+@pytest.mark.parametrize("script", ["train.py", "paper.py"])
+def test_an_interrupt_while_packages_are_imported_is_a_line(script, tmp_path):
+    """A tyro that sends SIGINT in the middle of its import."""
+    (tmp_path / "tyro.py").write_text("import signal\nsignal.raise_signal(signal.SIGINT)\n")
+    path = Path(train.__file__).parent / script
+    run = subprocess.run(
+        [sys.executable, path], env=os.environ | {"PYTHONPATH": str(tmp_path)}, capture_output=True, text=True
+    )
+    assert (run.returncode, run.stdout, run.stderr.strip()) == (130, "", train.interrupt.MESSAGE)
+
+
+def test_tests_write_to_no_cache_of_the_user():
+    assert jax.config.jax_compilation_cache_dir is None

@@ -145,7 +145,7 @@ def _order(count: int, seed: int, epoch: int, shuffle: bool) -> np.ndarray:
     return np.random.default_rng((seed, epoch)).permutation(count) if shuffle else np.arange(count)
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)  # Grain prints it when it starts, and the source may hold a data set
 class _Fetch:
     """From a batch's number to the batch. Whole batches, because Grain and tfds spend more on an element than an image needs."""
 

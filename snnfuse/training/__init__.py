@@ -16,14 +16,14 @@ After each call the model and the optimizer hold the new arrays: read, print, sa
     training.restore(path, model, optimizer)   # refuses a network with other numbers
 """
 
-from snnfuse.training.checkpoint import check_settings, from_arrays, restore, save, settings, to_arrays
+from snnfuse.training.checkpoint import compare_settings, from_arrays, restore, save, settings, to_arrays
 from snnfuse.training.compiled import CompiledStep, compiled_step
 from snnfuse.training.device_data import DeviceData
 
 __all__ = [
     "CompiledStep",
     "DeviceData",
-    "check_settings",
+    "compare_settings",
     "compiled_step",
     "from_arrays",
     "restore",

@@ -52,7 +52,7 @@ def restore(path: str | os.PathLike, *objects: Any) -> None:
         raise FileNotFoundError(f"there is no checkpoint {path}")
     with ocp.Checkpointer(ocp.CompositeCheckpointHandler()) as checkpointer:
         saved = checkpointer.restore(path, ocp.args.Composite(described=ocp.args.JsonRestore()))["described"]
-        check_settings(saved["settings"], *objects)
+        compare_settings(saved["settings"], settings(*objects))
         like = to_arrays(*objects)
         _check_arrays(saved["arrays"], {name: _shape(x) for name, x in like.items()}, path)
         found = checkpointer.restore(path, ocp.args.Composite(arrays=ocp.args.StandardRestore(like)))
@@ -80,12 +80,11 @@ def settings(*objects: Any) -> dict[str, str]:
     return found
 
 
-def check_settings(saved: dict[str, str], *objects: Any) -> None:
-    """Compare what `settings` gave earlier with the objects now. Raises ValueError that names what differs.
+def compare_settings(saved: dict[str, str], now: dict[str, str]) -> None:
+    """Compare what `settings` gave earlier with what it gives now. Raises ValueError that names what differs.
 
     An attribute that only one of the two has is not compared, so that a later version may add one.
     """
-    now = settings(*objects)
     differ = [name for name in sorted(saved.keys() & now.keys()) if saved[name] != now[name]]
     faults = [f"{name or 'the model'} was {saved[name]} and is {now[name]}" for name in differ]
     if faults:
