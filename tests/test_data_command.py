@@ -35,6 +35,16 @@ def test_list_says_what_is_prepared_and_how_to_get_the_rest(folder, capsys):
     assert f"prepared in {folder}/synthetic_saccades" in text and "ibm.ent.box.com" in text
 
 
+def test_a_set_that_needs_no_download_does_not_say_downloading(tmp_path, capfd):
+    assert main(["info", "digits", "--folder", str(tmp_path)]) == 0
+    said = capfd.readouterr()
+    assert json.loads(said.out)["name"].startswith("digits")
+    assert (
+        f"preparing digits in {tmp_path}" in said.err
+        and "ownload" not in said.out.replace("no download", "") + said.err
+    )
+
+
 def test_info_counts_what_is_stored(folder, capsys):
     assert main(["info", "synthetic_saccades", "--folder", str(folder)]) == 0
     about = json.loads(capsys.readouterr().out)

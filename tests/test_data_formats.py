@@ -166,6 +166,12 @@ def test_aedat3_takes_valid_polarity_events_only():
     assert np.array_equal(read["t"], wanted[kept]) and np.array_equal(read["x"], events["x"][kept])
 
 
+def test_labels_may_come_from_a_spreadsheet():
+    text = "\ufeffclass, startTime_usec,endTime_usec,\r\n5.0,1000, 100000,,\r\n,,\r\n"
+    trials = formats.read_trials(text, "l")
+    assert trials == [formats.Trial(4, 1000, 100000)]
+
+
 def hsd_rows(n: int, seed: int):
     rng = np.random.default_rng(seed)
     return [(np.sort(rng.random(50 + i)), rng.integers(0, 700, 50 + i)) for i in range(n)]
@@ -192,6 +198,18 @@ BAD_FILES = {
     "aedat3 truncated": (formats.read_aedat3, write_aedat3(EVENTS)[:-1], "truncated: a packet of 160 bytes"),
     "aedat3 truncated header": (formats.read_aedat3, write_aedat3(EVENTS) + bytes(5), "5 bytes of a packet header"),
     "aedat3 counts": (formats.read_aedat3, AEDAT3 + packet(words_of(EVENTS), capacity=3), "claims 20 of 3"),
+    "aedat3 format": (
+        formats.read_aedat3,
+        AEDAT3.replace(b"#!END", b"#Format: SerializedTS,PNGFrames\r\n#!END") + packet(words_of(EVENTS)),
+        "format SerializedTS,PNGFrames: only RAW packets are read",
+    ),
+    "aedat3 sources": (
+        formats.read_aedat3,
+        write_aedat3(EVENTS) + packet(words_of(EVENTS))[:2] + b"\2\0" + packet(words_of(EVENTS))[4:],
+        "events of 2 sources",
+    ),
+    "labels fraction": (formats.read_trials, TRIALS + "1.5,2,3\n", "line 4"),
+    "labels infinite": (formats.read_trials, TRIALS + "1,2,inf\n", "line 4"),
     "labels header": (formats.read_trials, "class,start\n", "wrong header"),
     "labels empty": (formats.read_trials, TRIALS.splitlines()[0], "no trials"),
     "labels text": (formats.read_trials, TRIALS + "one,2,3\n", "line 4"),

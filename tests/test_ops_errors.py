@@ -8,8 +8,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax.sharding import PartitionSpec
 
 import snnfuse as sf
+from snnfuse import parallel
 
 LIF, PARAMS = sf.LIF(), sf.LIFParams()
 XS = jnp.ones((4, 2, 3))
@@ -117,8 +119,8 @@ BAD = {
     "a layer of snnfuse.nn": (dict(neuron=lambda xs: xs), TypeError, r"neuron must be .*without \['init_state', 'step'\]"),
     "unhashable": (dict(neuron=Unhashable([1])), TypeError, r"neuron must be hashable \(a frozen dataclass of hashable choices\); got Unhashable\(sizes=\[1\]\): unhashable type"),
     "an array for a choice": (dict(neuron=sf.LIF(v_rest=jnp.ones(3))), TypeError, r"neuron must be hashable .*v_rest=Array"),
-    "a surrogate's class": (dict(neuron=sf.LIF(surrogate=sf.ATan)), TypeError, r"(?s)surrogate must be an instance or a function; got the class ATan.*\nin neuron LIF.step"),
-    "a reset's name": (dict(neuron=sf.LIF(reset="hard")), TypeError, r"(?s)'str' object is not callable.*\nin neuron LIF.step"),
+    "a surrogate's class": (dict(neuron=sf.LIF(surrogate=sf.ATan)), TypeError, r"surrogate must be an object such as snnfuse.ATan\(\).*; got <class"),
+    "a reset's name": (dict(neuron=sf.LIF(reset="hard")), TypeError, r"reset must be an object such as snnfuse.SoftReset\(\).*; got 'hard'"),
     "two inputs for one": (dict(xs=(XS, XS)), TypeError, r"in neuron LIF.step.*and x PyTreeDef\(\(\*, \*\)\)"),
     # its init_state
     "init_state of one shape": (with_init(lambda shape: LIF.init_state((1,))), ValueError, r"neuron Custom.init_state must return state.v in float32 of shape \[\*B, N\] = \(2, 3\); got float32\(1,\)"),
@@ -270,3 +272,14 @@ def test_nothing_is_modified(implementation):
         outs, final = sf.unroll(LIF, *arrays, implementation=implementation)
         assert 0.02 < outs.mean() < 0.9 and np.any(final.v != state.v)
         jax.tree.map(np.testing.assert_array_equal, arrays, before)
+
+
+def test_interpret_says_that_it_does_not_run_under_check_vma():
+    mesh, cut = parallel.make_mesh("data=1"), PartitionSpec(None, "data")
+    run = lambda xs: sf.unroll(sf.LIF(), sf.LIFParams(), None, xs, implementation="interpret")[0]
+    under = lambda check: jax.shard_map(run, mesh=mesh, in_specs=cut, out_specs=cut, check_vma=check)(
+        jnp.ones((2, 2, 8))
+    )
+    assert under(False).shape == (2, 2, 8)
+    with pytest.raises(NotImplementedError, match="interpret: .* shard_map with check_vma=True; .*check_vma=False"):
+        under(True)

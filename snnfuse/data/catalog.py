@@ -1,9 +1,11 @@
 """Data sets by name: list them, prepare one, and read it as a random-access source, without TensorFlow."""
 
 import difflib
+import io
 import os
+import sys
 from collections.abc import Sequence
-from contextlib import suppress
+from contextlib import redirect_stdout, suppress
 from importlib import import_module
 from pathlib import Path
 
@@ -78,8 +80,10 @@ def prepare(
         except archives.Missing:
             archives.fetch(archive, manual / name)
     tfds = require("tensorflow_datasets")
+    print(f"preparing {name} in {made.data_dir}", file=sys.stderr)
     try:
-        made.download_and_prepare(download_config=tfds.download.DownloadConfig(manual_dir=str(manual)))
+        with redirect_stdout(io.StringIO()):  # tfds says that it downloads, which it does not
+            made.download_and_prepare(download_config=tfds.download.DownloadConfig(manual_dir=str(manual)))
     except BaseException:
         with suppress(OSError):  # tfds removes its unfinished folder, and leaves an empty one around it
             Path(made.data_dir).parent.rmdir()

@@ -8,6 +8,7 @@ file: they unpack two values where three are returned.)
 import csv
 import io
 import re
+from decimal import Decimal
 from typing import NamedTuple
 
 import numpy as np
@@ -72,7 +73,9 @@ def read_aedat3(data: bytes, name: str) -> Events:
     end = b"#!END-HEADER\r\n"
     if (start := data.find(end)) < 0:
         raise BadSample(name, "no end of the header")
-    at, columns = start + len(end), []
+    if formats := [f for f in re.findall(rb"(?m)^#Format: *([^\r\n]*)", data[:start]) if f.strip() != b"RAW"]:
+        raise BadSample(name, f"format {formats[0].decode(errors='replace')}: only RAW packets are read")
+    at, columns, sources = start + len(end), [], set()
     while at < len(data):
         if len(data) - at < _PACKET.itemsize:
             raise BadSample(name, f"truncated: {len(data) - at} bytes of a packet header at {at}")
@@ -86,10 +89,14 @@ def read_aedat3(data: bytes, name: str) -> Events:
         if head["type"] == 1:
             if size != 8:
                 raise BadSample(name, f"packet before {at} has polarity events of {size} bytes, not 8")
+            if number:
+                sources.add(int(head["source"]))
             words = np.frombuffer(data, "<u4", 2 * number, at).astype(np.int64).reshape(-1, 2)
             words[:, 1] |= int(head["ts_overflow"]) << 31
             columns.append(words[words[:, 0] & 1 == 1])
         at += size * capacity
+    if len(sources) > 1:
+        raise BadSample(name, f"polarity events of {len(sources)} sources, {sorted(sources)}: one camera is read")
     word, t = np.concatenate(columns).T if columns else np.empty((2, 0), np.int64)
     return {"t": t, "x": word >> 17 & 0x7FFF, "y": word >> 2 & 0x7FFF, "p": word >> 1 & 1}
 
@@ -103,14 +110,18 @@ class Trial(NamedTuple):
 
 
 def read_trials(text: str, name: str, classes: int = 11) -> list[Trial]:
-    """DVS128 Gesture's *_labels.csv: class (from 1), startTime_usec, endTime_usec."""
-    header, *rows = list(csv.reader(io.StringIO(text))) or [[]]
-    if [column.strip() for column in header] != ["class", "startTime_usec", "endTime_usec"]:
+    """DVS128 Gesture's *_labels.csv: class (from 1), startTime_usec, endTime_usec.
+
+    A byte-order mark, commas at the end of a line and whole numbers such as 5.0 are what a spreadsheet leaves; they are read.
+    """
+    rows = [[field.strip() for field in row] for row in csv.reader(io.StringIO(text.removeprefix("\ufeff")))]
+    header, *rows = [_without_empty_end(row) for row in rows] or [[]]
+    if header != ["class", "startTime_usec", "endTime_usec"]:
         raise BadSample(name, f"wrong header {header}")
     trials = []
     for number, row in enumerate(filter(None, rows), start=2):
         try:
-            label, start, end = (int(field) for field in row)
+            label, start, end = map(_whole_number, row)
         except ValueError:
             raise BadSample(name, f"line {number} is {row}, not three whole numbers") from None
         if not 1 <= label <= classes or start >= end:
@@ -119,6 +130,17 @@ def read_trials(text: str, name: str, classes: int = 11) -> list[Trial]:
     if not trials:
         raise BadSample(name, "no trials")
     return trials
+
+
+def _without_empty_end(row):
+    while row and not row[-1]:
+        row = row[:-1]
+    return row
+
+
+def _whole_number(text):
+    value = Decimal(text) if re.fullmatch(r"[+-]?\d+(\.0*)?", text) else Decimal("NaN")
+    return int(value)  # ValueError if it is none
 
 
 class Hsd:

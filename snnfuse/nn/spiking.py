@@ -4,6 +4,8 @@ All are called on a sequence: `outs, state = layer(xs)` or `layer(xs, state)`. `
 """
 
 import dataclasses
+import difflib
+import inspect
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from numbers import Real
@@ -20,6 +22,7 @@ from snnfuse.core.neuron import Neuron, PyTree, WithState
 from snnfuse.nn.spikes import differentiable, values
 from snnfuse.nn.temporal import Temporal
 from snnfuse.ops.api import unroll
+from snnfuse.ops.check import check_choice
 
 
 class Fixed(nnx.Variable):
@@ -80,7 +83,7 @@ class Spiking(Temporal):
         out_dtype: Any = None,
         **choices,
     ):
-        self.neuron = _neuron(neuron, choices)
+        self.neuron = _neuron(neuron, choices, type(self))
         self.params_type = type(params)
         self.implementation = implementation
         self.out_dtype = out_dtype
@@ -173,7 +176,7 @@ class LIF(Spiking):
     """
 
     def __init__(self, *, tau=None, decay=None, threshold=1.0, **options):
-        super().__init__(neurons.LIF, neurons.LIFParams(_decay(tau, decay), threshold), **options)
+        super().__init__(neurons.LIF, neurons.LIFParams(_decay(tau, decay, given=options), threshold), **options)
 
 
 class ParametricLIF(Spiking):
@@ -234,7 +237,7 @@ class CubaLIF(Spiking):
     """
 
     def __init__(self, *, tau_syn=None, decay_syn=None, tau=None, decay=None, threshold=1.0, **options):
-        decays = _decay(tau_syn, decay_syn, "_syn"), _decay(tau, decay)
+        decays = _decay(tau_syn, decay_syn, "_syn"), _decay(tau, decay, given=options)
         super().__init__(neurons.CubaLIF, neurons.CubaLIFParams(*decays, threshold), **options)
 
 
@@ -259,7 +262,7 @@ class AdaptiveLIF(Spiking):
     """
 
     def __init__(self, *, tau=None, decay=None, tau_adapt=None, decay_adapt=None, beta=0.2, threshold=1.0, **options):
-        decays = _decay(tau, decay), _decay(tau_adapt, decay_adapt, "_adapt")
+        decays = _decay(tau, decay, given=options), _decay(tau_adapt, decay_adapt, "_adapt")
         super().__init__(neurons.AdaptiveLIF, neurons.AdaptiveLIFParams(*decays, beta, threshold), **options)
 
 
@@ -287,7 +290,9 @@ class ExpIF(Spiking):
     def __init__(self, *, tau=None, decay=None, theta=0.8, delta=1.0, threshold=1.0, **options):
         if not _all(delta, lambda delta: (delta > 0) & np.isfinite(delta)):
             raise ValueError(f"delta must be above 0 and finite; got {delta}")
-        super().__init__(neurons.ExpIF, neurons.ExpIFParams(_decay(tau, decay), theta, delta, threshold), **options)
+        super().__init__(
+            neurons.ExpIF, neurons.ExpIFParams(_decay(tau, decay, given=options), theta, delta, threshold), **options
+        )
 
 
 class Izhikevich(Spiking):
@@ -329,17 +334,47 @@ class LI(Spiking):
     """
 
     def __init__(self, *, tau=None, decay=None, **options):
-        super().__init__(neurons.LI, neurons.LIParams(_decay(tau, decay)), **options)
+        super().__init__(neurons.LI, neurons.LIParams(_decay(tau, decay, given=options)), **options)
 
 
-def _neuron(neuron, choices):
-    fields = [f.name for f in dataclasses.fields(neuron)] if dataclasses.is_dataclass(neuron) else []
-    if not isinstance(neuron, type):
-        fields = []
-    if unknown := [name for name in choices if name not in fields]:
-        name = neuron.__name__ if isinstance(neuron, type) else type(neuron).__name__
-        raise TypeError(f"{name} has no argument or choice {unknown[0]!r}; its choices are {fields}")
+# What other libraries call an argument, and what it is here.
+_OURS = {
+    "beta": "decay",
+    "alpha": "decay_syn",
+    "v_threshold": "threshold",
+    "v_th": "threshold",
+    "thresh": "threshold",
+    "tau_m": "tau",
+    "tau_mem": "tau",
+    "v_reset": "reset=snnfuse.HardReset(v_reset)",
+    "detach_reset": "reset=snnfuse.HardReset(detach=True)",
+    "reset_mechanism": "reset",
+    "spike_grad": "surrogate",
+    "surrogate_function": "surrogate",
+    "learn_beta": "learn='decay'",
+    "learn_threshold": "learn='threshold'",
+}
+
+
+def _neuron(neuron, choices, module):
+    fields = dataclasses.fields(neuron) if isinstance(neuron, type) and dataclasses.is_dataclass(neuron) else ()
+    _known(choices, module, [f.name for f in fields])
+    for name in ("reset", "surrogate"):
+        check_choice(name, choices.get(name))
     return neuron(**choices) if isinstance(neuron, type) else neuron
+
+
+def _known(choices, module, fields):
+    """Raise a TypeError, with a suggestion, at the first choice that is no field of the neuron."""
+    for name in choices:
+        if name not in fields:
+            own = [n for cls in (module, Spiking) for n in inspect.signature(cls.__init__).parameters]
+            names = [
+                n for n in dict.fromkeys([*own, *fields]) if n not in ("self", "neuron", "params", "choices", "options")
+            ]
+            close = _OURS.get(name) or next(iter(difflib.get_close_matches(name, names, n=1)), None)
+            hint = f" (did you mean {close}?)" if close else ""
+            raise TypeError(f"{module.__name__} has no argument {name!r}{hint}; it has {', '.join(names)}")
 
 
 def _check_learn(neuron, params, learn, shape) -> dict[str, str]:
@@ -374,9 +409,13 @@ def _learned(name, value, shape):
         raise ValueError(f"{name} must broadcast to shape {shape}; got {value.shape}") from e
 
 
-def _decay(tau, decay, suffix=""):
+def _decay(tau, decay, suffix="", given=()):
     tau_name, decay_name = "tau" + suffix, "decay" + suffix
     if (tau is None) == (decay is None):
+        if other := next(
+            (f"no argument {name!r} (did you mean {_OURS[name]}?)" for name in given if name in _OURS), None
+        ):
+            raise TypeError(f"there is {other}; give either {tau_name} or {decay_name}")
         raise ValueError(f"give either {tau_name} or {decay_name}; got {tau_name}={tau}, {decay_name}={decay}")
     if decay is None:
         if not _all(tau, lambda tau: tau > 1):

@@ -79,7 +79,8 @@ class Sequential(Temporal):
         if len(before) != len(temporal):
             raise ValueError(f"state must have {len(temporal)} entries, one per Temporal layer; got {len(before)}")
         after = []
-        for layer in self.layers:
+        for i, layer in enumerate(self.layers):
+            _check_features(i, layer, xs)
             if isinstance(layer, Temporal):
                 xs, s = layer(xs, before[len(after)])
                 after.append(s)
@@ -130,6 +131,14 @@ def _fold(layer, xs, *args, **kwargs):
     if bad := [o.shape for o in jax.tree.leaves(outs) if o.shape[:1] != (T * B,)]:
         raise ValueError(f"{_name(layer)} must keep the first axis, T*B = {T * B}; it returned {bad[0]}")
     return jax.tree.map(lambda o: o.reshape(T, B, *o.shape[1:]), outs)
+
+
+def _check_features(i, layer, xs):
+    """Flax's own error about a wrong number of features names no layer."""
+    wanted = getattr(layer, "in_features", getattr(layer, "num_features", None))
+    shapes = [x.shape for x in jax.tree.leaves(values(xs))]
+    if isinstance(wanted, int) and getattr(layer, "axis", -1) == -1 and shapes and shapes[0][-1:] != (wanted,):
+        raise ValueError(f"layer {i}, {_name(layer)}, takes {wanted} features, the last axis; its input is {shapes[0]}")
 
 
 def _name(layer):

@@ -38,6 +38,8 @@ def check_call(neuron, params, state, xs, out_dtype, reuse_cotangents=False):
 def check_neuron(neuron):
     if isinstance(neuron, type):
         raise TypeError(f"neuron must be an instance; got the class {neuron.__name__}: write {neuron.__name__}()")
+    for name in ("reset", "surrogate"):
+        check_choice(name, getattr(neuron, name, None))
     missing = [m for m in ("init_state", "step") if not callable(getattr(neuron, m, None))]
     if missing:
         raise TypeError(f"neuron must be an object with init_state and step; got {neuron!r}, without {missing}")
@@ -45,6 +47,13 @@ def check_neuron(neuron):
         hash(neuron)
     except TypeError as e:
         raise TypeError(f"neuron must be hashable (a frozen dataclass of hashable choices); got {neuron!r}: {e}") from e
+
+
+def check_choice(name, value):
+    """`value` is a reset or a surrogate of a neuron: an object that can be called, not its name or its class."""
+    if value is not None and (isinstance(value, type) or not callable(value)):
+        known = {"reset": "SoftReset() or HardReset()", "surrogate": "ATan() or Sigmoid()"}[name]
+        raise TypeError(f"{name} must be an object such as snnfuse.{known}; got {value!r}")
 
 
 def _array(name, leaf):

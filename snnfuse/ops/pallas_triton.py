@@ -197,6 +197,11 @@ class PallasKernels:
         """Run the kernel. A program owns block i of `lanes` lanes, and with `groups` that of each of as many equal parts of M."""
         M, lanes = self.problem.M, self.blocks.lanes
         varies = jax.typeof(args[-1]).manual_axis_type
+        if self.interpret and varies.varying:
+            raise NotImplementedError(
+                "interpret: the interpreter of Pallas does not run inside of shard_map with check_vma=True; give it "
+                'check_vma=False, or take implementation="scan"'
+            )
         out_shape = [jax.ShapeDtypeStruct(a.shape, a.dtype, manual_axis_type=varies) for a in out_shape]
         whole = lambda a: pl.BlockSpec(a.shape, lambda i: (0,) * len(a.shape))
         block = lambda a: pl.BlockSpec((*a.shape[:-1], lanes), lambda i: (0,) * (len(a.shape) - 1) + (i,))

@@ -16,6 +16,7 @@ from snnfuse.core.neuron import Neuron
 from snnfuse.ops.packing import Packed
 
 Leaves = tuple[jax.Array, ...]
+Closed = Any  # what jax.make_jaxpr returns, with `jaxpr` and `consts`; since JAX 0.12 it has no class of its own
 
 
 @dataclass(frozen=True)
@@ -89,12 +90,12 @@ class Problem:
         return tuple((struct,) * n for n in (len(self.param_shapes), self.num_state, len(self.x_dtypes)))
 
     @lru_cache(maxsize=128)  # noqa: B019  a Problem is a value
-    def step_jaxpr(self, shape) -> jex.ClosedJaxpr:
+    def step_jaxpr(self, shape) -> Closed:
         """(*params, *state, *x) -> (*state, *outs), every leaf of `shape`."""
         return _flat_jaxpr(self.step, *self._structs(shape))
 
     @lru_cache(maxsize=128)  # noqa: B019
-    def pullback_jaxpr(self, shape, wanted_params, wanted_xs, live_outs) -> jex.ClosedJaxpr:
+    def pullback_jaxpr(self, shape, wanted_params, wanted_xs, live_outs) -> Closed:
         """(*params, *state, *x, *d_state, *d_outs) -> (*d_state, *d_params, *d_x), every leaf of `shape`.
 
         The tuples of bools say which outputs have a cotangent, and which gradients are returned. d_state always is.
@@ -112,7 +113,7 @@ class Problem:
 
         return _flat_jaxpr(pullback, params, state, x, state, x[:1] * sum(live_outs))
 
-    def full_pullback_jaxpr(self, shape) -> jex.ClosedJaxpr:
+    def full_pullback_jaxpr(self, shape) -> Closed:
         """The pullback of all outputs to everything."""
         return self.pullback_jaxpr(
             shape, (True,) * len(self.param_shapes), (True,) * len(self.x_dtypes), self.differentiable
@@ -180,14 +181,14 @@ def _mixing(jaxpr, shape) -> str | None:
     return None
 
 
-def _shapeless(closed: jex.ClosedJaxpr):
+def _shapeless(closed: Closed):
     """The equations of a jaxpr without their shapes: primitive names and literal values."""
     return [
         (e.primitive.name, *(float(v.val) for v in e.invars if isinstance(v, jex.Literal))) for e in closed.jaxpr.eqns
     ]
 
 
-def _flat_jaxpr(f, *structs) -> jex.ClosedJaxpr:
+def _flat_jaxpr(f, *structs) -> Closed:
     """The jaxpr of f over flat leaves, with every call inlined and no constants: equations of primitives only."""
     leaves, tree = jax.tree.flatten(structs)
 
@@ -228,7 +229,7 @@ def _evaluate(jaxpr, consts, *args, traceback=None):
             name = eqn.primitive.name
             if name in _CALLS:
                 inner = next(p for k in ("jaxpr", "call_jaxpr", "fun_jaxpr") if (p := eqn.params.get(k)) is not None)
-                inner, inner_consts = (inner.jaxpr, inner.consts) if isinstance(inner, jex.ClosedJaxpr) else (inner, ())
+                inner, inner_consts = getattr(inner, "jaxpr", inner), getattr(inner, "consts", ())
                 results = _evaluate(inner, [_scalar(c) for c in inner_consts], *values, traceback=here)
             elif name == "add_any":  # a sum of cotangents; not every kernel compiler has this primitive
                 results = [values[0] + values[1]]
