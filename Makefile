@@ -1,6 +1,7 @@
 # make demo        set up an environment and train the default network
 # make test        set up and run all tests, 15 to 25 minutes on two cores; `make test TESTS=tests/test_core.py` runs a part
 # make test-fast   the tests of core, ops and nn on small shapes, a few minutes on two cores
+# make fuzz        many random calls of every public function, 15 minutes; FUZZ=100 for fewer
 # make test-gpu    the tests that need a GPU
 # make lint        style and format; `ruff format .` mends the format
 # make bench       the core benchmark; it needs a GPU
@@ -13,18 +14,22 @@ BIN := $(VENV)/bin
 TESTS ?= tests
 FAST := core ops_contract ops_errors ops_implementations ops_packing nn # the tests of kernels and transforms take longer
 
-.PHONY: demo test test-fast test-gpu bench bench-compare report docs lint clean
+.PHONY: demo test test-fast fuzz test-gpu bench bench-compare report docs lint clean
 
 demo: $(VENV)/train
 	$(BIN)/python experiments/train.py
 
 # These tests run on the CPU, also on a machine with a GPU; tests/conftest.py makes XLA compile faster there.
-test test-fast: export JAX_PLATFORMS := cpu
+test test-fast fuzz: export JAX_PLATFORMS := cpu
 test: $(VENV)/dev
 	$(BIN)/python -m pytest $(TESTS) -n auto -m "not gpu"
 
 test-fast: $(VENV)/dev
 	$(BIN)/python -m pytest $(FAST:%=tests/test_%.py) -n auto -m "not gpu"
+
+fuzz: export SNNFUSE_FUZZ := $(or $(FUZZ),1000)
+fuzz: $(VENV)/dev
+	$(BIN)/python -m pytest tests/test_fuzz.py -n auto
 
 test-gpu: $(VENV)/dev
 	XLA_PYTHON_CLIENT_PREALLOCATE=false $(BIN)/python -m pytest $(TESTS) -n 8 -m gpu
