@@ -364,6 +364,58 @@ def test_ours_in_sinabs():
     np.testing.assert_allclose(got.reshape(xs.shape[1], -1, 3).swapaxes(0, 1), model(xs)[0], atol=1e-5)
 
 
+# Loops.
+
+
+def loop_of(kind, bias):
+    """A recurrent neuron in a subgraph, as snnTorch exports it, between two layers; and its own nodes."""
+    fields = dict(v_threshold=np.full(6, 0.9), v_leak=np.zeros(6), r=np.linspace(1, 2, 6), v_reset=np.zeros(6))
+    if kind == "LIF":
+        neuron = nir.LIF(tau=np.full(6, 1.5), **fields)
+    else:
+        neuron = nir.CubaLIF(tau_syn=np.full(6, 1.0), tau_mem=np.full(6, 1.5), w_in=np.full(6, 1.5), **fields)
+    draw = np.random.default_rng(3)
+    w = draw.integers(-64, 65, (6, 6)) / 64
+    back = nir.Affine(w, draw.normal(size=6) / 4) if bias else nir.Linear(w)
+    nodes = {"input": nir.Input([6]), "lif": neuron, "w_rec": back, "output": nir.Output([6])}
+    edges = [("input", "lif"), ("lif", "w_rec"), ("w_rec", "lif"), ("lif", "output")]
+    inner = nir.NIRGraph(nodes, edges, type_check=False)
+    outer = {"in": nir.Input([6]), "rnn": inner, "out": nir.Output([6])}
+    return nir.NIRGraph(outer, [("in", "rnn"), ("rnn", "out")], type_check=False), neuron, back
+
+
+def loop_by_the_book(node, back, xs, dt):
+    """`step_by_the_book` for a neuron with feedback, one step at a time on all that it was fed before."""
+    fed, s = [], np.zeros(xs.shape[1:])
+    for x in xs.astype(np.float64):
+        fed.append(x + s @ back.weight.T + getattr(back, "bias", 0))
+        s = step_by_the_book(node, np.stack(fed), dt)[-1]
+    return step_by_the_book(node, np.stack(fed), dt)
+
+
+@pytest.mark.parametrize("bias", [False, True])
+@pytest.mark.parametrize("kind", ["LIF", "CubaLIF"])
+def test_a_loop_is_a_recurrent_layer_there_and_back(kind, bias):
+    graph, node, back = loop_of(kind, bias)
+    xs, dialect = np.asarray(inputs(6)), dataclasses.replace(interop.NIR, dt=0.5)
+    model = interop.from_nir(graph, dialect)
+    want = loop_by_the_book(node, back, xs, 0.5)
+    got, _ = model(xs)
+    assert_fires(want, high=0.6)
+    assert_same_spikes(got, want)
+    again = interop.from_nir(interop.to_nir(model, (6,), dialect), dialect)
+    assert_same_spikes(again(xs)[0], want)
+
+
+def test_heads_and_a_mask_are_written_as_one_weight():
+    layer = nn.Recurrent(nn.LIF(tau=2.0), 6, heads=2, self_connections=False, rngs=nnx.Rngs(0))
+    graph = interop.to_nir(nn.Sequential(layer), (6,))
+    weight = next(node.weight for node in graph.nodes.values() if isinstance(node, nir.Linear))
+    assert np.all(np.diag(weight) == 0) and np.all(weight[:3, 3:] == 0) and np.any(weight[:3, :3] != 0)
+    xs = inputs(6)
+    assert_same_spikes(interop.from_nir(graph, interop.NIR)(xs)[0], layer(xs)[0])
+
+
 # What cannot be.
 
 
@@ -379,8 +431,8 @@ def uneven(**change):
 
 
 def recurrent():
-    graph = graph_of(lif=uneven(), w=nir.Linear(np.eye(2)))
-    graph.edges.append(("w", "lif"))
+    graph = graph_of(lif=uneven(), w=nir.Linear(np.eye(2)), more=nir.Linear(np.eye(2)))
+    graph.edges.append(("more", "lif"))
     return graph
 
 
@@ -399,7 +451,7 @@ def edited(edges=(), without=(), **nodes):
         (
             recurrent(),
             NotImplementedError,
-            r"recurrent connections are not supported; got (lif -> w -> lif|w -> lif -> w)",
+            r"a loop must go from an IF, LIF or CubaLIF through one Linear or Affine back to it; got (.* -> )*(more -> w|w -> more)",
         ),
         (
             graph_of(lif=uneven(v_leak=np.arange(2.0))),

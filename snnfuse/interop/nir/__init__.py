@@ -25,6 +25,9 @@ With u the membrane before and v after the reset, a node steps as
     IF, I    u[t] = v[t-1] + dt r x[t]
     spike    s[t] = u[t] > v_threshold;   v[t] = (1 - s[t]) u[t] + s[t] v_reset
 
+A neuron whose spikes go through a Linear or Affine back to itself is a `snnfuse.nn.Recurrent`: x[t] is what comes in, plus
+W s[t-1] + b, with s[0] = 0.
+
 from i = 0, v = v_leak (IF, I: 0). Pedersen et al. 2024, https://doi.org/10.1038/s41467-024-52259-9. Extra `nir`.
 
 Layout. NIR's signals are [C, H, W], [C, L] or [N]; here [T, B, H, W, C], [T, B, L, C] or [T, B, N]. Weights and parameters
@@ -33,7 +36,7 @@ those after `snnfuse.nn.flatten`.
 """
 
 from snnfuse.interop.nir.dialect import NIR, NORSE, SINABS, SNNTORCH, SPIKINGJELLY, Dialect
-from snnfuse.interop.nir.layers import Flatten, Graph, Pool, Scale, Threshold
+from snnfuse.interop.nir.layers import Flatten, Graph, Pool, Scale, Shift, Threshold
 from snnfuse.interop.nir.reading import from_nir
 from snnfuse.interop.nir.writing import to_nir
 
@@ -48,6 +51,7 @@ __all__ = [
     "Graph",
     "Pool",
     "Scale",
+    "Shift",
     "Threshold",
     "from_nir",
     "to_nir",

@@ -59,6 +59,16 @@ class Graph(nn.Temporal):
         return _sum(made, self.sources[-1]), tuple(after)
 
 
+class Shift(nnx.Module):
+    """x plus a constant: the bias of a recurrent Affine, which every step adds."""
+
+    def __init__(self, shift: Any):
+        self.shift = nnx.Param(jnp.asarray(shift, jnp.float32))
+
+    def __call__(self, x: Array) -> Array:
+        return x + self.shift[...].astype(x.dtype)
+
+
 class Scale(nnx.Module):
     """x * scale, elementwise; `scale` broadcasts against [*B, N] from the right."""
 

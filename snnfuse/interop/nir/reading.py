@@ -17,15 +17,16 @@ from snnfuse.core.reset import HardReset, SoftReset
 from snnfuse.core.surrogate import ATan, Surrogate
 from snnfuse.interop import snntorch
 from snnfuse.interop.nir.dialect import Dialect, require
-from snnfuse.interop.nir.layers import Flatten, Graph, Pool, Scale, Threshold, chain
+from snnfuse.interop.nir.layers import Flatten, Graph, Pool, Scale, Shift, Threshold, chain
 
 
 def from_nir(graph: Any, dialect: Dialect, *, surrogate: Surrogate = ATan()) -> nn.Temporal:  # noqa: B008
     """The model of a NIR graph: a `snnfuse.nn.Sequential`, or a `Graph` where connections skip.
 
     Args:
-      graph: a `nir.NIRGraph`, or the path of a .nir file; feed-forward, with one Input and one Output. Edges into one
-        node are summed. Subgraphs are opened.
+      graph: a `nir.NIRGraph`, or the path of a .nir file, with one Input and one Output. Edges into one node are summed.
+        Subgraphs are opened. A loop may go from an IF, LIF or CubaLIF through one Linear or Affine back to it: that is a
+        `snnfuse.nn.Recurrent`. Other loops are refused.
       dialect: how its neurons step: `SNNTORCH`, `SPIKINGJELLY`, `NORSE` or `SINABS`, the exporter that wrote it; or `NIR` or a
         `Dialect(dt=...)`. It has no default: a file holds no dt, and with a wrong one a network may never spike.
       surrogate: of every spiking layer.
@@ -52,11 +53,18 @@ def from_nir(graph: Any, dialect: Dialect, *, surrogate: Surrogate = ATan()) -> 
     for name, node in nodes.items():
         _check_finite(name, node)
         _warn_if_silent(name, node, [nodes[a] for a in before[name]], dialect)
+    loops = _loops(nir, nodes, before)
+    for neuron, w in loops.items():
+        before[neuron].remove(w)
+        del before[w]
+    edges = [(a, b) for a, b in edges if a in before and b in before]
     try:
         order = list(TopologicalSorter(before).static_order())
     except CycleError as error:
         loop = " -> ".join(reversed(error.args[1]))
-        raise NotImplementedError(f"graph: recurrent connections are not supported; got {loop}") from None
+        raise NotImplementedError(
+            f"graph: a loop must go from an IF, LIF or CubaLIF through one Linear or Affine back to it; got {loop}"
+        ) from None
     layers, sources, made = [], [], {entry: (-1,)}
     for name in order:
         came = tuple(i for a in before[name] for i in made[a]) if name != entry else (-1,)
@@ -65,7 +73,10 @@ def from_nir(graph: Any, dialect: Dialect, *, surrogate: Surrogate = ATan()) -> 
         if isinstance(nodes[name], nir.Input | nir.Output):
             made[name] = came
             continue
-        for layer in _layers(name, nodes[name], dialect, surrogate):
+        made_here = _layers(name, nodes[name], dialect, surrogate)
+        if name in loops:
+            made_here = _recurrent(loops[name], nodes[loops[name]], made_here)
+        for layer in made_here:
             layers.append(layer)
             sources.append(came)
             came = (len(layers) - 1,)
@@ -74,6 +85,29 @@ def from_nir(graph: Any, dialect: Dialect, *, surrogate: Surrogate = ATan()) -> 
     if sources == chain(layers):
         return nn.Sequential(*layers)
     return Graph(layers, sources)
+
+
+def _loops(nir, nodes, before):
+    """{neuron: the Linear or Affine through which its spikes come back to it}."""
+    after = {name: [b for b in nodes if name in before[b]] for name in nodes}
+    linear = [name for name, node in nodes.items() if isinstance(node, nir.Linear | nir.Affine)]
+    around = {before[w][0]: w for w in linear if len(before[w]) == 1 and before[w] == after[w]}
+    return {a: w for a, w in around.items() if isinstance(nodes[a], nir.IF | nir.LIF | nir.CubaLIF)}
+
+
+def _recurrent(name, node, layers):
+    """The layers of a neuron, with the feedback through `node`. A `Scale` before the neuron also scales what comes back."""
+    *scales, neuron = layers
+    weight, gain = _float32(node.weight), 1.0
+    for scale in scales:
+        gain = gain * np.asarray(scale.scale[...])
+    if weight.ndim != 2 or weight.shape[0] != weight.shape[1]:
+        raise ValueError(f"node {name!r}: the weight of a loop must be [N, N]; got shape {weight.shape}")
+    bias = getattr(node, "bias", None)
+    shifts = [] if bias is None or not np.any(bias) else [Shift(gain * _float32(bias))]
+    layer = nn.Recurrent(neuron, len(weight), rngs=nnx.Rngs(0))
+    layer.weight[...] = jnp.asarray(weight.T * gain, jnp.float32)
+    return [*scales, *shifts, layer]
 
 
 def _read(nir, path):

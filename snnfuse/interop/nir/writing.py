@@ -16,7 +16,7 @@ from snnfuse.core import neurons
 from snnfuse.core.reset import HardReset, SoftReset
 from snnfuse.interop import snntorch
 from snnfuse.interop.nir.dialect import NIR, Dialect, require
-from snnfuse.interop.nir.layers import Flatten, Graph, Pool, Scale, Threshold
+from snnfuse.interop.nir.layers import Flatten, Graph, Pool, Scale, Shift, Threshold
 from snnfuse.models.resnet import Residual
 from snnfuse.ops.packing import Packed
 
@@ -26,7 +26,7 @@ def to_nir(model: nn.Temporal, input_shape: Sequence[int], dialect: Dialect = NI
 
     Args:
       model: a `snnfuse.nn.Sequential`, `Graph` or `snnfuse.models.Residual` ("sum", "add"), nested at will, of Linear and Conv
-        (of nnx, 1d and 2d, and of snnfuse.nn), IF, LIF, ParametricLIF, CubaLIF, LI, NormSpiking, `snnfuse.nn.flatten` and
+        (of nnx, 1d and 2d, and of snnfuse.nn), IF, LIF, ParametricLIF, CubaLIF, LI, Recurrent, NormSpiking, `snnfuse.nn.flatten` and
         `mean_pool`, partial(nnx.avg_pool, ...), the layers of this package, and a BatchNorm right after a Conv or Linear,
         whose weights take it in.
       input_shape: of one sample in one step, channels last: (H, W, C), (L, C) or (N,).
@@ -70,6 +70,10 @@ def to_nir(model: nn.Temporal, input_shape: Sequence[int], dialect: Dialect = NI
         node.input_type, node.output_type = {"input": _shape(signal.shape)}, {"output": _shape(shape)}
         nodes[name] = node
         edges += [(s.name, name) for s in came]
+        if isinstance(layer, nn.Recurrent):
+            back = f"{name}_back"
+            nodes[back] = _feedback_node(nir, layer, order)
+            edges += [(name, back), (back, name)]
         at[i] = _Signal(name, shape, order)
     came = [at[s] for s in sources[-1]]
     _check_same(came, "the output")
@@ -141,6 +145,11 @@ def _node(nir, layer, signal, dialect, where):
     shape, order = signal.shape, signal.order
     if isinstance(layer, nn.Spiking):
         return _neuron_node(nir, layer, signal, dialect, where), order
+    if isinstance(layer, nn.Recurrent):
+        return _neuron_node(nir, layer.neuron, signal, dialect, where), order
+    if isinstance(layer, Shift):
+        shift = _nir_layout(layer.shift[...], signal)
+        return nir.Affine(np.eye(len(shift), dtype=np.float32), shift), order
     if isinstance(layer, nnx.Linear):
         return _linear_node(nir, layer, signal, where), None
     if isinstance(layer, Scale):
@@ -217,6 +226,15 @@ def _above(threshold, dialect):
     """The float32 threshold for `fires`, such that it fires where ours, at or above, does."""
     threshold = np.asarray(threshold, np.float32)
     return np.nextafter(threshold, np.float32(-np.inf)) if dialect.fires == ">" else threshold
+
+
+def _feedback_node(nir, layer, order):
+    weight = layer.weight[...] if layer.mask is None else layer.weight[...] * layer.mask[...]
+    weight = np.array(weight if weight.ndim == 2 else jax.scipy.linalg.block_diag(*weight), np.float32).T
+    if order is not None:
+        ours, weight = weight, np.empty_like(weight)
+        weight[np.ix_(order, order)] = ours
+    return nir.Linear(np.ascontiguousarray(weight))
 
 
 def _linear_node(nir, layer, signal, where):
