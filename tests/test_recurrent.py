@@ -19,6 +19,7 @@ from test_ops_triton import structs, to_ptx
 
 import snnfuse as sf
 from snnfuse import nn
+from snnfuse.nn import monitor
 from snnfuse.nn.recurrent import Recurrent
 from snnfuse.ops import recurrent, recurrent_triton, triton
 from snnfuse.ops.recurrent import RecurrentState, unroll_recurrent
@@ -149,6 +150,18 @@ def test_the_module_trains_its_weight_and_keeps_removed_connections_out(heads):
     grads = nnx.grad(lambda layer: jnp.square(layer(xs)[0]).sum())(layer)
     d = grads.weight[...].reshape(heads, 12 // heads, 12 // heads)
     assert np.all(np.asarray(jnp.diagonal(d, axis1=1, axis2=2)) == 0) and float(jnp.abs(d).max()) > 0
+
+
+def test_a_monitor_records_a_recurrent_layer_and_counts_what_feeds_back():
+    layer = Recurrent(nn.LIF(tau=2.0), 12, heads=3, rngs=nnx.Rngs(0))
+    model, xs = nn.Sequential(lambda x: 2 * x, layer), make("lif", T=9, lanes=LANES).xs
+    (outs, _), spikes = monitor.record(model, xs)
+    assert list(spikes) == ["layers.1"]
+    assert_fires(outs)
+    assert_same_spikes(spikes["layers.1"], outs)
+    states = monitor.record(model, xs, what="state")[1]["layers.1"]
+    assert_close(states.v[-1], model(xs)[1][0].neuron.v, 1e-6)
+    assert monitor.operations(model, xs) == {"layers.1": monitor.Operations(acs=4 * int(outs[:-1].sum()))}
 
 
 def test_the_module_refuses_what_does_not_fit():

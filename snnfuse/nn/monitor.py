@@ -18,6 +18,7 @@ from jax import Array
 from snnfuse.core import neurons
 from snnfuse.core.compose import Twice
 from snnfuse.core.neuron import PyTree, WithState
+from snnfuse.nn.recurrent import Recurrent
 from snnfuse.nn.spikes import values
 from snnfuse.nn.spiking import Spiking
 from snnfuse.nn.temporal import Remat
@@ -32,7 +33,7 @@ def record(
     """Call `model(*args, **kwargs)` and record its neurons: (what the model returned, {path: record}).
 
     Args:
-      layers: paths of the `Spiking` layers to record. None records all of them, except `LI` for "spikes", which never spikes.
+      layers: paths of the `Spiking` and `Recurrent` layers to record. None records all of them, except `LI` for "spikes", which never spikes.
       what: "spikes" records the outputs [T, *B, N] of a layer; "state" records its states after every step, a tree of
         float32 [T, *B, N] (`.v` is the membrane after the reset).
 
@@ -45,7 +46,9 @@ def record(
     if what not in ("spikes", "state"):
         raise ValueError(f"what must be 'spikes' or 'state'; got {what!r}")
     copy = _copy(model)
-    found = _layers(copy, Spiking)
+    found = _layers(copy, Spiking | Recurrent)
+    inside = {f"{path}.neuron" for path, m in found.items() if isinstance(m, Recurrent)}
+    found = {path: m for path, m in found.items() if path not in inside}
     if layers is None:
         layers = [p for p, m in found.items() if what == "state" or not isinstance(m.neuron, neurons.LI)]
     elif isinstance(layers, str) or (unknown := [path for path in layers if path not in found]):
@@ -93,11 +96,12 @@ class Operations(NamedTuple):
 
 
 def operations(model: nnx.Module, *args: Any, **kwargs: Any) -> dict[str, Operations]:
-    """{path: operations} of every Linear and Conv, from flax.nnx or snnfuse.nn, in one call of `model(*args, **kwargs)`.
+    """{path: operations} of every Linear, Conv and Recurrent in one call of `model(*args, **kwargs)`.
 
     If the input of a layer holds only 0 and 1, its spikes are counted; any other input counts as dense. The fan-out of an
     input is the number of products that the layer makes from it, exact at the borders of a convolution too. Products of
-    two activations, as in a `SelfAttention`, are not counted.
+    two activations, as in a `SelfAttention`, are not counted. Of a `Recurrent`, the products that feed back are counted; a
+    connection that its mask removes counts too.
 
     Raises:
       ValueError: it is called under `jax.jit` or another transform, where there are no values to count.
@@ -107,6 +111,9 @@ def operations(model: nnx.Module, *args: Any, **kwargs: Any) -> dict[str, Operat
     for path, layer in _layers(copy, nnx.Linear | nnx.Conv).items():
         counts[path] = []
         _intercept(layer, _counting(layer, counts[path].append))
+    for path, layer in _layers(copy, Recurrent).items():
+        counts[path] = []
+        layer.unroll = _counting_feedback(layer.unroll, layer.weight.shape[-1], counts[path].append)
     copy(*args, **kwargs)
     return {path: Operations(*map(sum, zip((0, 0), *calls, strict=True))) for path, calls in counts.items()}
 
@@ -157,6 +164,32 @@ def _recording(unroll: Callable, what: str, keep: Callable) -> Callable:
     return spikes if what == "spikes" else states
 
 
+def _counting_feedback(unroll: Callable, fan_out: int, keep: Callable) -> Callable:
+    """The `unroll` of a recurrent layer, which also passes (acs, macs) of the product with its weight to `keep`."""
+
+    def counted(neuron, params, state, xs, *, out_dtype=None, **options):
+        outs, final = unroll(neuron, params, state, xs, out_dtype=out_dtype, **options)
+        first = jax.tree.leaves(xs)[0]
+        fed = unpack(outs, len(first), jnp.float32) if isinstance(out_dtype, Packed) else outs
+        _refuse_tracer(fed)
+        fed = [fed[:-1].astype(jnp.float32), *([] if state is None else [state.fed[None]])]
+        rows = jnp.concatenate(fed).astype(jnp.float32)
+        if bool(jnp.all((rows == 0) | (rows == 1))):
+            keep((int(np.asarray(rows, np.float64).sum()) * fan_out, 0))
+        else:
+            keep((0, first.size * fan_out))
+        return outs, final
+
+    return counted
+
+
+def _refuse_tracer(*arrays):
+    if any(isinstance(a, jax.core.Tracer) for a in arrays):
+        raise ValueError(
+            "operations must be called outside of jax.jit and other transforms: it counts values; got a tracer"
+        )
+
+
 def _counting(layer: nnx.Module, keep: Callable) -> Callable:
     """Passes (acs, macs) of each call to `keep`. With weights of 1, the fan-out is the gradient of the sum of all outputs."""
     ones = nnx.clone(layer)
@@ -166,10 +199,7 @@ def _counting(layer: nnx.Module, keep: Callable) -> Callable:
 
     def counted(call, x, *args, **kwargs):
         sample = jnp.zeros((1, *values(x).shape[-axes:]))
-        if isinstance(values(x), jax.core.Tracer) or isinstance(sample, jax.core.Tracer):
-            raise ValueError(
-                "operations must be called outside of jax.jit and other transforms: it counts values; got a tracer"
-            )
+        _refuse_tracer(values(x), sample)
         fan_out = np.asarray(jax.grad(lambda x: ones(x).sum())(sample), np.float64).round().ravel()
         rows = values(x).reshape(-1, fan_out.size).astype(jnp.float32)
         if bool(jnp.all((rows == 0) | (rows == 1))):

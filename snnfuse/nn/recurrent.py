@@ -1,5 +1,7 @@
 """A recurrent layer: neurons whose spikes are part of their own input at the next step."""
 
+from functools import partial
+
 import jax
 import jax.numpy as jnp
 from flax import nnx
@@ -58,6 +60,8 @@ class Recurrent(Temporal):
         self.weight = nnx.Param(blocks(jax.random.split(rngs.params(), heads)).reshape(shape))
         self.mask = _mask(mask, self_connections, shape)
 
+    unroll = staticmethod(partial(unroll_recurrent))  # this runs the layer; a monitor replaces it
+
     def init_state(self, xs: Array) -> RecurrentState:
         return RecurrentState(self.neuron.init_state(xs), jnp.zeros(values(xs).shape[1:], jnp.float32))
 
@@ -65,12 +69,12 @@ class Recurrent(Temporal):
         weight = self.weight[...] if self.mask is None else self.weight[...] * self.mask[...]
         inputs = self.neuron.params, state, values(xs), weight
         params, state, xs, weight = differentiable(self.neuron.out_dtype, inputs)
-        return unroll_recurrent(
+        return self.unroll(
             self.neuron.neuron,
             params,
             state,
             xs,
-            weight,
+            weight=weight,
             precision=self.precision,
             implementation=self.neuron.implementation,
             out_dtype=self.neuron.out_dtype,
