@@ -391,3 +391,21 @@ def test_a_spiking_network_learns_from_data_on_the_device():
 
     losses = train_step.scan(model, optimizer, data, steps=30)
     assert losses[-3:].mean() < 0.5 * losses[0]
+
+
+def test_a_restored_model_and_fresh_data_compile_once():
+    """Results are committed to the device if any argument is: else the second call would compile again."""
+    model = nnx.Linear(2, 3, rngs=nnx.Rngs(0))
+    restored = {name: jax.device_put(x, jax.devices()[0]) for name, x in training.to_arrays(model).items()}
+    training.from_arrays(restored, model)
+    data, traced = training.DeviceData((np.ones((4, 2), np.float32),), batch=2), []
+
+    @training.compiled_step
+    def step(model, data):
+        traced.append(1)
+        return model(data.next()[0][0]).sum()
+
+    for _ in range(3):
+        step(model, data)
+    (program,) = step.programs.values()
+    assert program.one._cache_size() == 1 and len(traced) == 1

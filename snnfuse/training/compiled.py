@@ -190,7 +190,7 @@ class _Binding:
         """The variables' arrays, ready to be donated."""
         arrays = list(map(_array_of, self.variables))
         if not all(map(operator.is_, arrays, self.arrays)):  # some come from elsewhere
-            commit = any(getattr(x, "committed", False) for x in jax.tree.leaves((args, kwargs)))
+            commit = any(getattr(x, "committed", False) for x in [*arrays, *jax.tree.leaves((args, kwargs))])
             arrays = [
                 now if now is last else self.program.place(now, name, commit)
                 for now, last, name in zip(arrays, self.arrays, self.program.names, strict=True)
