@@ -138,7 +138,7 @@ def spikes_of(name, implementation):
 
 
 def timed_compile(f, *args):
-    """(f compiled, seconds); what was compiled before is forgotten first."""
+    """(f compiled, seconds). It clears the caches of compiled programs first."""
     jax.clear_caches()
     triton.kernel.cache_clear()
     start = time.perf_counter()

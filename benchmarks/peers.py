@@ -153,7 +153,7 @@ KINDS = dict(lif=lif, linear=linear, shd=shd)
 
 
 def reference(task, dtype, neuron):
-    """What `lax.scan` gives on this device with the neuron of that name; gradients of one lane in `stride`."""
+    """The results of `lax.scan` on this device with the neuron of that name. Only each `stride`-th lane's gradient is kept."""
     import jax
 
     ours, side = opened("snnfuse")

@@ -164,7 +164,7 @@ def verdict(ours, others):
 
 
 def resnet18_layers(size=28, channels=3):
-    """What the cost model sees: the 17 convolutions with the neurons behind each; the stem halves the size twice."""
+    """The layers for the cost model: 17 convolutions, each with its neurons. The stem halves the size twice."""
     size = -(-size // 2)
     layers = [LayerCost(64 * size**2, 2 * 49 * channels * 64 * size**2, 49 * channels * 64)]
     size, before = -(-size // 2), 64
@@ -181,7 +181,7 @@ MODELLED |= {"lif-stack": ([LayerCost(neurons=8192, flops=0, weights=1, normalis
 
 
 def predicted(r):
-    """What the cost model says about a row, and how far off it is."""
+    """The time that the cost model predicts for a row, and its error."""
     if r["case"] not in MODELLED or r["status"] != "ok":
         return "-"
     layers, itemsize = MODELLED[r["case"]]

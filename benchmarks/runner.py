@@ -1,8 +1,8 @@
-"""Runs the cases of a question and stores what they gave as rows.
+"""Run the cases of a question, and store their results as rows.
 
 A script asks a question. It lists `Case`s; each has the fields that name its row and the function that measures the rest.
 `main` runs them and appends one row per case to results/<question>.jsonl. A case that fails also gives a row, with the
-error as its `status`; report.py refuses failed rows that it does not expect, so a failure cannot go unnoticed.
+error as its `status`. report.py fails if a failed row is not expected, so every failure is seen.
 
 A row is one line of JSON:
 
@@ -89,8 +89,8 @@ def identity(row: dict) -> tuple:
 def time_ms(call, wait, *, repeats=7, seconds=0.05, agree=int):
     """(median, lower quartile, upper quartile) of the milliseconds of `call()`, which must be compiled already.
 
-    Calls are started one after another and `wait(result)` waits for them once, so the device stays busy unless Python is
-    too slow for it. `agree` lets several processes make the same number of calls.
+    Several calls start without waiting, and `wait(result)` waits once at the end. So the device stays busy, unless Python
+    starts calls too slowly. `agree` lets several processes make the same number of calls.
     """
     wait(call())
     start = time.perf_counter()
@@ -136,7 +136,7 @@ def _rounded(value):
 
 
 def measured(measure, args) -> dict:
-    """What `measure` found, with the device and the versions of the process that it ran in."""
+    """The results of `measure`, with the device and the versions of the process that ran it."""
     try:
         row = dict(status="ok") | measure(*args)
     except Exception as e:  # a failure is a row

@@ -1,4 +1,4 @@
-"""How results are compared: spikes must be equal; the largest error of numbers must be small against the reference."""
+"""Compare results: spikes must be equal, and the largest error of a number must be small beside the largest reference value."""
 
 import jax
 import numpy as np

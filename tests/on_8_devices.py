@@ -95,7 +95,7 @@ def test_jit_splits_lanes_without_moving_them(name, implementation, spec, kind):
     largest = max(p.size for p in jax.tree.leaves(case.params))
     for operation, shape in collectives(
         compiled
-    ):  # gradients of params, and nothing else; explicit ones end replicated
+    ):  # only gradients of params may move; with explicit axes they end replicated
         assert math.prod(shape) <= largest, (operation, shape)
         assert operation == "all-reduce" or kind == EXPLICIT, (operation, shape)
     (outs, _), (_, _, d_xs) = got
@@ -104,7 +104,7 @@ def test_jit_splits_lanes_without_moving_them(name, implementation, spec, kind):
 
 
 def test_shard_map_with_its_checks():
-    """Under JAX's own `shard_map`, which types what varies, the gradient of a shared parameter is summed by JAX."""
+    """JAX's own `shard_map` tracks which values vary over devices, and sums the gradient of a shared parameter itself."""
     case = cases.make("lif", T=6, lanes=(8, 16))
     loss = lambda decay, xs: sf.unroll(case.neuron, sf.LIFParams(decay), None, xs, implementation="scan")[0].mean()
     step = lambda decay, xs: jax.value_and_grad(lambda d: jax.lax.pmean(loss(d, xs), "data"))(decay)
@@ -266,7 +266,7 @@ def test_data_parallel_moves_the_gradients_once():
 
 
 def test_time_over_devices_moves_the_states_and_nothing_of_size_T():
-    """T is 32 times the rest here, so that whatever has a time axis would stand out."""
+    """T is 32 times as long as every other axis, so an array with a time axis would be seen by its size."""
     step, state = on_mesh("time=4")
     moved = collectives(step.lower(state, images(T=512)).compile())
     params = sum(p.size for p in jax.tree.leaves(nnx.filter_state(state, nnx.Param)))
@@ -279,7 +279,7 @@ def test_time_over_devices_moves_the_states_and_nothing_of_size_T():
 
 
 def test_time_over_devices_divides_the_memory():
-    """What lets T outgrow one device: the temporaries of a step, with T = 512, on a quarter of the time."""
+    """Each of four devices holds a quarter of the temporary arrays of a step with T = 512, so longer sequences fit."""
     T, mib = 512, 2**20
     xs, labels = images(T=T)
     graphdef, state = network()
@@ -328,7 +328,7 @@ def test_time_over_devices_is_unroll(name, lanes, G, implementation):
 
 
 def test_time_over_devices_in_a_shard_map_with_its_checks():
-    """Which the interpreter of Pallas does not pass."""
+    """The checks of `shard_map` are on. The interpreter of Pallas does not pass them, so scan runs."""
     case = cases.make("adaptive", T=16, lanes=(8, 3))
     args = case.params, case.state, case.xs
     scan = partial(sf.unroll, case.neuron, implementation="scan")
@@ -340,7 +340,7 @@ def test_time_over_devices_in_a_shard_map_with_its_checks():
 @pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
 @pytest.mark.parametrize("used", ["outputs", "final state"])
 def test_time_over_devices_of_what_is_used(used, implementation):
-    """From the neuron's own state, with numbers for parameters, and only the outputs or the final state in the loss."""
+    """The first state is the neuron's own, the parameters are numbers, and the loss uses only the outputs or the final state."""
     case = cases.make("lif", T=16, lanes=(8, 5))
     read = lambda out: out[used == "final state"]
     run = lambda unroll, xs: read(unroll(sf.LIFParams(0.7, 1.0), None, xs))
@@ -353,7 +353,7 @@ def test_time_over_devices_of_what_is_used(used, implementation):
 
 @pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
 def test_packed_spikes_over_time(implementation):
-    """Beside the spikes as numbers, which carry the gradient."""
+    """Packed spikes are compared beside the spikes as numbers, which carry the gradient."""
     case = cases.make("lif", T=32, lanes=(8, 5))
     neuron, out_dtype = Twice(case.neuron), (jnp.float32, sf.Packed(8))
     run = lambda unroll, *args: (lambda outs, final: ((outs[0], final), outs[1]))(*unroll(*args))
@@ -384,7 +384,7 @@ def test_time_over_devices_is_bit_equal_where_nothing_is_reduced():
 @pytest.mark.parametrize("last, piece, sums", [(1, 1, 4), (24, 2**26, 2), (2**22, 2**26, 1)])
 @pytest.mark.parametrize("n, moved_by", [(8, "psum"), (2, "ppermute")])
 def test_mean_joins_and_changes_nothing(n, moved_by, last, piece, sums, monkeypatch):
-    """Neither the values, one NaN among them, nor the dtypes; of float32 as many sums are left as there are pieces."""
+    """Values (one is NaN) and dtypes stay the same. The float32 leaves are summed in as many collectives as there are pieces."""
     monkeypatch.setattr(parallel.step, "LAST", last)
     monkeypatch.setattr(parallel.step, "PIECE", piece)
     draw = lambda i, shape: jax.random.normal(jax.random.key(i), (n, *shape))
@@ -408,7 +408,7 @@ def test_mean_joins_and_changes_nothing(n, moved_by, last, piece, sums, monkeypa
 
 
 def test_mean_in_bfloat16_is_that_of_float32_to_its_rounding():
-    """Every float arrives in its own dtype again; integers stay exact."""
+    """Every float comes back in its own dtype, and integers stay exact."""
     tree = {"a": jax.random.normal(jax.random.key(0), (8, 300)), "n": jnp.arange(16).reshape(8, 2)}
     here = partial(jax.shard_map, mesh=parallel.make_mesh("data=8"), in_specs=P("data"), out_specs=P(), check_vma=False)
     whole = lambda **how: jax.jit(here(lambda tree: parallel.mean_gradients(jax.tree.map(lambda x: x[0], tree), **how)))
@@ -515,7 +515,7 @@ def test_errors_say_what_is_wrong():
 
 
 def test_a_kernel_in_a_shard_map_over_some_axes_is_refused():
-    """XLA would abort the process; scan runs."""
+    """A kernel would make XLA abort the process there, so scan runs."""
     case = cases.make("lif", T=8, lanes=(8, 16))
     mesh = parallel.make_mesh("data=4,time=2")
     xs = parallel.shard(case.xs, mesh, P("time", "data"))
@@ -571,7 +571,7 @@ def compiled_step(mesh=None, **options):
 
 @pytest.mark.filterwarnings("error")
 def test_a_compiled_step_on_a_mesh_trains_as_on_one_device():
-    """Losses, metrics and every variable; called or scanned; with host arrays or global ones; compiled once."""
+    """Losses, metrics and every variable agree, for calls and scans, with host arrays and global ones. It compiles once."""
     one, mesh = compiled_step(), parallel.make_mesh("data=4")
     several = compiled_step(mesh, check_finite=True)
     want, got, scanned = objects(), objects("data"), objects("data")
@@ -629,7 +629,7 @@ def test_a_metric_that_does_not_add_up_over_a_mesh_is_refused():
 
 @pytest.mark.filterwarnings("default")  # Orbax has its own
 def test_the_experiment_trains_on_a_mesh_as_on_one_device(tmp_path, monkeypatch):
-    """Without noise the losses are one device's; and a run goes on on another mesh, or on none, from its checkpoint."""
+    """Without noise the losses equal those of one device. A checkpoint can be resumed on another mesh, or without a mesh."""
     monkeypatch.setattr(train.report, "draw", lambda *_: "no picture")
     data = dataclasses.replace(TINY.data, encoding="direct", shift=0)
     config = dataclasses.replace(TINY, data=data, steps=6, eval_every=3, out=str(tmp_path))
@@ -652,7 +652,7 @@ def test_the_experiment_trains_on_a_mesh_as_on_one_device(tmp_path, monkeypatch)
 
 
 def test_after_a_step_of_the_experiment_all_devices_have_the_same_state():
-    """Also where each normalises by its own part of the batch."""
+    """This also holds if each device normalises by its own part of the batch."""
     config = dataclasses.replace(TINY, mesh="data=4", sync_batch_norm=False)
     mesh, source = parallel.make_mesh("data=4"), config.data.sources()[0]
     model, optimizer = train.create(config, (28, 28, 1), config.data.classes)

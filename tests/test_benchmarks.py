@@ -1,4 +1,4 @@
-"""The benchmarks run: every script, on tiny shapes and a CPU. Their rows are complete, and the tables are those of the rows."""
+"""Every benchmark runs on tiny shapes and a CPU, its rows are complete, and the committed tables show the committed rows."""
 
 import ast
 import importlib.util

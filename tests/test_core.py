@@ -355,7 +355,7 @@ RESETS = [
 
 
 def backward_by_hand(neuron, params, v0, xs, d_s, d_v):
-    """(spikes, d_decay, d_threshold, d_v0, d_xs); d_decay and d_threshold have one value a lane."""
+    """(spikes, d_decay, d_threshold, d_v0, d_xs); d_decay and d_threshold have one value for each lane."""
     reset, decay, th = neuron.reset, params.decay, params.threshold
     gain = 1 - decay if neuron.decay_input else 1.0
     v, before, us, spikes = v0, [], [], []
@@ -519,7 +519,7 @@ def test_the_papers_gradient(implementation):
 )
 @pytest.mark.parametrize("implementation", ["scan", "interpret"])
 def test_one_infinite_input_spikes_and_is_reset(neuron, params, implementation):
-    """The reset must not be 0 * inf: the neuron goes on as after any spike, and no gradient is NaN."""
+    """The reset must not compute 0 * inf. The neuron continues as after any other spike, and no gradient is NaN."""
     xs = jnp.asarray([jnp.inf] + [40.0 if isinstance(neuron, sf.Izhikevich) else 1.5] * 20)[:, None]
     run = lambda params, xs: sf.unroll(neuron, params, None, xs, implementation=implementation)
     (outs, state), vjp = jax.vjp(run, jax.tree.map(jnp.float32, params), xs)
@@ -529,7 +529,7 @@ def test_one_infinite_input_spikes_and_is_reset(neuron, params, implementation):
 
 
 def test_a_sharp_exponential_neuron_loses_no_spike():
-    """delta = 0.003: the upswing overflows, which used to make the membrane NaN; against float64."""
+    """With delta = 0.003 the exponential overflows, which once made the membrane NaN. The reference is float64."""
     decay, theta, delta = 0.5, 0.8, 0.003
     xs = np.asarray(2 * jax.random.normal(jax.random.key(0), (100, 200)) + 0.5)
     outs, state = sf.unroll(sf.ExpIF(), sf.ExpIFParams(decay, theta, delta, 1.0), None, jnp.asarray(xs))
@@ -545,7 +545,7 @@ def test_a_sharp_exponential_neuron_loses_no_spike():
 @pytest.mark.parametrize("detach", [False, True])
 @pytest.mark.parametrize("v_reset", [0.0, -0.2])
 def test_the_reset_is_its_equation_bit_for_bit(v_reset, detach):
-    """On finite values, with spikes of 0 and 1, relaxed and graded ones; the gradients too."""
+    """Values and gradients agree for finite inputs, and for spikes that are 0 or 1, relaxed, or graded."""
     u, s, g = np.random.default_rng(0).normal(size=(3, 1000)).astype(np.float32)
     s[:600] = np.repeat([0.0, 1.0, 2.0], 200)
 

@@ -1,4 +1,4 @@
-"""Prepared data sets are what went into their archives; a fault is named, and leaves nothing behind."""
+"""A prepared data set equals the content of its archives. A fault is named, and leaves no files behind."""
 
 import hashlib
 import http.server

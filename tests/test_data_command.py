@@ -111,7 +111,7 @@ def test_camera_events_follow_the_light():
     assert set(events["p"]) == {0, 1} and len(events["t"]) > 500
     again = eye.record(digit())
     assert all(np.array_equal(events[c], again[c]) for c in "txyp")
-    # The light comes back to where it was: each pixel's ON and OFF events balance, but for what a threshold leaves.
+    # The picture returns to its first place. So each pixel has as many ON as OFF events, up to one threshold.
     balance = np.zeros((34, 34), int)
     np.add.at(balance, (events["y"], events["x"]), 2 * events["p"] - 1)
     assert np.abs(balance).max() <= 1

@@ -20,7 +20,7 @@ AUGMENT = au.Augment(flip=0.5, shift=2, jitter=300.0, drop=0.3)
 
 
 class Recordings:
-    """40 recordings, the label of each its index."""
+    """40 recordings; the label of each is its index."""
 
     def __len__(self):
         return 40

@@ -1,4 +1,4 @@
-"""The documentation says what the code does: its blocks run, its tables name what there is, and no public name is left out."""
+"""The documentation agrees with the code: its code blocks run, its tables are complete, and it has every public name."""
 
 import base64
 import importlib

@@ -44,7 +44,7 @@ def neuron_of(case):
 
 
 def learned_of(case):
-    """The parameters that the case has a gradient of, under their names in PyTorch."""
+    """The parameters for which the case has a gradient, by their names in PyTorch."""
     if case["neuron"] == "ParametricLIFNode":
         return {"w": jnp.float32(-np.log(case["tau"] - 1))}
     if case["neuron"] == "Leaky":
@@ -63,7 +63,7 @@ def params_of(case, learned):
 
 
 def stack_params(*leaves):
-    """[B, N], one row a case; a number that all cases share stays a constant."""
+    """[B, N], with one row for each case. A number that all cases share stays a constant."""
     if all(isinstance(leaf, float) for leaf in leaves) and len(set(leaves)) == 1:
         return leaves[0]
     return jnp.stack([jnp.broadcast_to(jnp.float32(leaf), GOLDEN["v0"].shape) for leaf in leaves])

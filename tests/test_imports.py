@@ -1,4 +1,4 @@
-"""Imports point inward only, the library needs jax, flax and optax alone, and what is public is documented."""
+"""Imports point inward only, the library needs only jax, flax and optax, and every public name is documented."""
 
 import ast
 import inspect

@@ -154,7 +154,7 @@ def transposed(model, *, B):
 
 @pytest.mark.parametrize("memory", ["packed", "lean"])
 def test_a_training_step_transposes_no_sequence(memory, monkeypatch):
-    """B = 11: the size of every sequence is a multiple of it, and the size of no weight is."""
+    """B = 11. The size of every sequence is a multiple of 11, and the size of no weight is."""
     monkeypatch.setitem(models.resnet.DEPTHS, 18, (1, 1, 0, 0))
     options = dict(policy="bfloat16", memory=memory, implementation="pallas")
     model = nnx.eval_shape(lambda: models.spiking_resnet(18, 3, 10, **options, rngs=nnx.Rngs(0)))

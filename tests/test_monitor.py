@@ -15,7 +15,7 @@ T, B = 12, 3
 
 
 class Block(nnx.Module):
-    """A residual block that is no Sequential and names its neurons itself."""
+    """A residual block that is not a Sequential and names its own neurons."""
 
     def __init__(self, n, rngs):
         self.linear, self.norm = nnx.Linear(n, n, rngs=rngs), nnx.BatchNorm(n, rngs=rngs)
@@ -142,7 +142,7 @@ def test_operations_of_a_convolution_at_its_borders(stride, padding, groups):
 
 
 def test_operations_of_a_network():
-    """The inputs of the first layer are no spikes, those of the second are. The energy follows the formula."""
+    """The first layer's inputs are not spikes, the second layer's are. The energy follows the formula."""
     model = nn.Sequential(
         nnx.Linear(7, 5, rngs=nnx.Rngs(0)), nn.LIF(tau=2.0, threshold=0.3), nnx.Linear(5, 3, rngs=nnx.Rngs(1))
     )

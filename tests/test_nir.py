@@ -1,4 +1,4 @@
-"""NIR: what other simulators exported runs here with their spikes, what is exported here runs there with ours."""
+"""NIR: graphs that other simulators exported give their spikes here, and graphs that we export give our spikes there."""
 
 import dataclasses
 import json
@@ -109,7 +109,7 @@ NODES = {
 
 @pytest.mark.parametrize("kind", NODES)
 def test_neurons_with_parameters_of_their_own(kind):
-    """A parameter a neuron, [C, H, W], against NIR's equations."""
+    """Every neuron has its own parameter, [C, H, W]; compared with NIR's equations."""
     node, xs = NODES[kind], np.asarray(inputs(*SHAPE))
     model = interop.from_nir(nir.NIRGraph.from_list(node), dataclasses.replace(interop.NIR, dt=0.5))
     want = last(step_by_the_book(node, xs, dt=0.5))
@@ -142,7 +142,7 @@ def test_other_nodes():
 
 
 def test_firing_at_or_above():
-    """NIR fires above the threshold, SpikingJelly and sinabs at it too; on a grid the two differ in every spike."""
+    """NIR fires above the threshold; SpikingJelly and sinabs also fire at it. On a grid of inputs they differ in every spike."""
     node = nir.IF(r=np.full(1, 2.0), v_threshold=np.ones(1))
     xs = jnp.full((6, 1, 1), 0.5)
     above, _ = interop.from_nir(nir.NIRGraph.from_list(node), GRID)(xs)
@@ -236,7 +236,7 @@ def test_there_and_back_along_a_line():
 
 @pytest.mark.parametrize("connect", ["sum", "add"])
 def test_there_and_back_with_residual_blocks(connect):
-    """Normalisation goes into the weights, so sums are rounded otherwise: spikes may differ, and here none does."""
+    """Normalisation is folded into the weights, which rounds sums differently. Spikes may differ; in this case none does."""
     rngs = nnx.Rngs(0)
     norm = lambda: nn.BatchNorm(4, gain=1.5, rngs=rngs)
     block = Residual(
@@ -275,7 +275,7 @@ def dense(neuron):
     return nn.Sequential(*layers)
 
 
-elsewhere = pytest.mark.filterwarnings("ignore")  # what the others warn of is theirs
+elsewhere = pytest.mark.filterwarnings("ignore")  # warnings of the other libraries are not ours to mend
 
 
 def channels_first(xs):
@@ -331,7 +331,7 @@ def norse_of(model):
     ],
 )
 def test_ours_in_what_steps(net_of, count, neuron):
-    """snnTorch and Norse: a step at a time, with the state given along."""
+    """snnTorch and Norse run one step at a time, and take and return the state."""
     torch = pytest.importorskip("torch")
     model, xs = nn.Sequential(*dense(neuron).layers[:count]), np.asarray(inputs(6))
     net, want = net_of(model), model(xs)[0]
@@ -346,7 +346,7 @@ def test_ours_in_what_steps(net_of, count, neuron):
 
 @elsewhere
 def test_ours_in_sinabs():
-    """Its importer makes LIF spike several times a step: as ours as long as no membrane comes to twice the threshold."""
+    """Its importer lets LIF spike several times in a step. It equals ours while no membrane reaches twice the threshold."""
     torch = pytest.importorskip("torch")
     sinabs = pytest.importorskip("sinabs.nir")
     rngs = nnx.Rngs(0)
@@ -385,7 +385,7 @@ def loop_of(kind, bias):
 
 
 def loop_by_the_book(node, back, xs, dt):
-    """`step_by_the_book` for a neuron with feedback, one step at a time on all that it was fed before."""
+    """`step_by_the_book` for a neuron with feedback: each step runs again on all inputs up to it."""
     fed, s = [], np.zeros(xs.shape[1:])
     for x in xs.astype(np.float64):
         fed.append(x + s @ back.weight.T + getattr(back, "bias", 0))
@@ -505,7 +505,7 @@ def test_snntorchs_resets_take_a_decay_for_each_neuron(reset, delay):
 
 
 def test_a_layer_that_can_never_spike_is_named():
-    """The same file is silent, or not, with another dt: NIR does not say it, so the caller does."""
+    """Whether the same file is silent depends on dt. NIR does not store dt, so the caller gives it."""
     graph = graph_of(w=nir.Linear(0.5 * np.eye(2)), lif=uneven(tau=np.full(2, 4e-4), r=np.full(2, 4.0)))
     with pytest.warns(
         UserWarning, match="node 'lif' cannot spike within 1000 steps on any 0/1 input.*dt = 1e-07 the exp"

@@ -142,7 +142,7 @@ def test_learned_per_neuron_values_are_kept():
 
 
 def test_learned_parameters_stay_in_their_range():
-    """An optimizer that pushes as hard as it can; without bounds the decay passes 1 and the threshold 0."""
+    """The optimizer takes very large steps. Without bounds the decay would pass 1 and the threshold 0."""
     ranges = dict(decay=(0, 1), threshold=(0, jnp.inf), delta=(0, jnp.inf))
     layer = nn.ExpIF(decay=0.9, learn=("decay", "threshold", "delta"), shape=(2,))
     raw = nn.ExpIF(decay=0.9, learn={"decay": "raw", "threshold": "raw"}, shape=(2,))

@@ -384,7 +384,7 @@ TYPES = dict(float32="fp32", bfloat16="bf16", float16="fp16", int8="i8", uint8="
 
 
 def to_ptx(kernel, args, shapes, warps, constants, capability):
-    """Compile with Triton alone, with the types and the alignment that jax-triton would pass. This needs no device."""
+    """Compile with Triton itself, with the types and the alignment that jax-triton would pass. This needs no device."""
     from triton import compile
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource

@@ -82,7 +82,7 @@ def test_two_hosts_train_as_one_and_their_checkpoint_goes_on_elsewhere(tmp_path)
 
 @pytest.mark.parametrize("mapped", ["xs", "params", "all"])
 def test_vmap_of_the_kernels(mapped):
-    """Values and all gradients of a mapped `unroll`, whatever is mapped, equal those of its parts."""
+    """Values and all gradients of a mapped `unroll` equal those of its parts, for each choice of mapped arguments."""
     case = cases.make("affine", T=5, lanes=(3, 8))
     stack = lambda tree: jax.tree.map(lambda x: jnp.stack([x, 0.9 * x, 1.1 * x]), tree)
     args = [stack(a) if mapped in (n, "all") else a for n, a in zip(("params", "state", "xs"), case[1:4], strict=True)]
@@ -114,7 +114,7 @@ def test_gradients_travel_as_floats():
 
 
 def test_a_flattened_optimizer_is_the_optimizer():
-    """Of mixed dtypes too; a tree without a leaf is one."""
+    """This also holds for mixed dtypes, and for a tree without leaves."""
     draw = lambda i, dtype: jax.random.normal(jax.random.key(i), (3, 2), dtype)
     params = {"a": draw(0, jnp.float32), "b": [draw(1, jnp.bfloat16), draw(2, jnp.float32)], "c": jnp.float32(1.0)}
     grads = jax.tree.map(lambda p: p * 3 - 1, params)

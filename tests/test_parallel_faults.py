@@ -33,7 +33,7 @@ HERE = Path(__file__).parent
 
 @pytest.fixture(autouse=True)
 def nothing_left_behind():
-    """What Orbax leaves of a damaged checkpoint warns when it is collected: here, where it may, and not in a later test."""
+    """Orbax's remains of a damaged checkpoint warn when they are collected. Collect them here, where warnings are allowed."""
     yield
     gc.collect()
 
