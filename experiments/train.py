@@ -177,9 +177,13 @@ def eval_step(config: Config) -> training.CompiledStep:
     def eval_step(model, batch, index):
         model.eval()
         xs, labels = config.data.encode(_key(config, 1, index), batch, config.model.T), batch["label"]
-        logits = READOUTS[config.model.readout](model(xs)[0])
+        outs, state = model(xs)
+        logits = READOUTS[config.model.readout](outs)
         real = labels >= 0
         losses = optax.softmax_cross_entropy_with_integer_labels(logits, jnp.where(real, labels, 0))
+        # a membrane that is NaN never spikes, and the loss alone would not show it
+        finite = jnp.stack([jnp.isfinite(leaf).all() for leaf in jax.tree.leaves(state)]).all()
+        losses = jnp.where(finite, losses, jnp.nan)
         return {"loss": (losses * real).sum(), "accuracy": ((logits.argmax(-1) == labels) & real).sum()}
 
     return eval_step
@@ -336,6 +340,11 @@ def _loop(run, config, fixed, model, optimizer, step, K, test_source, start):
                 meter.restart()
             if evaluating or stopping:
                 run.save(now, model, optimizer)
+            if evaluating and not np.isfinite(row["loss"]):
+                raise Stopped(
+                    f"eval_loss is {row['loss']}, from the loss or from a membrane, at step {now}: stopped. "
+                    "Try a smaller --learning_rate or --clip; start again, or from a checkpoint before this step"
+                )
             if stopping:
                 raise Stopped(
                     f"stopped after step {now}; continue with the same options and "

@@ -70,16 +70,45 @@ def test_a_monitor_leaves_nothing_behind():
     jax.tree.map(np.testing.assert_array_equal, nnx.state(model), arrays)
 
 
-def test_under_jit_with_gradients_and_named_arguments():
+def test_under_jit_with_named_arguments():
     model, xs = nn.Sequential(nnx.Linear(4, 5, rngs=nnx.Rngs(0)), nn.LIF(tau=2.0)), inputs(4)
 
+    @nnx.jit
     def rate(model, xs):
         _, spikes = monitor.record(model, xs, state=(nn.LIF(tau=2.0).neuron.init_state((B, 5)),))
         return monitor.firing_rates(spikes)["layers.1"]
 
-    value, gradients = nnx.jit(nnx.value_and_grad(rate))(model, xs)
-    np.testing.assert_allclose(value, model(xs)[0].mean(), rtol=1e-6)
+    np.testing.assert_allclose(rate(model, xs), model(xs)[0].mean(), rtol=1e-6)
+    with pytest.raises(TypeError, match="record must not be differentiated.*copy of the model; use .*monitor.watch"):
+        nnx.grad(rate)(model, xs)
+
+
+def test_watch_records_the_model_itself_in_training():
+    """A rate penalty: its gradient, a new dropout mask each call, BatchNorm statistics that move; also of lean layers."""
+    rngs = nnx.Rngs(0)
+    lean = nn.Remat(nn.Sequential(nn.Linear(5, 5, rngs=rngs), nn.LIF(tau=2.0)))
+    first = [nn.Linear(4, 5, rngs=rngs), nn.BatchNorm(5, rngs=rngs), nn.Dropout(0.5, rngs=rngs), nn.LIF(tau=2.0)]
+    model, xs = nn.Sequential(*first, lean), inputs(4)
+
+    def penalised(model, xs):
+        with monitor.watch(model) as spikes:
+            outs, _ = model(xs)
+        rates = monitor.firing_rates(spikes)
+        return rates["layers.3"] + rates["layers.4.layer.layers.1"], (outs, spikes)
+
+    @nnx.jit
+    def step(model, xs):
+        (_, (outs, spikes)), gradients = nnx.value_and_grad(penalised, has_aux=True)(model, xs)
+        return outs, spikes, gradients
+
+    before, graphdef = jnp.copy(model.layers[1].mean[...]), nnx.graphdef(model)
+    outs, spikes, gradients = step(model, xs)
+    assert_fires(spikes["layers.3"])
+    assert_same_spikes(spikes["layers.4.layer.layers.1"], outs)
     assert jnp.any(gradients.layers[0].kernel[...] != 0)
+    assert jnp.any(model.layers[1].mean[...] != before)
+    assert jnp.any(step(model, xs)[1]["layers.3"] != spikes["layers.3"]), "the same mask twice"
+    assert nnx.graphdef(model) == graphdef and type(lean) is nn.Remat and "unroll" not in vars(model.layers[3])
 
 
 def test_packed_spikes_and_layers_called_in_pieces():

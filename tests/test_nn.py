@@ -252,6 +252,17 @@ def test_gradients_reach_every_parameter(network):
     assert dead == []
 
 
+def test_dropout_has_one_mask_for_all_steps():
+    xs = jnp.ones((6, 3, 40))
+    dropped = nn.Sequential(nn.Dropout(0.5, rngs=nnx.Rngs(0)))(xs)[0]
+    assert 0.3 < (dropped == 0).mean() < 0.7 and (dropped == dropped[0]).all()
+    each = nn.Sequential(nnx.Dropout(0.5, rngs=nnx.Rngs(0)))(xs)[0]
+    assert not (each == each[0]).all()
+    layer = nn.Dropout(0.5, rngs=nnx.Rngs(0))
+    layer.eval()
+    np.testing.assert_array_equal(layer(xs), xs)
+
+
 def test_batch_norm_sees_all_of_time(network):
     model, xs = network
     layer = nnx.BatchNorm(1, rngs=nnx.Rngs(0))

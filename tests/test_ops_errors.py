@@ -283,3 +283,26 @@ def test_interpret_says_that_it_does_not_run_under_check_vma():
     assert under(False).shape == (2, 2, 8)
     with pytest.raises(NotImplementedError, match="interpret: .* shard_map with check_vma=True; .*check_vma=False"):
         under(True)
+
+
+@dataclass(frozen=True)
+class Compares:
+    """It thresholds without `sf.spike`."""
+
+    surrogate: Any = None
+
+    def init_state(self, shape):
+        return jnp.zeros(shape)
+
+    def step(self, params, v, x):
+        u = 0.5 * v + x
+        s = (u >= 1).astype(u.dtype) if self.surrogate is None else sf.spike(u - 1, self.surrogate)
+        return u * (1 - s), s
+
+
+def test_a_step_without_a_gradient_is_named_once():
+    xs = jnp.ones((3, 2, 4))
+    with pytest.warns(UserWarning, match="neuron Compares: the gradient of its outputs is zero.*snnfuse.spike"):
+        sf.unroll(Compares(), None, None, xs)
+    sf.unroll(Compares(), None, None, xs)  # a second warning would be an error
+    sf.unroll(Compares(sf.ATan()), None, None, xs)

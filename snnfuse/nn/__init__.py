@@ -13,7 +13,7 @@ from snnfuse.nn.readout import membrane_last, membrane_max, membrane_mean, spike
 from snnfuse.nn.recurrent import Recurrent
 from snnfuse.nn.spikes import Spikes
 from snnfuse.nn.spiking import IF, LI, LIF, AdaptiveLIF, CubaLIF, ExpIF, Fixed, Izhikevich, ParametricLIF, Spiking
-from snnfuse.nn.temporal import Folded, PackSpikes, Remat, Sequential, Temporal, Timeless, flatten
+from snnfuse.nn.temporal import Dropout, Folded, PackSpikes, Remat, Sequential, Temporal, Timeless, flatten
 
 __all__ = [
     "IF",
@@ -23,6 +23,7 @@ __all__ = [
     "BatchNorm",
     "Conv",
     "CubaLIF",
+    "Dropout",
     "ExpIF",
     "Fixed",
     "Folded",

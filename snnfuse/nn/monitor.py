@@ -1,12 +1,14 @@
 """What a model does inside: spikes and states of its layers, firing rates, operations and their energy.
 
-A monitor runs a copy of the model whose layers report what they compute. It does not change the model itself, nor its
-BatchNorm statistics, and a run without a monitor costs nothing. Layers are named by their path: `layers.2`,
+`record` and `operations` run a copy of the model whose layers report what they compute. They do not change the model itself,
+nor its BatchNorm statistics. `watch` records while the model itself runs, in training too. A run without a monitor costs
+nothing. Layers are named by their path: `layers.2`,
 `block1.neuron`. A `Remat` runs as the layer inside it. A monitor cannot see into a transform that the model itself applies,
 such as `nnx.jit` or `nnx.scan`: apply such a transform to the function that calls the monitor.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any, NamedTuple
 
 import jax
@@ -19,7 +21,7 @@ from snnfuse.core import neurons
 from snnfuse.core.compose import Twice
 from snnfuse.core.neuron import PyTree, WithState
 from snnfuse.nn.recurrent import Recurrent
-from snnfuse.nn.spikes import values
+from snnfuse.nn.spikes import refuse_gradient, values
 from snnfuse.nn.spiking import Spiking
 from snnfuse.nn.temporal import Remat
 from snnfuse.ops.packing import Packed, unpack
@@ -42,11 +44,34 @@ def record(
 
     Raises:
       ValueError: `what` is neither of the two, or a path in `layers` is not that of a spiking layer.
+      TypeError: it is called in a function that is differentiated with regard to the model. The copy draws the dropout mask
+        of the next call, and the BatchNorm statistics of the model would not change: use `watch` there.
+    """
+    copy = nnx.clone(model)
+    why = "record must not be differentiated, because it runs a copy of the model; use snnfuse.nn.monitor.watch"
+    nnx.update(copy, refuse_gradient(why, nnx.state(copy, nnx.Param)))
+    with watch(copy, layers=layers, what=what) as records:
+        returned = copy(*args, **kwargs)
+    return returned, records
+
+
+@contextmanager
+def watch(
+    model: nnx.Module, *, layers: Sequence[str] | None = None, what: str = "spikes"
+) -> Iterator[dict[str, PyTree]]:
+    """Record the neurons of `model` while it runs, in training too: for a rate penalty, or rates beside the loss.
+
+        with monitor.watch(model) as spikes:
+            outs, state = model(xs)
+        rates = monitor.firing_rates(spikes)  # their gradient reaches the model
+
+    The dictionary {path: record} is filled at the end of the block; `layers`, `what` and the records are those of `record`.
+    The whole block must lie inside of one transform, such as the function that `nnx.grad` takes. In the block a `Remat` runs
+    as the layer inside it, so it stores more memory.
     """
     if what not in ("spikes", "state"):
         raise ValueError(f"what must be 'spikes' or 'state'; got {what!r}")
-    copy = _copy(model)
-    found = _layers(copy, Spiking | Recurrent)
+    found = _layers(model, Spiking | Recurrent)
     inside = {f"{path}.neuron" for path, m in found.items() if isinstance(m, Recurrent)}
     found = {path: m for path, m in found.items() if path not in inside}
     if layers is None:
@@ -54,12 +79,24 @@ def record(
     elif isinstance(layers, str) or (unknown := [path for path in layers if path not in found]):
         got = layers if isinstance(layers, str) else unknown[0]
         raise ValueError(f"layers must be a list of paths of spiking layers, from {list(found)}; got {got!r}")
-    records = {path: [] for path in layers}
-    for path in layers:
-        found[path].unroll = _recording(found[path].unroll, what, records[path].append)
-    returned = copy(*args, **kwargs)
-    joined = {path: jax.tree.map(lambda *calls: jnp.concatenate(calls), *r) for path, r in records.items() if r}
-    return returned, joined
+    calls, records = {path: [] for path in layers}, {}
+    remats = [(layer, type(layer)) for layer in _layers(model, Remat).values()]
+    own = {path: vars(found[path]).get("unroll") for path in layers}  # `parallel.over_time` may have set one
+    try:
+        for layer, _ in remats:
+            _run_inside(layer)
+        for path in layers:
+            object.__setattr__(found[path], "unroll", _recording(found[path].unroll, what, calls[path].append))
+        yield records
+    finally:
+        for layer, kind in remats:
+            object.__setattr__(layer, "__class__", kind)
+        for path in layers:
+            if own[path] is None and "unroll" in vars(found[path]):
+                object.__delattr__(found[path], "unroll")
+            elif own[path] is not None:
+                object.__setattr__(found[path], "unroll", own[path])
+    records |= {path: jax.tree.map(lambda *pieces: jnp.concatenate(pieces), *r) for path, r in calls.items() if r}
 
 
 def firing_rates(spikes: dict[str, Array]) -> dict[str, Array]:
@@ -106,7 +143,9 @@ def operations(model: nnx.Module, *args: Any, **kwargs: Any) -> dict[str, Operat
     Raises:
       ValueError: it is called under `jax.jit` or another transform, where there are no values to count.
     """
-    copy = _copy(model)
+    copy = nnx.clone(model)
+    for layer in _layers(copy, Remat).values():
+        _run_inside(layer)
     counts = {}
     for path, layer in _layers(copy, nnx.Linear | nnx.Conv).items():
         counts[path] = []
@@ -118,15 +157,12 @@ def operations(model: nnx.Module, *args: Any, **kwargs: Any) -> dict[str, Operat
     return {path: Operations(*map(sum, zip((0, 0), *calls, strict=True))) for path, calls in counts.items()}
 
 
-def _copy(model: nnx.Module) -> nnx.Module:
-    copy = nnx.clone(model)
-    for layer in _layers(copy, Remat).values():
-        _intercept(layer, lambda call, xs, state=None, layer=layer: layer.layer(xs, state))
-    return copy
+def _run_inside(layer: Remat) -> None:
+    _intercept(layer, lambda call, xs, state=None: layer.layer(xs, state))
 
 
 def _intercept(layer: nnx.Module, around: Callable) -> None:
-    """From now on layer(*args) returns around(call, *args), where `call` is the layer's own; `layer` must be a copy.
+    """From now on layer(*args) returns around(call, *args), where `call` is the layer's own.
 
     `nnx.capture` cannot do this: it sows what a method returns, and counting needs what a layer is given. It also wraps only
     the methods that a class defines itself: it sees no neuron, as they inherit `__call__`.

@@ -60,18 +60,21 @@ def differentiable(out_dtype: Any, inputs: PyTree) -> PyTree:
     dtypes = jax.tree.leaves(out_dtype)
     if not dtypes or any(not isinstance(d, Packed) and jnp.issubdtype(d, jnp.floating) for d in dtypes):
         return inputs
-    return _refusing(", ".join(str(d if isinstance(d, Packed) else jnp.dtype(d)) for d in dtypes), inputs)
+    got = ", ".join(str(d if isinstance(d, Packed) else jnp.dtype(d)) for d in dtypes)
+    return refuse_gradient(
+        f"out_dtype must be a float dtype where a gradient passes the layer; got {got}, whose gradient is zero for all "
+        "layers before. nn.PackSpikes after the layer stores bits and keeps the gradient. For the gradient of the state "
+        "alone, call snnfuse.unroll",
+        inputs,
+    )
 
 
 @partial(jax.custom_jvp, nondiff_argnums=(0,))
-def _refusing(out_dtype, inputs):
-    return inputs
+def refuse_gradient(why: str, arrays: PyTree) -> PyTree:
+    """`arrays` as they are. Raises TypeError(why) when a function of them is differentiated."""
+    return arrays
 
 
-@_refusing.defjvp
-def _refuse(out_dtype, primals, tangents):
-    raise TypeError(
-        f"out_dtype must be a float dtype where a gradient passes the layer; got {out_dtype}, whose gradient is zero for all "
-        "layers before. nn.PackSpikes after the layer stores bits and keeps the gradient. For the gradient of the state "
-        "alone, call snnfuse.unroll"
-    )
+@refuse_gradient.defjvp
+def _refuse(why, primals, tangents):
+    raise TypeError(why)

@@ -47,7 +47,8 @@ class Sequential(Temporal):
     """Layers one after another: `Temporal` ones with their state, all others on [T*B, ...] (see `Folded`).
 
     The state is a tuple with one entry per `Temporal` layer. A layer that looks at the whole batch, like BatchNorm in training,
-    sees all of T*B; with such a layer, running a sequence in pieces does not equal running it whole.
+    sees all of T*B; with such a layer, running a sequence in pieces does not equal running it whole. `nnx.Dropout` draws a new
+    mask at each step, because it runs on [T*B, ...] too; `Dropout` draws one for all steps.
     """
 
     def __init__(self, *layers: Callable):
@@ -99,6 +100,26 @@ class PackSpikes(Timeless):
 
     def __call__(self, xs: Array | Spikes) -> Spikes:
         return xs if isinstance(xs, Spikes) else Spikes.of(xs)
+
+
+class Dropout(Timeless, nnx.Dropout):
+    """Dropout with one mask for all steps: [T, B, ...] -> [T, B, ...].
+
+    `nnx.Dropout` in a `Sequential` runs on [T*B, ...], so it draws another mask at each step.
+
+    Args:
+      rate: the part that is dropped.
+      rngs, deterministic, rng_collection: as in `nnx.Dropout`; so are `train()` and `eval()`.
+      broadcast_dims: axes that share the mask; (0,), which is time, by default.
+    """
+
+    def __init__(self, rate: float, *, broadcast_dims: tuple[int, ...] = (0,), **options):
+        if not 0 <= rate <= 1:
+            raise ValueError(f"rate must be in [0, 1]; got {rate}")
+        super().__init__(rate, broadcast_dims=broadcast_dims, **options)
+
+    def __call__(self, xs: Array | Spikes, **options) -> Array:
+        return super().__call__(values(xs), **options)
 
 
 class Remat(Temporal):

@@ -1,6 +1,7 @@
 """Times block sizes for one call and stores the fastest for later calls."""
 
 import time
+from functools import partial
 
 import jax
 import jax.numpy as jnp
@@ -52,12 +53,14 @@ def autotune(
     return timed
 
 
-def _milliseconds(passes, params, state, xs, calls=5):
-    @jax.jit
-    def run(params, state, xs, cotangents):
-        outs, vjp = jax.vjp(lambda *args: fused.run(passes, *args)[0], params, state, xs)
-        return outs, vjp(cotangents)
+@partial(jax.jit, static_argnums=0)
+def _forward_backward(passes, params, state, xs, cotangents):
+    outs, vjp = jax.vjp(lambda *args: fused.run(passes, *args)[0], params, state, xs)
+    return outs, vjp(cotangents)
 
+
+def _milliseconds(passes, params, state, xs, calls=5):
+    run = partial(_forward_backward, passes)
     outs = jax.eval_shape(lambda *args: fused.run(passes, *args)[0], params, state, xs)
     cotangents = tuple(_random(o) for o in outs)
     jax.block_until_ready(run(params, state, xs, cotangents))

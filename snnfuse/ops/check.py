@@ -3,6 +3,8 @@
 Every check raises an error that names the argument, says what was wanted, and says what was got.
 """
 
+import warnings
+from functools import lru_cache
 from numbers import Real
 
 import jax
@@ -20,6 +22,7 @@ def check_call(neuron, params, state, xs, out_dtype, reuse_cotangents=False):
     state, state_tree, initial = check_state(neuron, state, shape, dtype)
     step = Step(neuron, params_tree, state_tree, x_tree, constants)
     out_struct, out_tree = check_step(step, params, xs, shape, dtype)
+    warn_without_gradient(step, tuple(p.shape for p in params), len(xs), shape, dtype)
     problem = Problem(
         step=step,
         T=xs[0].shape[0],
@@ -179,6 +182,35 @@ def check_step(step, params, xs, shape, dtype):
     if not outs or any(o.shape != shape for o in outs):
         raise ValueError(f"neuron {name}.step must return outputs of shape [*B, N] = {shape}; got {out}")
     return out, jax.tree.structure(out)
+
+
+@lru_cache(maxsize=1024)
+def warn_without_gradient(step, param_shapes, num_xs, shape, dtype):
+    """Warn, once for a step, if none of its outputs has a gradient: where it thresholds without `snnfuse.spike`, say."""
+    leaves = lambda n: (jax.ShapeDtypeStruct(shape, dtype),) * n
+    params = tuple(jax.ShapeDtypeStruct(p, dtype) for p in param_shapes)
+
+    def pullback(params, state, x, d_out):
+        def outs(*args):
+            return tuple(o for o in step(*args)[1] if jnp.issubdtype(o.dtype, jnp.floating))
+
+        got, vjp = jax.vjp(outs, params, state, x)
+        return vjp((d_out,) * len(got))
+
+    try:
+        jaxpr = jax.make_jaxpr(pullback)(params, leaves(step.state_tree.num_leaves), leaves(num_xs), *leaves(1)).jaxpr
+    except Exception:  # a step without a gradient, such as one with a loop: the gradient itself raises, if it is taken
+        return
+    reached = {jaxpr.invars[-1]}
+    for eqn in jaxpr.eqns:
+        if any(v in reached for v in eqn.invars if not hasattr(v, "val")):
+            reached.update(eqn.outvars)
+    if not any(v in reached for v in jaxpr.outvars if not hasattr(v, "val")):
+        warnings.warn(
+            f"neuron {type(step.neuron).__name__}: the gradient of its outputs is zero, so nothing before it can be trained. "
+            "A comparison has no gradient; snnfuse.spike(u, surrogate) has one",
+            stacklevel=4,
+        )
 
 
 def check_out_dtype(out_dtype, out, xs):

@@ -161,7 +161,7 @@ def why_not(problem: Problem, recurrence: Recurrence) -> None:
     return None
 
 
-@partial(jax.jit, static_argnums=(0, 1), inline=True)
+@partial(jax.jit, static_argnums=(0, 1))
 def run(problem: Problem, recurrence: Recurrence, params: Leaves, state: Leaves, fed: Leaves, xs: Leaves, weight):
     """The implementation "scan": (outs, final state, the output that feeds back at the last step)."""
     params = tuple(p.astype(problem.dtype) for p in params)

@@ -34,7 +34,7 @@ class Scan:
 SCAN = Scan()
 
 
-@partial(jax.jit, static_argnums=0, inline=True)  # outside of `jit`, an equal call reuses the compiled loop
+@partial(jax.jit, static_argnums=0)  # outside of `jit`, an equal call, or its gradient, reuses the compiled loop
 def _scan(problem: Problem, params: Leaves, state: Leaves, xs: Leaves) -> tuple[Leaves, Leaves]:
     params = tuple(p.astype(problem.dtype) for p in params)
     if problem.initial is not None:
