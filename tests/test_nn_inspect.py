@@ -23,6 +23,7 @@ norm_spiking = lambda **options: nn.NormSpiking(nn.LIF(tau=2.0), nn.BatchNorm(4,
 # {case: (make, arguments)}; the name before the first space is the class or function of snnfuse.nn or snnfuse.models
 CASES = {
     "IF": (nn.IF, (xs,)),
+    "Dropout": (partial(nn.Dropout, 0.5, deterministic=True), (xs,)),
     "LIF": (partial(nn.LIF, tau=2.0, learn="decay"), (xs,)),
     "LIF on Spikes": (partial(nn.LIF, decay=jnp.full(4, 0.5)), (spikes, nn.LIF(tau=2.0).init_state(xs))),
     "ParametricLIF": (nn.ParametricLIF, (xs,)),
