@@ -239,6 +239,7 @@ if jax.__version_info__ >= (0, 12):
     del FUNCTIONS["erf"]  # there JAX computes erf by integer operations on its bits, which no kernel can run
 
 
+@pytest.mark.filterwarnings("ignore:neuron Membrane. the gradient of its outputs is zero")  # of a constant
 @pytest.mark.parametrize("function", FUNCTIONS)
 def test_a_step_made_of(function, numpy_kernels):
     neuron = Membrane(FUNCTIONS[function])
