@@ -213,7 +213,7 @@ def test_bad_arguments():
     model, xs = Net(), inputs(6)
     with pytest.raises(ValueError, match="operations must be called outside of jax.jit .*; got a tracer"):
         nnx.jit(monitor.operations)(model, xs)
-    with pytest.raises(ValueError, match="what must be 'spikes' or 'state'; got 'v'"):
+    with pytest.raises(ValueError, match="what must be 'spikes', 'state' or 'membrane'; got 'v'"):
         monitor.record(model, xs, what="v")
     with pytest.raises(
         ValueError, match=r"layers must be a list of paths of spiking layers, from \['block.*got 'head'"
@@ -225,3 +225,19 @@ def test_bad_arguments():
         ValueError, match=r"spikes of 'a' must be \[T, B, ..., N\], of rank 3 or more; got shape \(4, 5\)"
     ):
         monitor.dead_neurons({"a": np.zeros((4, 5))})
+
+
+def test_the_membrane_before_the_reset():
+    """It reaches the threshold exactly where the neuron spikes, and the reset of it is the state's v."""
+    rngs, xs = nnx.Rngs(0), 2 * jax.random.normal(jax.random.key(0), (12, 3, 4))
+    hard, soft = nn.LIF(tau=2.0, reset=sf.HardReset(-0.5)), nn.AdaptiveLIF(tau=2.0, tau_adapt=4.0, reset=sf.SoftReset())
+    model = nn.Sequential(nn.NormSpiking(hard, nn.BatchNorm(4, rngs=rngs)), soft, nn.LI(tau=2.0))
+    u, v, s = (monitor.record(model, xs, what=what)[1] for what in ("membrane", "state", "spikes"))
+    first, second = u
+    np.testing.assert_array_equal(u[first] >= 1, s[first] > 0)
+    np.testing.assert_allclose(v[first].v, np.where(s[first] > 0, -0.5, u[first]), atol=1e-6)
+    before = np.concatenate([np.zeros((1, 3, 4)), v[second].a[:-1]])
+    np.testing.assert_array_equal(u[second] >= np.float32(1 + 0.2 * before), s[second] > 0)
+    assert 0.02 < np.mean(s[first]) < 0.6 and np.max(u[first]) > 1
+    with pytest.raises(ValueError, match="Izhikevich has no field `reset`"):
+        monitor.record(nn.Sequential(nn.Izhikevich()), xs, what="membrane")

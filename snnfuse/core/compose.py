@@ -1,11 +1,12 @@
 """Neurons that wrap a neuron: a normalisation or residual before it, a shortcut after it, all in the same kernel."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import NamedTuple
 
 from jax import Array
 
 from snnfuse.core.neuron import Neuron, PyTree
+from snnfuse.core.reset import NoReset
 
 
 class AffineParams(NamedTuple):
@@ -93,3 +94,31 @@ class StateOnly:
 
     def step(self, params, state, x):
         return self.inner.step(params, state, x)[0], ()
+
+
+@dataclass(frozen=True)
+class WithMembrane:
+    """The same neuron with its membrane before the reset as a second output: out[t] = (inner out[t], u[t]).
+
+    u is the v of one step of the same neuron with `NoReset()`; XLA and the kernels drop what the two steps have in common.
+    """
+
+    inner: Neuron
+
+    def init_state(self, shape):
+        return self.inner.init_state(shape)
+
+    def step(self, params, state, x):
+        after, out = self.inner.step(params, state, x)
+        return after, (out, _without_reset(self.inner).step(params, state, x)[0].v)
+
+
+def _without_reset(neuron):
+    fields = getattr(neuron, "__dataclass_fields__", {})
+    if "reset" in fields:
+        return replace(neuron, reset=NoReset())
+    if "inner" in fields:
+        return replace(neuron, inner=_without_reset(neuron.inner))
+    raise ValueError(
+        f"{type(neuron).__name__} has no field `reset`, so its membrane before the reset cannot be recorded"
+    )

@@ -18,7 +18,7 @@ from flax import nnx
 from jax import Array
 
 from snnfuse.core import neurons
-from snnfuse.core.compose import Twice
+from snnfuse.core.compose import Twice, WithMembrane
 from snnfuse.core.neuron import PyTree, WithState
 from snnfuse.nn.recurrent import Recurrent
 from snnfuse.nn.spikes import refuse_gradient, values
@@ -37,13 +37,14 @@ def record(
     Args:
       layers: paths of the `Spiking` and `Recurrent` layers to record. None records all of them, except `LI` for "spikes", which never spikes.
       what: "spikes" records the outputs [T, *B, N] of a layer; "state" records its states after every step, a tree of
-        float32 [T, *B, N] (`.v` is the membrane after the reset).
+        float32 [T, *B, N] (`.v` is the membrane after the reset); "membrane" records the membrane before the reset, float32
+        [T, *B, N], which is what is compared with the threshold. A neuron needs a field `reset` for it.
 
     A `NormSpiking` with connect="add" adds the shortcut inside its kernel, so its recorded outputs include the shortcut.
     If a layer is called more than once, its records are joined along time. This works under `jax.jit`.
 
     Raises:
-      ValueError: `what` is neither of the two, or a path in `layers` is not that of a spiking layer.
+      ValueError: `what` is none of the three, or a path in `layers` is not that of a spiking layer.
       TypeError: it is called in a function that is differentiated with regard to the model. The copy draws the dropout mask
         of the next call, and the BatchNorm statistics of the model would not change: use `watch` there.
     """
@@ -69,8 +70,8 @@ def watch(
     The whole block must lie inside of one transform, such as the function that `nnx.grad` takes. In the block a `Remat` runs
     as the layer inside it, so it stores more memory.
     """
-    if what not in ("spikes", "state"):
-        raise ValueError(f"what must be 'spikes' or 'state'; got {what!r}")
+    if what not in ("spikes", "state", "membrane"):
+        raise ValueError(f"what must be 'spikes', 'state' or 'membrane'; got {what!r}")
     found = _layers(model, Spiking | Recurrent)
     inside = {f"{path}.neuron" for path, m in found.items() if isinstance(m, Recurrent)}
     found = {path: m for path, m in found.items() if path not in inside}
@@ -197,7 +198,13 @@ def _recording(unroll: Callable, what: str, keep: Callable) -> Callable:
         keep(kept)
         return outs, final
 
-    return spikes if what == "spikes" else states
+    def membranes(neuron, params, state, xs, *, out_dtype=None, **options):
+        both = (out_dtype or jax.tree.leaves(xs)[0].dtype, jnp.float32)
+        (outs, kept), final = unroll(WithMembrane(neuron), params, state, xs, out_dtype=both, **options)
+        keep(kept)
+        return outs, final
+
+    return {"spikes": spikes, "state": states, "membrane": membranes}[what]
 
 
 def _counting_feedback(unroll: Callable, fan_out: int, keep: Callable) -> Callable:
