@@ -563,3 +563,23 @@ def test_the_reset_is_its_equation_bit_for_bit(v_reset, detach):
 def test_an_exponential_neuron_needs_a_sharpness_above_zero(delta):
     with pytest.raises(ValueError, match="delta must be above 0 and finite; got"):
         nn.ExpIF(tau=2.0, delta=delta)
+
+
+@pytest.mark.parametrize("bad", [0.0, -1.0, float("inf"), float("nan")])
+@pytest.mark.parametrize(
+    "make, name",
+    [
+        (lambda v: sf.ATan(v), "ATan: alpha"),
+        (lambda v: sf.Sigmoid(v), "Sigmoid: alpha"),
+        (lambda v: sf.FastSigmoid(v), "FastSigmoid: alpha"),
+        (lambda v: sf.Gaussian(v), "Gaussian: alpha"),
+        (lambda v: sf.PiecewiseQuadratic(v), "PiecewiseQuadratic: alpha"),
+        (lambda v: sf.Rectangle(v), "Rectangle: width"),
+        (lambda v: sf.Triangle(width=v), "Triangle: width"),
+        (lambda v: nn.Izhikevich(dt=v), "Izhikevich: dt"),
+        (lambda v: nn.Izhikevich(scale=v), "Izhikevich: scale"),
+    ],
+)
+def test_a_scale_that_is_not_above_zero_is_refused(make, name, bad):
+    with pytest.raises(ValueError, match=f"{name} must be above 0 and finite; got {bad}"):
+        make(bad)

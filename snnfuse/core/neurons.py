@@ -13,7 +13,7 @@ import jax.numpy as jnp
 from jax import Array
 
 from snnfuse.core.reset import HardReset, Reset
-from snnfuse.core.surrogate import ATan, Surrogate, spike
+from snnfuse.core.surrogate import ATan, Surrogate, above_zero, spike
 
 Param = Array | float
 
@@ -284,6 +284,9 @@ class Izhikevich:
     scale: float = 30.0
     detach_reset: bool = False
     surrogate: Surrogate = ATan()
+
+    def __post_init__(self):
+        above_zero(self, "dt", "scale")
 
     def init_state(self, shape):
         rest = IzhikevichParams()

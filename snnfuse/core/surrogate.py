@@ -35,6 +35,14 @@ def _spike_jvp(surrogate, primals, tangents):
     return spike(u, surrogate), surrogate(u) * du
 
 
+def above_zero(owner, *names: str) -> None:
+    """Check that these fields of a dataclass are numbers above 0 and finite."""
+    for name in names:
+        value = getattr(owner, name)
+        if not 0 < value < float("inf"):
+            raise ValueError(f"{type(owner).__name__}: {name} must be above 0 and finite; got {value}")
+
+
 @dataclass(frozen=True)
 class Relaxed:
     """Replaces the spike by the relaxation of `surrogate`, so that value and gradient agree. Use it in tests, not to train."""
@@ -51,6 +59,9 @@ class ATan:
 
     alpha: float = 2.0
 
+    def __post_init__(self):
+        above_zero(self, "alpha")
+
     def __call__(self, u):
         z = (jnp.pi / 2 * self.alpha) * u
         return (self.alpha / 2) / (1 + z * z)
@@ -65,6 +76,9 @@ class Sigmoid:
 
     alpha: float = 4.0
 
+    def __post_init__(self):
+        above_zero(self, "alpha")
+
     def __call__(self, u):
         e = jnp.exp(-self.alpha * jnp.abs(u))
         return self.alpha * e / ((1 + e) * (1 + e))
@@ -78,6 +92,9 @@ class FastSigmoid:
     """ds/du = 1 / (1 + alpha |u|)^2, known as SuperSpike. Zenke and Ganguli 2018, https://arxiv.org/abs/1705.11146."""
 
     alpha: float = 10.0
+
+    def __post_init__(self):
+        above_zero(self, "alpha")
 
     def __call__(self, u):
         z = 1 + self.alpha * jnp.abs(u)
@@ -94,6 +111,9 @@ class Triangle:
     gamma: float = 0.3
     width: float = 1.0
 
+    def __post_init__(self):
+        above_zero(self, "gamma", "width")
+
     def __call__(self, u):
         return self.gamma * jnp.maximum(1 - jnp.abs(u) / self.width, 0)
 
@@ -104,6 +124,8 @@ class Triangle:
 
 def PiecewiseQuadratic(alpha: float = 1.0) -> Triangle:
     """ds/du = max(0, alpha - alpha^2 |u|): the triangle of area 1 whose relaxation is piecewise quadratic."""
+    if not 0 < alpha < float("inf"):
+        raise ValueError(f"PiecewiseQuadratic: alpha must be above 0 and finite; got {alpha}")
     return Triangle(gamma=alpha, width=1 / alpha)
 
 
@@ -112,6 +134,9 @@ class Rectangle:
     """ds/du = 1 / width where |u| < width / 2, else 0. Width 1 is the temporal fusion paper's, arXiv 2408.00280."""
 
     width: float = 1.0
+
+    def __post_init__(self):
+        above_zero(self, "width")
 
     def __call__(self, u):
         return (jnp.abs(u) < self.width / 2).astype(u.dtype) / self.width
@@ -125,6 +150,9 @@ class Gaussian:
     """ds/du = alpha / sqrt(pi) exp(-(alpha u)^2); the relaxation is (1 + erf(alpha u)) / 2. SpikingJelly calls it Erf."""
 
     alpha: float = 2.0
+
+    def __post_init__(self):
+        above_zero(self, "alpha")
 
     def __call__(self, u):
         z = self.alpha * u
