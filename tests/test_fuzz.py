@@ -716,6 +716,15 @@ def _(draw):
         close(np.asarray(outs)[:, sure], np.stack(want)[:, sure])
 
 
+@case("nn.Dropout")
+def _(draw):
+    xs, rate = array(draw, (4, 5, 6), 0.5, 2), one_of(draw, 0.25, *NUMBER)
+    got = np.asarray(call(call(nn.Dropout, rate, rngs=nnx.Rngs(0)), jnp.asarray(xs)))
+    kept = np.broadcast_to(got[:1] != 0, xs.shape)
+    close(got, np.where(kept, xs / max(1 - rate, 1e-9), 0))
+    assert kept.all() if rate == 0 else not kept.all()
+
+
 @case("nn.PrecisionPolicy")
 def _(draw):
     assert call(nn.PrecisionPolicy, one_of(draw, "float32", "bfloat16", "tf32", "int3", "")).value
