@@ -65,8 +65,13 @@ def jax_cases(args):
             key = dict(case=name, dtype=DTYPES[name], devices=math.prod(axes.values()), T=T, B=B, mesh=axes)
             key |= dict(synchronised=False, sums=None, implementation="the default") | options | same
             how = "interpret" if args.tiny else None
-            case = Case(key, training, (name, axes, T, B, how, key["synchronised"], key["sums"]), needs=one)
-            one = (one or case) if name == "small-net" else None  # the first is that of one device
+            case = Case(
+                key,
+                training,
+                (name, axes, T, B, how, key["synchronised"], key["sums"]),
+                needs=one if name == "small-net" else None,
+            )
+            one = one or case  # the first is the small net on one device
             yield case
 
 
