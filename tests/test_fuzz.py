@@ -774,7 +774,6 @@ def _(draw):
 # ---- what has no case, and why
 
 EXCLUDED = {
-    "nn.Dropout": "its mask is random: test_nn.py",
     **dict.fromkeys(
         [
             f"{n}{part}"
