@@ -565,6 +565,19 @@ def test_an_exponential_neuron_needs_a_sharpness_above_zero(delta):
         nn.ExpIF(tau=2.0, delta=delta)
 
 
+@pytest.mark.parametrize("bad", [float("inf"), -float("inf"), float("nan")])
+@pytest.mark.parametrize(
+    "make, name",
+    [
+        (lambda v: nn.LIF(tau=2.0, v_rest=v), "LIF: v_rest"),
+        (lambda v: nn.CubaLIF(tau=2.0, tau_syn=2.0, reset=sf.HardReset(v)), "HardReset: v_reset"),
+    ],
+)
+def test_a_module_needs_potentials_that_are_finite(make, name, bad):
+    with pytest.raises(ValueError, match=f"{name} must be finite; got"):
+        make(bad)
+
+
 @pytest.mark.parametrize("bad", [0.0, -1.0, float("inf"), float("nan")])
 @pytest.mark.parametrize(
     "make, name",

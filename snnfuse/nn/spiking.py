@@ -6,6 +6,7 @@ All are called on a sequence: `outs, state = layer(xs)` or `layer(xs, state)`. `
 import dataclasses
 import difflib
 import inspect
+import math
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from numbers import Real
@@ -84,6 +85,7 @@ class Spiking(Temporal):
         **choices,
     ):
         self.neuron = _neuron(neuron, choices, type(self))
+        _check_finite(self.neuron)
         self.params_type = type(params)
         self.implementation = implementation
         self.out_dtype = out_dtype
@@ -375,6 +377,15 @@ def _known(choices, module, fields):
             close = _OURS.get(name) or next(iter(difflib.get_close_matches(name, names, n=1)), None)
             hint = f" (did you mean {close}?)" if close else ""
             raise TypeError(f"{module.__name__} has no argument {name!r}{hint}; it has {', '.join(names)}")
+
+
+def _check_finite(part):
+    """Check the numbers among the fields of a neuron and of its reset, such as v_rest and v_reset."""
+    for field in dataclasses.fields(part) if dataclasses.is_dataclass(part) else ():
+        value = getattr(part, field.name)
+        if isinstance(value, Real) and not math.isfinite(value):
+            raise ValueError(f"{type(part).__name__}: {field.name} must be finite; got {value}")
+        _check_finite(value)
 
 
 def _check_learn(neuron, params, learn, shape) -> dict[str, str]:
