@@ -36,64 +36,45 @@ class Task:
     shape: tuple[int, ...]
 
 
-TASKS = {
-    "lif_T32_N1048576": Task("lif", (32, 2**20)),
-    "lif_T256_N131072": Task("lif", (256, 2**17)),
-    "lif_T500_N8192": Task("lif", (500, 2**13)),
-    "open_neuromorphic_n512": Task("linear", (500, 16, 512)),
-    "open_neuromorphic_n4096": Task("linear", (500, 16, 4096)),
-    "open_neuromorphic_n16384": Task("linear", (500, 16, 16384)),
-    "shd": Task("shd", (256, 256, 700, 128, 20)),
-    "resnet18_28": Task("resnet", (32, 100, 28)),
-}
+CASES = [  # name, dtype, task; the most important first, because --budget cuts the end
+    ("lif_T32_N1048576", "float32", Task("lif", (32, 2**20))),
+    ("lif_T32_N1048576", "bfloat16", Task("lif", (32, 2**20))),
+    ("lif_T500_N8192", "float32", Task("lif", (500, 2**13))),
+    ("resnet18_28", "tf32", Task("resnet", (32, 100, 28))),
+    ("resnet18_28", "bfloat16", Task("resnet", (32, 100, 28))),
+    ("open_neuromorphic_n512", "tf32", Task("linear", (500, 16, 512))),
+    ("shd", "tf32", Task("shd", (256, 256, 700, 128, 20))),
+    ("lif_T256_N131072", "float32", Task("lif", (256, 2**17))),
+    ("open_neuromorphic_n4096", "tf32", Task("linear", (500, 16, 4096))),
+    ("open_neuromorphic_n16384", "tf32", Task("linear", (500, 16, 16384))),
+]
 TINY = {"lif": (6, 256), "linear": (5, 2, 32), "shd": (6, 4, 700, 16, 20), "resnet": (2, 2, 16)}
 # The share of spikes that may differ. Rounding a decay changes a few; a matrix product in TF32 changes more.
 FLIPS = {"lif": 1e-5, "linear": 1e-2, "shd": 1e-2}
 LOSS_ERROR = 1e-2
 GRADIENT_ERROR = {"float32": 1e-4, "bfloat16": 3e-2}
 
-OURS, JAX = "snnfuse pallas|scan", "spyx run, jaxpike unroll, sparx unroll 8"
-MORE, LOOPS = "spyx run, jaxpike unroll|remat, sparx unroll 1|unroll 8", "snntorch loop, norse loop"
-PLAN = [  # case, dtype, and each library with its ways; the most important first, because --budget cuts the end
-    ("lif_T32_N1048576", "float32", f"{OURS}, spikingjelly triton|native"),
-    ("lif_T32_N1048576", "bfloat16", f"{OURS}, spikingjelly triton|storage|native"),
-    ("lif_T500_N8192", "float32", f"{OURS}, spikingjelly triton|native"),
-    ("resnet18_28", "tf32", "spikingjelly triton|relu, snnfuse pallas"),
-    ("resnet18_28", "bfloat16", "snnfuse pallas, spikingjelly triton|relu|cast"),
-    ("open_neuromorphic_n512", "tf32", f"{OURS}, spikingjelly triton, {LOOPS}, {JAX}"),
-    ("lif_T32_N1048576", "float32", f"{LOOPS}, {MORE}"),
-    ("shd", "tf32", f"{OURS}, spikingjelly triton, {LOOPS}, {JAX}"),
-    ("lif_T256_N131072", "float32", f"{OURS}, spikingjelly triton|native"),
-    ("open_neuromorphic_n4096", "tf32", f"snnfuse pallas, spikingjelly triton, {JAX}, {LOOPS}"),
-    ("open_neuromorphic_n16384", "tf32", f"snnfuse pallas, spikingjelly triton, {JAX}, {LOOPS}"),
-    ("lif_T500_N8192", "float32", f"{MORE}, {LOOPS}, snnfuse mosaic|triton"),
-    ("lif_T32_N1048576", "float32", "snnfuse mosaic|triton, spikingjelly storage"),
-    ("lif_T32_N1048576", "bfloat16", f"{JAX}, snnfuse mosaic|triton"),
-    ("lif_T256_N131072", "float32", f"{JAX}, {LOOPS}, snnfuse mosaic|triton"),
-]
+RESNET = dict(snnfuse=("pallas",), spikingjelly=("triton", "relu"))  # the ways of the libraries that run it
+FLOAT32_ONLY = ("snntorch", "norse")
 
 
 @question("peers", libraries=("", "only these libraries, separated by commas"))
 def peers(args):
-    chosen = split(args.libraries) or list(libraries.TABLE)
-    for name, dtype, plan in PLAN:
-        task = Task(TASKS[name].kind, TINY[TASKS[name].kind]) if args.tiny else TASKS[name]
-        for part in plan.split(", "):
-            library, _, ways = part.partition(" ")
-            for way in ways.split("|") if library in chosen else ():
-                yield peer_case(name, task, dtype, library, way, args.tiny)
-
-
-def peer_case(name, task, dtype, library, way, tiny):
-    key = dict(case=name, library=library, implementation=way, dtype=dtype)
-    if tiny and way == "pallas":
-        way = "scan" if task.kind == "resnet" else "interpret"
-    args = task, dtype, library, way
-    if task.kind == "resnet":
-        return Case(key, resnet, args, library)
-    neuron = libraries.TABLE[library][1]
-    needs = Case(dict(case=name, dtype=dtype, library=neuron), reference, (task, dtype, neuron), "snnfuse")
-    return Case(key, measure, args, library, needs)
+    for name, dtype, task in CASES:
+        task = Task(task.kind, TINY[task.kind]) if args.tiny else task
+        for library in split(args.libraries) or libraries.TABLE:
+            _, neuron, ways = libraries.TABLE[library]
+            if dtype == "bfloat16" and library in FLOAT32_ONLY:
+                continue
+            for way in RESNET.get(library, ()) if task.kind == "resnet" else ways:
+                key = dict(case=name, library=library, implementation=way, dtype=dtype)
+                if task.kind == "resnet":
+                    yield Case(key, resnet, (task, dtype, library, "scan" if args.tiny else way), library)
+                    continue
+                way = "interpret" if args.tiny and library == "snnfuse" else way
+                needs = dict(case=name, dtype=dtype, library=neuron)
+                needs = Case(needs, reference, (task, dtype, neuron), "snnfuse")
+                yield Case(key, measure, (task, dtype, library, way), library, needs)
 
 
 @cache

@@ -11,7 +11,6 @@ import numpy as np
 import runner
 import torch
 import torch.nn.functional as F
-from torch import nn
 
 CUDA = torch.cuda.is_available()
 ON = torch.device("cuda" if CUDA else "cpu")
@@ -104,7 +103,7 @@ def graph(f, sets):
     return graph
 
 
-class OverTime(nn.Module):
+class OverTime(torch.nn.Module):
     """A neuron on [T, B, ...] within a network on [T * B, ...]."""
 
     def __init__(self, T, neuron):
@@ -115,38 +114,19 @@ class OverTime(nn.Module):
         return self.neuron(x.view(self.T, -1, *x.shape[1:])).flatten(0, 1)
 
 
-class Block(nn.Module):
-    def __init__(self, features, width, stride, neuron):
-        super().__init__()
-        self.conv1 = nn.Conv2d(features, width, 3, stride, 1, bias=False)
-        self.conv2 = nn.Conv2d(width, width, 3, 1, 1, bias=False)
-        self.norm1, self.norm2 = nn.BatchNorm2d(width), nn.BatchNorm2d(width)
-        self.neuron1, self.neuron2 = neuron(), neuron()
-        down = nn.Sequential(nn.Conv2d(features, width, 1, stride, bias=False), nn.BatchNorm2d(width))
-        self.beside = nn.Identity() if stride == 1 and features == width else down
-
-    def forward(self, x):
-        return self.neuron2(self.norm2(self.conv2(self.neuron1(self.norm1(self.conv1(x))))) + self.beside(x))
-
-
-def resnet18(neuron, classes=10):
-    blocks, features = [], 64
-    for width in (64, 128, 256, 512):
-        for i in range(2):
-            blocks.append(Block(features, width, 2 if width > 64 and not i else 1, neuron))
-            features = width
-    stem = nn.Conv2d(3, 64, 7, 2, 3, bias=False), nn.BatchNorm2d(64), neuron(), nn.MaxPool2d(3, 2, 1)
-    return nn.Sequential(*stem, *blocks, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(512, classes))
-
-
 def resnet_step(lif, dtype, T, B, size):
-    """A function without arguments that takes one training step and returns the loss. If `lif` is None, the net has ReLU.
+    """A function without arguments that takes one training step of torchvision's ResNet-18 and returns the loss.
 
-    "bfloat16" uses autocast; "tf32" uses TF32 for matrix products, and float32 elsewhere.
+    `lif` takes the place of ReLU; if it is None, the net keeps ReLU. "bfloat16" uses autocast; "tf32" uses TF32 for matrix
+    products, and float32 elsewhere.
     """
+    import torchvision
+
     torch.manual_seed(0)
-    neuron = nn.ReLU if lif is None else lambda: OverTime(T, lif)
-    net = resnet18(neuron).to(ON).to(memory_format=torch.channels_last)
+    net = torchvision.models.resnet18(num_classes=10)
+    for module in [module for module in net.modules() if hasattr(module, "relu")]:
+        module.relu = torch.nn.ReLU() if lif is None else OverTime(T, lif)
+    net = net.to(ON, memory_format=torch.channels_last)
     xs = (torch.rand(T * B, 3, size, size, device=ON) < 0.5).float().contiguous(memory_format=torch.channels_last)
     labels = torch.randint(0, 10, (B,), device=ON)
     adam = torch.optim.Adam(net.parameters(), 1e-3, fused=True, capturable=CUDA)

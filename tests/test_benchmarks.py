@@ -38,7 +38,7 @@ SMOKE = {  # question: the options that keep it short
     "flips": ["--only", "continuous"],
     "tune": ["--only", "own neuron"],
     "resnet": ["--only", "relu bfloat16"],
-    "peers": ["--libraries", "snnfuse", "--only", "T500.*(scan|pallas)|n512.*scan|shd.*scan"],
+    "peers": ["--libraries", "snnfuse", "--only", "(T500|n512|shd).*pallas"],
     "largest_T": [],
     "multi_gpu": ["--devices", "1", "--only", "lif-stack.* 8 "],
     "loader": [],
