@@ -5,9 +5,10 @@
     python benchmarks/compare.py OLD NEW --tiny           small shapes on a CPU; checks that it runs
 
 Times a LIF layer (T = 32, 2^20 lanes, float32 and bfloat16; T = 500, 2^13 lanes) forward and backward, and a training step
-of Spiking-ResNet-18 (bfloat16, T = 32, B = 100, 28 x 28). Each checkout runs in a process of its own. In every round both
-are timed on each case, one right after the other; the order alternates. It prints the median of the rounds and the ratio
-new / old with its quartiles, and exits with 1 if a median ratio is above 1 + tolerance. About two minutes on an H100.
+of Spiking-ResNet-18 (bfloat16, T = 32, B = 100, 28 x 28). Each checkout runs in a process of its own, with these scripts; it
+must have what with_jax.py imports. In every round both are timed on each case, one right after the other; the order
+alternates. It prints the median of the rounds and the ratio new / old with its quartiles, and exits with 1 if a median ratio
+is above 1 + tolerance. About two minutes on an H100.
 """
 
 import argparse
@@ -20,6 +21,7 @@ import subprocess
 import sys
 import tempfile
 from concurrent.futures import ProcessPoolExecutor
+from functools import cache
 from pathlib import Path
 
 CASES = {  # T and lanes, or T, B and the size of the images
@@ -31,67 +33,6 @@ CASES = {  # T and lanes, or T, B and the size of the images
 TINY = {2: (4, 256), 3: (2, 2, 16)}
 
 
-def lif(T, M, dtype):
-    """A call of forward and backward on several inputs in one program, and the number of them."""
-    import jax
-
-    import snnfuse as sf
-
-    draw = lambda seed: jax.random.normal(jax.random.key(seed), (T, M)).astype(dtype)
-    sets = [(draw(2 * i) + 0.3, draw(2 * i + 1)) for i in range(4)]
-
-    def both(x, cotangent):
-        out, vjp = jax.vjp(lambda x: sf.unroll(sf.LIF(), sf.LIFParams(), None, x)[0], x)
-        return out, vjp(cotangent)
-
-    run = jax.jit(lambda sets: [both(*args) for args in sets])
-    return lambda: run(sets), len(sets)
-
-
-def resnet18(T, B, size):
-    """A call of a training step. The code of the step is here, so that both checkouts run the same."""
-    import inspect
-    from functools import partial
-
-    import jax
-    import optax
-    from flax import nnx
-
-    from snnfuse import models, nn
-
-    names = inspect.signature(models.spiking_resnet).parameters
-    policy = "policy" if "policy" in names else "precision"  # its name until commit ab62cdc
-    model = models.spiking_resnet(18, 3, 10, **{policy: "bfloat16"}, rngs=nnx.Rngs(0))
-    model.train()
-    graphdef, state = nnx.split((model, nnx.Optimizer(model, optax.adam(1e-3), wrt=nnx.Param)))
-    leaves, tree = jax.tree.flatten(state)
-
-    @partial(jax.jit, donate_argnums=0)
-    def step(leaves, xs, labels):
-        model, optimizer = nnx.merge(graphdef, tree.unflatten(leaves))
-
-        def loss_of(model):
-            logits = nn.membrane_mean(model(xs)[0])
-            return optax.softmax_cross_entropy_with_integer_labels(logits, labels).mean()
-
-        loss, grads = nnx.value_and_grad(loss_of)(model)
-        optimizer.update(model, grads)
-        return jax.tree.leaves(nnx.state((model, optimizer))), loss
-
-    xs = jax.random.bernoulli(jax.random.key(0), 0.5, (T, B, size, size, 3))
-    labels = jax.random.randint(jax.random.key(1), (B,), 0, 10)
-
-    def call():
-        nonlocal leaves
-        leaves, loss = step(leaves, xs, labels)
-        return loss
-
-    return call, 1
-
-
-CALLS = {}  # of a worker process: case -> (what is timed, how many calls it makes)
-
-
 def start(folder):
     """Lets a worker process import the snnfuse of a folder, before anything else puts another one on the path."""
     sys.path.insert(0, str(folder))
@@ -101,17 +42,46 @@ def start(folder):
         raise ImportError(f"{folder}: this folder's snnfuse was wanted, {snnfuse.__file__} was imported")
 
 
+def lif(T, M, dtype):
+    """A call of forward and backward on several inputs in one program, and the number of them."""
+    import jax
+    from with_jax import forward_backward
+
+    import snnfuse as sf
+
+    draw = lambda seed: jax.random.normal(jax.random.key(seed), (T, M)).astype(dtype)
+    sets = [((draw(2 * i) + 0.3,), draw(2 * i + 1)) for i in range(4)]
+    both = forward_backward(lambda x: sf.unroll(sf.LIF(), sf.LIFParams(), None, x)[0])
+    run = jax.jit(lambda sets: [both(*args) for args in sets])
+    return lambda: run(sets), len(sets)
+
+
+def resnet18(T, B, size):
+    """A call of a training step."""
+    from with_jax import batches, resnet, training_step
+
+    step, (batch,) = training_step(resnet(None, 18, "bfloat16")), batches(T, B, size, count=1)
+    return lambda: step(*batch), 1
+
+
+@cache
+def case(name, tiny):
+    """(what is timed, how many calls it makes), in a worker process; compiled."""
+    import jax
+
+    shape = TINY[len(CASES[name])] if tiny else CASES[name]
+    call, count = resnet18(*shape) if "resnet" in name else lif(*shape, name.split()[-1])
+    for _ in range(6):
+        jax.block_until_ready(call())
+    return call, count
+
+
 def time_case(name, tiny):
-    """Milliseconds of a case, which the first call compiles."""
+    """Milliseconds of a case."""
     import jax
     from runner import time_ms
 
-    if name not in CALLS:
-        shape = TINY[len(CASES[name])] if tiny else CASES[name]
-        CALLS[name] = resnet18(*shape) if "resnet" in name else lif(*shape, name.split()[-1])
-        for _ in range(6):
-            jax.block_until_ready(CALLS[name][0]())
-    call, count = CALLS[name]
+    call, count = case(name, tiny)
     return time_ms(call, jax.block_until_ready, repeats=5, seconds=0.05)[0] / count
 
 
@@ -121,9 +91,9 @@ def folder_of(given):
     if Path(given).is_dir():
         yield Path(given).resolve()
         return
-    here = Path(__file__).parent
+    root = Path(__file__).parent.parent
     with tempfile.TemporaryDirectory() as folder:
-        archive = subprocess.run(["git", "archive", given, "../snnfuse"], cwd=here, capture_output=True)
+        archive = subprocess.run(["git", "archive", given, "snnfuse"], cwd=root, capture_output=True)
         if archive.returncode:
             sys.exit(f"{given}: neither a folder nor a git revision: {archive.stderr.decode().strip()}")
         subprocess.run(["tar", "-x", "-C", folder], input=archive.stdout, check=True)
