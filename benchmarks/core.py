@@ -23,7 +23,6 @@ import re
 import subprocess
 import sys
 import tempfile
-import time
 from functools import cache
 from unittest import mock
 
@@ -32,7 +31,7 @@ import jax.numpy as jnp
 import numpy as np
 from neurons import NEURONS
 from runner import HERE, Case, main, question, split
-from with_jax import bf16, copy_rate, device_ms, f32, forward_backward, peak_mb, times
+from with_jax import bf16, compiled, copy_rate, device_ms, f32, forward_backward, times
 
 import snnfuse as sf
 from snnfuse.core.compose import Affine
@@ -137,20 +136,18 @@ def spikes_of(name, implementation):
     return spikes, learned
 
 
-def timed_compile(f, *args):
-    """(f compiled, seconds). It clears the caches of compiled programs first."""
+def compiled_anew(f, *args):
+    """`compiled` without what was compiled before."""
     jax.clear_caches()
     triton.kernel.cache_clear()
-    start = time.perf_counter()
-    program = f.lower(*args).compile()
-    return program, time.perf_counter() - start
+    return compiled(f, *args)
 
 
 def compile_time(implementation, T, M, first):
     def seconds(T):
         spikes, learned = spikes_of("lif", implementation)
         xs = jax.ShapeDtypeStruct((T, M), f32)
-        return timed_compile(forward_backward(spikes), (learned, xs), xs)[1]
+        return compiled_anew(forward_backward(spikes), (learned, xs), xs)[1]["compile_s"]
 
     return (dict(first_s=seconds(1)) if first else {}) | dict(compile_s=seconds(T))
 
@@ -162,12 +159,12 @@ def layer(name, T, M, dtype, implementation, tiny):
     spikes, learned = spikes_of(name, implementation)
     sets = inputs(name, T, M, dtype)
     both, calls = forward_backward(spikes), [((learned, xs), cotangent) for xs, cotangent in sets]
-    program, compile_s = timed_compile(both, *calls[0])
+    program, row = compiled_anew(both, *calls[0])
     got = program(*calls[0])
-    row = times(both, program, calls)
+    row |= times(both, program, calls)
     nbytes = sets[0][0].nbytes
-    row |= dict(of_copy_rate=5 * nbytes / rate(tiny) / (row["ms"] * 1e-3), peak_units=peak_mb(program) * 1e6 / nbytes)
-    row |= dict(forward_ms=device_ms(spikes, [(learned, xs) for xs, _ in sets])[0], compile_s=compile_s)
+    row |= dict(of_copy_rate=5 * nbytes / rate(tiny) / (row["ms"] * 1e-3), peak_units=row.pop("peak_mb") * 1e6 / nbytes)
+    row |= dict(forward_ms=device_ms(spikes, [(learned, xs) for xs, _ in sets])[0])
     row |= dict(firing_rate=float(jnp.mean(got[0].astype(f32))))
     case = name, T, M, dtype
     if implementation == "scan":

@@ -12,28 +12,19 @@ import time
 
 import jax
 import numpy as np
-from flax import nnx
 from runner import Case, main, question
-from with_jax import training_step
+from with_jax import resnet, training_step
 
-from snnfuse import models
 from snnfuse.data import encoders
 from snnfuse.data.loader import Images, load
 
+HOW = dict(workers=8, threads=4, ahead=4, steps=40, rounds=3, samples=20_000)  # threads in each worker, batches ahead
 
-@question(
-    "loader",
-    workers=(8, "processes that make samples"),
-    threads=(4, "in each worker"),
-    ahead=(4, "batches prepared in advance"),
-    steps=(40, "in each measurement"),
-    rounds=(3, "measurements of each kind"),
-    samples=(20_000, "in the data set"),
-)
+
+@question("loader")
 def loader(args):
     T, batch = (2, 4) if args.tiny else (32, 100)
-    how = {k: getattr(args, k) for k in ("workers", "threads", "ahead", "steps", "rounds", "samples")}
-    how |= dict(workers=0, threads=1, steps=2, rounds=2, samples=40) if args.tiny else {}
+    how = HOW | (dict(workers=0, threads=1, steps=2, rounds=2, samples=40) if args.tiny else {})
     key = dict(case=f"resnet18_images_T{T}_B{batch}", source="memory", T=T, B=batch, steps=how["steps"])
     yield Case(key, measure, (T, batch, "scan" if args.tiny else None, how))
 
@@ -41,8 +32,7 @@ def loader(args):
 def measure(T, batch, implementation, how):
     example, noise = Images(flip=0.5, pad=4), jax.random.key(0)
     prepare = lambda xs, i: encoders.bernoulli(jax.random.fold_in(noise, i), example.unpack(xs), T)
-    options = dict(policy="bfloat16", implementation=implementation, rngs=nnx.Rngs(0))
-    step = training_step(models.spiking_resnet(18, 3, 10, **options), prepare=prepare)
+    step = training_step(resnet(implementation, 18, "bfloat16"), prepare=prepare)
 
     def run(batches, count):
         start = time.perf_counter()
@@ -69,15 +59,13 @@ class Samples:
     """`size` samples in memory, of which 1,000 differ."""
 
     def __init__(self, size):
-        rng, self.size = np.random.default_rng(0), size
-        self.images = rng.integers(0, 256, (min(1000, size), 32, 32, 3)).astype(np.uint8)
+        self.size, self.images = size, np.random.default_rng(0).integers(0, 256, (1000, 32, 32, 3), np.uint8)
 
     def __len__(self):
         return self.size
 
     def __getitem__(self, i):
-        i = int(i) % len(self.images)
-        return {"image": self.images[i], "label": i % 10}
+        return {"image": self.images[i % 1000], "label": i % 10}
 
 
 if __name__ == "__main__":

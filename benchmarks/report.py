@@ -163,13 +163,10 @@ def verdict(ours, others):
     return f"{ratio:.3g}x ({name})" if ratio >= 1 else f"**{ratio:.3g}x ({name}) is faster than ours**"
 
 
-def resnet18_layers(size=28, channels=3):
-    """The layers for the cost model: 17 convolutions, each with its neurons. The stem halves the size twice."""
-    size = -(-size // 2)
-    layers = [LayerCost(64 * size**2, 2 * 49 * channels * 64 * size**2, 49 * channels * 64)]
-    size, before = -(-size // 2), 64
-    for width in (64, 128, 256, 512):
-        size = size if width == 64 else -(-size // 2)
+def resnet18_layers():
+    """The layers for the cost model: 17 convolutions on 3 x 28 x 28, each with its neurons."""
+    layers, before = [LayerCost(64 * 14**2, 2 * 49 * 3 * 64 * 14**2, 49 * 3 * 64)], 64
+    for width, size in ((64, 7), (128, 4), (256, 2), (512, 1)):
         for _ in range(4):
             layers.append(LayerCost(width * size**2, 2 * 9 * before * width * size**2, 9 * before * width))
             before = width
@@ -197,7 +194,6 @@ def multi_gpu():
     found = []
     for r in steps:
         how = [r["case"], r["dtype"], "a process per device" if r.get("processes") else ""]
-        how += ["BatchNorm synchronised" if r.get("synchronised") and r["case"] == "resnet18" else ""]
         how += [f"sums in {r['sums']}" if r.get("sums") else ""]
         row = dict(how=", ".join(filter(None, how)), over="-", predicted=predicted(r))
         row |= dict(on=",".join(f"{axis}={n}" for axis, n in r["mesh"].items()))
@@ -225,12 +221,6 @@ GAINS = [  # what a user gains, beside the best other library: words, and the ca
 ]
 
 
-GAINS_CAPTION = (
-    "Layers are timed forward and backward, on the device. SpikingJelly's ResNet is timed as called from Python, because no "
-    "CUDA graph of it could be captured. [All tables, and how they were measured](benchmarks/README.md)."
-)
-
-
 def gains():
     found = []
     for what, case, dtype in GAINS:
@@ -246,7 +236,7 @@ def gains():
     what = "longest sequence that trains on one GPU, the same network"
     found.append((what, f"{T[0]:,} steps", f"{T[1]:,} steps (SpikingJelly)", f"{T[0] / T[1]:.1f}x longer"))
     lines = [("on one H100", "snnfuse", "best other library", "gain"), ("---",) * 4, *found]
-    return GAINS_CAPTION + "\n\n" + "\n".join(f"| {' | '.join(line)} |" for line in lines)
+    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
 
 
 def recurrent():
