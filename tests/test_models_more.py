@@ -191,7 +191,7 @@ make_spikformer = partial(models.spikformer, 2, 4, depth=1, width=16, heads=2, r
         (
             lambda: shape_of(make_vgg, 2, 1, 32, 32, 3),
             ValueError,
-            r"x must be \[..., H, W, 2\].*\(2, 1, 32, 32, 3\)",
+            r"layer 0, Conv, takes 2 features.*\(2, 1, 32, 32, 3\)",
         ),
         (lambda: make_spikformer(patch=3), ValueError, "patch must be one of 1, 2, 4, 8, 16; got 3"),
         (lambda: make_spikformer(width=36), ValueError, "width must be a multiple of 8 and of heads = 2; got 36"),

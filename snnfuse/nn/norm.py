@@ -1,7 +1,9 @@
 """Batch normalisation as an affine map, which runs in one kernel with the residual and the neuron after it."""
 
+from functools import partial
 from typing import Any
 
+import jax
 import jax.numpy as jnp
 from flax import nnx
 from jax import Array, lax
@@ -92,12 +94,7 @@ def _moments(xs, per_step, axis_name):
 
     Chan, Golub and LeVeque 1983, https://doi.org/10.1080/00031305.1983.10483115.
     """
-    axes = tuple(range(1 if per_step else 0, xs.ndim - 1))
-    middle = tuple(slice(n // 2, n // 2 + 1) if i in axes else slice(None) for i, n in enumerate(xs.shape))
-    c = lax.stop_gradient(xs[middle]).astype(jnp.float32)
-    away = xs.astype(jnp.float32) - c
-    first, square = (a.mean(axes, keepdims=True) for a in (away, away * away))
-    mean, var = c + first, jnp.maximum(square - first * first, 0)
+    mean, var = _own_moments(xs, tuple(range(1 if per_step else 0, xs.ndim - 1)))
     if axis_name is not None:  # each device writes into its own place, so that one sum sends all means and variances
         place, count = lax.axis_index(axis_name), lax.axis_size(axis_name)
         both = jnp.stack([mean, var])
@@ -105,6 +102,30 @@ def _moments(xs, per_step, axis_name):
         mean = means.mean(0)
         var = (variances + (means - mean) ** 2).mean(0)
     return (mean, var) if per_step else (mean.reshape(-1), var.reshape(-1))
+
+
+@partial(jax.custom_vjp, nondiff_argnums=(1,))
+def _own_moments(xs, axes):
+    middle = tuple(slice(n // 2, n // 2 + 1) if i in axes else slice(None) for i, n in enumerate(xs.shape))
+    c = xs[middle].astype(jnp.float32)
+    away = xs.astype(jnp.float32) - c
+    first, square = (a.mean(axes, keepdims=True) for a in (away, away * away))
+    return c + first, jnp.maximum(square - first * first, 0)
+
+
+def _own_moments_forward(xs, axes):
+    mean, var = _own_moments(xs, axes)
+    return (mean, var), (xs, mean)
+
+
+def _own_moments_backward(axes, kept, cotangents):
+    """d mean / dx = 1 / n and d variance / dx = 2 (x - mean) / n. JAX's own would also keep x - c, as large as xs."""
+    (xs, mean), (d_mean, d_var) = kept, cotangents
+    d_xs = (d_mean + 2 * d_var * (xs.astype(jnp.float32) - mean)) / (xs.size / mean.size)
+    return (d_xs.astype(xs.dtype),)
+
+
+_own_moments.defvjp(_own_moments_forward, _own_moments_backward)
 
 
 class NormSpiking(Temporal):
