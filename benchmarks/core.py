@@ -12,8 +12,7 @@ time, as a share of the bytes per second that x + 1 moves. `over_scan` is scan's
 memory in units of xs. `compile` is the time from a Python function to a program; `first_s` is that of the first program of
 a process, a single step, with the imports that it causes.
 
-A spike can differ only if a membrane is within one rounding of the threshold. Inputs on a grid of 0.1 often make the
-membrane exactly equal to it, and then the last bit decides: a compiler may round decay * v + x once or twice.
+Inputs on a grid of 0.1 often make a membrane exactly equal to the threshold, and then the last bit decides whether it spikes.
 
 Blocks are [lanes, warps, chunk, prefetch], for "mosaic" [rows, chunk, stages].
 """

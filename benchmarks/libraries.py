@@ -4,7 +4,6 @@ A `way` names how the library runs; only ours has several. Every `lif` has tau 2
 Libraries differ in small things, so `TABLE` names the neuron of ours that computes the same.
 """
 
-import importlib
 import math
 import os
 import sys
@@ -23,12 +22,8 @@ class Library(NamedTuple):
 
 
 def not_needed(*names):
-    """Replace missing packages that a library imports only for its readers of files."""
-    for name in names:
-        try:
-            importlib.import_module(name)
-        except ImportError:
-            sys.modules[name] = mock.MagicMock(__spec__=None)
+    """Stands in for packages that a library imports only for its readers of files."""
+    sys.modules.update({name: mock.MagicMock(__spec__=None) for name in names})
 
 
 def snnfuse():
