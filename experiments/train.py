@@ -1,6 +1,6 @@
 """Train a spiking network; by default a convolutional one on 5,000 real MNIST digits.
 
-    python experiments/train.py                              a minute on 2 CPU cores; 97 % of the held-out digits
+    python experiments/train.py                              two minutes on 2 CPU cores; 96 % of the held-out digits
     python experiments/train.py --steps 100 --model.T 8 --data.encoding direct
     python experiments/train.py --mesh data=4                each step's batch over 4 devices
     python experiments/train.py --name mine --resume         continues runs/mine from its last checkpoint, exactly

@@ -447,6 +447,17 @@ def test_adam_flattened_as_the_gradients_are_summed_gives_one_device_s_parameter
     assert len(jax.tree.leaves(moments)) == 1 + 2 * 2  # the count, and two moments of two pieces
 
 
+def test_statistics_on_a_mesh_with_explicit_axes():
+    xs = jax.random.normal(jax.random.key(0), (4, 8, 3)) + 5
+    mesh = jax.make_mesh((8,), ("data",), axis_types=(EXPLICIT,))
+    norm = nn.BatchNorm(3, rngs=nnx.Rngs(0))
+    gradient = lambda xs: jax.grad(lambda xs: (nnx.clone(norm)(xs) ** 3).mean())(xs)
+    want = gradient(xs)
+    with jax.set_mesh(mesh):
+        got = jax.jit(gradient)(jax.device_put(xs, NamedSharding(mesh, P(None, "data"))))
+    assert_close(jax.device_get(got), want, rtol=1e-4)
+
+
 def test_every_device_has_its_own_keys_and_the_state_keeps_its_own():
     def step(state, batch, key):
         return {"key": state["key"]}, {"draw": jax.random.uniform(key) + jax.random.uniform(state["key"])}

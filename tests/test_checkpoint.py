@@ -94,3 +94,11 @@ def test_settings_are_text_without_addresses():
     assert found["layers.1.neuron.surrogate"] == "ATan" and found["layers.1.decay"] == "0.9"
     assert not any(" at 0x" in text for text in found.values())
     assert found == training.settings(build(1))
+
+
+def test_what_is_no_checkpoint_is_named(tmp_path):
+    with pytest.raises(ValueError, match="path must be a folder that training.save wrote"):
+        training.restore(tmp_path, nn.LIF(tau=2.0, learn="decay"))
+    for call in (training.save, training.restore):
+        with pytest.raises(TypeError, match="objects: give at least one nnx object"):
+            call(tmp_path / "new")

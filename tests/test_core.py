@@ -578,6 +578,14 @@ def test_a_module_needs_potentials_that_are_finite(make, name, bad):
         make(bad)
 
 
+def test_a_field_of_ones_own_neuron_may_be_infinite():
+    @dataclasses.dataclass(frozen=True)
+    class Clipped(sf.LIF):
+        v_max: float = float("inf")
+
+    assert nn.Spiking(Clipped, sf.LIFParams()).neuron.v_max == float("inf")
+
+
 @pytest.mark.parametrize("bad", [0.0, -1.0, float("inf"), float("nan")])
 @pytest.mark.parametrize(
     "make, name",

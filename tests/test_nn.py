@@ -141,6 +141,25 @@ def test_learned_per_neuron_values_are_kept():
     np.testing.assert_array_equal(nn.LIF(decay=decay, learn={"decay": "raw"}).decay[...], decay)
 
 
+def test_a_parameter_that_is_learned_in_its_range_is_set_by_its_raw_array():
+    layer = nn.LIF(decay=0.9, learn="decay")
+    with pytest.raises(AttributeError, match=r"decay is sigmoid\(raw_decay\): set raw_decay\[...\], or learn="):
+        layer.decay = 0.5
+    layer.raw_decay[...] = jnp.zeros(())
+    assert layer.decay == 0.5
+    with pytest.raises(ValueError, match="decay must be above 0 and below 1 to be learned"):
+        nn.LIF(decay=1 - 1e-9, learn="decay")  # 1 in float32
+
+
+@pytest.mark.parametrize("out_dtype", [jnp.int8, jnp.bool_])
+def test_without_a_gradient_numbers_stay_numbers(out_dtype):
+    layer = nn.LIF(decay=0.9, threshold=1, out_dtype=out_dtype)
+    xs = jnp.ones((4, 3))
+    refusal, *_ = jax.make_jaxpr(lambda xs: layer(xs)[0])(xs).eqns
+    assert len(refusal.invars) == 1, "xs alone: decay and threshold are compiled in"
+    assert jax.jit(lambda xs: layer(xs)[0])(xs).dtype == out_dtype
+
+
 def test_learned_parameters_stay_in_their_range():
     """The optimizer takes very large steps. Without bounds the decay would pass 1 and the threshold 0."""
     ranges = dict(decay=(0, 1), threshold=(0, jnp.inf), delta=(0, jnp.inf))

@@ -31,7 +31,7 @@ def _kept_jvp(primals, tangents):
 class HardReset:
     """v = (1 - s) u + s v_reset. A spike resets an infinite u too, where 0 * inf would be NaN.
 
-    The gradient of v is that of the equation, where an infinite u counts as 0. A NaN stays NaN.
+    The gradient of v is that of the equation, where an infinite u counts as 0. A NaN stays NaN, unless s is 1.
     """
 
     v_reset: float = 0.0

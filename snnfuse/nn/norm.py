@@ -31,7 +31,7 @@ class BatchNorm(Timeless, nnx.BatchNorm):
 
     Variables, `train()` and `eval()` are those of `nnx.BatchNorm`. Statistics are float32, and keep their digits where the
     mean is thousands of times the deviation. The running statistics start at mean 0 and variance 1. The running variance
-    averages the unbiased variance, as in PyTorch.
+    averages the unbiased variance, as in PyTorch. Gradients are reverse mode.
     """
 
     def __init__(
@@ -107,8 +107,10 @@ def _moments(xs, per_step, axis_name):
 @partial(jax.custom_vjp, nondiff_argnums=(1,))
 def _own_moments(xs, axes):
     middle = tuple(slice(n // 2, n // 2 + 1) if i in axes else slice(None) for i, n in enumerate(xs.shape))
-    c = xs[middle].astype(jnp.float32)
-    away = xs.astype(jnp.float32) - c
+    x = xs.astype(jnp.float32)
+    # a sharded axis cannot be sliced where a mesh has explicit axes; there, the mean is taken first, which reads xs twice
+    c = x.mean(axes, keepdims=True) if jax.typeof(xs).sharding.mesh.explicit_axes else xs[middle].astype(jnp.float32)
+    away = x - c
     first, square = (a.mean(axes, keepdims=True) for a in (away, away * away))
     return c + first, jnp.maximum(square - first * first, 0)
 

@@ -61,12 +61,17 @@ def differentiable(out_dtype: Any, inputs: PyTree) -> PyTree:
     if not dtypes or any(not isinstance(d, Packed) and jnp.issubdtype(d, jnp.floating) for d in dtypes):
         return inputs
     got = ", ".join(str(d if isinstance(d, Packed) else jnp.dtype(d)) for d in dtypes)
-    return refuse_gradient(
-        f"out_dtype must be a float dtype where a gradient passes the layer; got {got}, whose gradient is zero for all "
-        "layers before. nn.PackSpikes after the layer stores bits and keeps the gradient. For the gradient of the state "
-        "alone, call snnfuse.unroll",
-        inputs,
-    )
+    leaves, tree = jax.tree.flatten(inputs)
+    arrays = [isinstance(leaf, jax.Array) for leaf in leaves]  # a number stays a number, compiled into the kernel
+    checked = iter(refuse_gradient(_WHY.format(got), [a for a, array in zip(leaves, arrays, strict=True) if array]))
+    return tree.unflatten([next(checked) if array else leaf for leaf, array in zip(leaves, arrays, strict=True)])
+
+
+_WHY = (
+    "out_dtype must be a float dtype where a gradient passes the layer; got {}, whose gradient is zero for all "
+    "layers before. nn.PackSpikes after the layer stores bits and keeps the gradient. For the gradient of the state "
+    "alone, call snnfuse.unroll. Where no gradient is meant, apply jax.lax.stop_gradient to what the layer takes"
+)
 
 
 @partial(jax.custom_jvp, nondiff_argnums=(0,))

@@ -101,7 +101,7 @@ class Spiking(Temporal):
             elif (kept := RANGES[how]) is None:
                 setattr(self, name, _learned(name, value, shape))
             else:
-                if not _all(value, kept.holds):
+                if not _all(value, lambda value, kept=kept: kept.holds(np.asarray(value, np.float32))):
                     raise ValueError(
                         f"{name} must be {kept.text} to be learned by {how!r}; got {value}. "
                         f"learn={{{name!r}: 'raw'}} learns it without bounds"
@@ -114,6 +114,15 @@ class Spiking(Temporal):
         if how is None or RANGES[how] is None:
             raise AttributeError(f"{type(self).__name__!r} object has no attribute {name!r}")
         return RANGES[how].forward(getattr(self, f"raw_{name}")[...])
+
+    def __setattr__(self, name, value):
+        """A parameter that is learned in its range is set by its `raw_` array; another array of its name would hide it."""
+        how = dict(vars(self).get("learned", ())).get(name)
+        if how is not None and RANGES[how] is not None:
+            raise AttributeError(
+                f"{name} is {how}(raw_{name}): set raw_{name}[...], or learn={{{name!r}: 'raw'}} and set it"
+            )
+        super().__setattr__(name, value)
 
     # This runs the neuron; `parallel.over_time` replaces it. It is a partial because `nnx.tabulate` wraps every public function
     # of a class as if it were a method.
@@ -374,18 +383,22 @@ def _known(choices, module, fields):
             names = [
                 n for n in dict.fromkeys([*own, *fields]) if n not in ("self", "neuron", "params", "choices", "options")
             ]
-            close = _OURS.get(name) or next(iter(difflib.get_close_matches(name, names, n=1)), None)
+            close = _OURS.get(name, "")
+            close = (close if close.split("=")[0] in names else "") or next(
+                iter(difflib.get_close_matches(name, names, n=1)), None
+            )
             hint = f" (did you mean {close}?)" if close else ""
             raise TypeError(f"{module.__name__} has no argument {name!r}{hint}; it has {', '.join(names)}")
 
 
 def _check_finite(part):
-    """Check the numbers among the fields of a neuron and of its reset, such as v_rest and v_reset."""
+    """Check v_rest and v_reset among the fields of a neuron and of its reset."""
     for field in dataclasses.fields(part) if dataclasses.is_dataclass(part) else ():
         value = getattr(part, field.name)
-        if isinstance(value, Real) and not math.isfinite(value):
+        if field.name in ("v_rest", "v_reset") and isinstance(value, Real) and not math.isfinite(value):
             raise ValueError(f"{type(part).__name__}: {field.name} must be finite; got {value}")
-        _check_finite(value)
+        if field.name == "reset":
+            _check_finite(value)
 
 
 def _check_learn(neuron, params, learn, shape) -> dict[str, str]:

@@ -15,6 +15,7 @@ from jax.custom_derivatives import SymbolicZero
 from jax.extend import core as jex
 
 from snnfuse.ops import fused, recurrent_source, triton, triton_source
+from snnfuse.ops.device import compute_capability
 from snnfuse.ops.fused import Wanted
 from snnfuse.ops.packing import Packed, pack
 from snnfuse.ops.partition import like, on_lanes, periodic, varying
@@ -24,7 +25,11 @@ from snnfuse.ops.recurrent_source import RecurrentBlocks
 
 def why_not(problem: Problem, recurrence: Recurrence) -> str | None:
     """The reason why the kernels cannot run this call on this device, or None if they can."""
-    return triton.why_not_here() or why_not_kernels(problem, recurrence)
+    if (why := triton.why_not_here()) is not None:
+        return why
+    if 0 < (capability := compute_capability()) < 8.0:
+        return f"it needs compute capability 8.0, the device has {capability}"
+    return why_not_kernels(problem, recurrence)
 
 
 def why_not_kernels(problem: Problem, recurrence: Recurrence) -> str | None:

@@ -31,6 +31,7 @@ def save(path: str | os.PathLike, *objects: Any) -> None:
     Raises:
       ValueError: the folder exists.
     """
+    _check_objects(objects)
     ocp = _orbax()
     arrays = to_arrays(*objects)
     described = {"settings": settings(*objects), "arrays": {name: _shape(x) for name, x in arrays.items()}}
@@ -47,9 +48,12 @@ def restore(path: str | os.PathLike, *objects: Any) -> None:
         names it, and the objects stay as they were.
       FileNotFoundError: there is no such checkpoint.
     """
+    _check_objects(objects)
     ocp, path = _orbax(), Path(path).absolute()
     if not path.exists():
         raise FileNotFoundError(f"there is no checkpoint {path}")
+    if not (path / "described").is_dir():
+        raise ValueError(f"path must be a folder that training.save wrote; {path} is not, or it is incomplete")
     with ocp.Checkpointer(ocp.CompositeCheckpointHandler()) as checkpointer:
         saved = checkpointer.restore(path, ocp.args.Composite(described=ocp.args.JsonRestore()))["described"]
         compare_settings(saved["settings"], settings(*objects))
@@ -59,8 +63,13 @@ def restore(path: str | os.PathLike, *objects: Any) -> None:
     from_arrays(found["arrays"], *objects)
 
 
+def _check_objects(objects):
+    if not objects:
+        raise TypeError("objects: give at least one nnx object, such as a model")
+
+
 def settings(*objects: Any) -> dict[str, str]:
-    """What a model computes with apart from its arrays: {path: value}, as text that is easy to read and to compare.
+    """The numbers and choices of a model that are not arrays: {path: value}, as text. Functions are compared by name only.
 
         training.settings(nn.LIF(decay=0.9))    {"": "LIF", "decay": "0.9", "neuron.reset": "HardReset", ...}
 
