@@ -1,4 +1,4 @@
-"""What the benchmarks on JAX share: timing, memory, a training step, and a ResNet with neurons or with ReLU."""
+"""Timing, memory, a training step, and a ResNet with neurons or ReLU, for all benchmarks on JAX."""
 
 import itertools
 import time

@@ -1,4 +1,4 @@
-"""What the benchmarks on PyTorch share: timing, and a training step of the spiking ResNet-18 of the temporal fusion paper.
+"""Timing and a training step of the temporal fusion paper's spiking ResNet-18, for all benchmarks on PyTorch.
 
 `ms` is the time of a replayed CUDA graph. If no graph can be captured, `ms` is `call_ms` and `graph` says why.
 benchmarks/peers.py calls the functions here. benchmarks/with_jax.py has the same ones for JAX.

@@ -348,7 +348,7 @@ class LI(Spiking):
         super().__init__(neurons.LI, neurons.LIParams(_decay(tau, decay, given=options)), **options)
 
 
-# What other libraries call an argument, and what it is here.
+# The names of arguments in other libraries: our names.
 _OURS = {
     "beta": "decay",
     "alpha": "decay_syn",

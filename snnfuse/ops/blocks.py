@@ -104,9 +104,8 @@ def param_groups(problem: Problem, blocks: Blocks, periods: tuple[int, ...]) -> 
     """How many blocks of lanes a backward program runs in turn. They share their params, whose gradients it adds.
 
     `periods`: after how many lanes each param repeats; none if no param needs a gradient. More blocks write fewer parts of
-    the gradients, but leave fewer programs. LIF, params [64], M = 2^25 / T, H100, share of the copy rate in bfloat16 and
-    float32: T = 4, 1 block 0.61 and 0.76, 8: 0.79 and 0.87, 16: 0.82 and 0.88, 32 (with an affine input) 0.78 and 0.85.
-    T = 8, 1: 0.71 and 0.84, 8: 0.79. T = 16 and 32: 1 is best.
+    the gradients, but leave fewer programs. On an H100, with 64 channels and M = 2^25 / T, 16 blocks were fastest at T = 4, 8 at
+    T = 8 and one at T = 16 and 32. The times at T = 4 are in benchmarks/results/core.jsonl ("lif learned", "normalised lif").
     """
     if not periods or problem.T > 8:
         return 1

@@ -68,7 +68,8 @@ def explain(
 
     It takes the arguments of `unroll` and raises the same errors; an array may be a `jax.ShapeDtypeStruct`. With `weight`
     it explains `unroll_recurrent`, and `state` is None or a `RecurrentState`. A recurrent layer takes longer than its bytes:
-    each step waits for the one before. `bandwidth` is in bytes a second; a copy reaches about 2.9e12 on an H100. With `source` the result also holds the text of the
+    each step waits for the one before. `bandwidth` is in bytes a second; a copy reaches about 2.9e12 on an H100. With `source`
+    the result also holds the text of the
     kernels that "triton" would compile, even if another implementation runs, so that you can read the generated code.
     Nothing is run or compiled.
     """

@@ -194,7 +194,7 @@ class PallasKernels:
         return jax.ShapeDtypeStruct(shape, self.problem.dtype)
 
     def _call(self, kernel, name, args, num_params, out_shape, reused=None, groups=1):
-        """Run the kernel. A program owns block i of `lanes` lanes, and with `groups` that of each of as many equal parts of M."""
+        """Run the kernel. M is divided into `groups` equal parts; program i runs block i of each part, one after the other."""
         M, lanes = self.problem.M, self.blocks.lanes
         varies = jax.typeof(args[-1]).manual_axis_type
         if self.interpret and varies.varying:
@@ -300,7 +300,7 @@ class PallasKernels:
 
 
 class _Group:
-    """Block `g` of a reference [.. * groups, lanes] to the blocks of one program, indexed like a reference [.., lanes]."""
+    """A view of part `g` of a reference: index t of [.., lanes] is row t * groups + g of [.. * groups, lanes]."""
 
     def __init__(self, ref, groups, g):
         self.ref, self.groups, self.g, self.dtype = ref, groups, g, ref.dtype

@@ -138,7 +138,7 @@ PARTS = {"bfloat16": 1, "bfloat16x2": 2, "float32": 3}  # precision: the bfloat1
 
 @dataclass(frozen=True)
 class Recurrence:
-    """What a call of `unroll_recurrent` has besides its problem, whose neuron sees the current x[t] + s[t-1] @ weight."""
+    """The options of a call of `unroll_recurrent`. Its neuron gets the current x[t] + s[t-1] @ weight as input."""
 
     feedback: int
     precision: str

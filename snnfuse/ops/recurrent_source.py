@@ -15,8 +15,7 @@ have 16, three have all 24 of float32. Spikes are 0 or 1, so one part holds them
 
 `get` and `put` load and store with inline assembly. Triton gives the result of `tl.load` a layout of its own, and each step
 would wait at four more barriers to change it into the layout of the product; the result of inline assembly takes the layout
-that its user needs. LIF, T = 256, B = 256, H = 128 on an H100, us a step forward and backward: 0.65 and 0.59 so, 0.79 and
-1.02 with `tl.load` and `tl.store`.
+that its user needs.
 """
 
 from typing import NamedTuple

@@ -1,7 +1,7 @@
 """Checkpoints that also keep the numbers and choices that are not arrays, and compare them when they are restored.
 
 A neuron's `decay=0.9` or `reset=SoftReset()` that is not learned is compiled in. It is in no array, so a checkpoint of
-arrays would go into a network with another decay without a word.
+arrays could be loaded into a network with another decay, and nothing would warn.
 """
 
 import dataclasses
