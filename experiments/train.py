@@ -25,6 +25,7 @@ if __name__ == "__main__":
     interrupt.quietly()
 
 import dataclasses
+import itertools
 import json
 import sys
 import time
@@ -324,8 +325,9 @@ def _loop(run, config, fixed, model, optimizer, step, K, test_source, start):
         bar.write(f"compiling the first step{kept}", sys.stdout)
         sys.stdout.flush()
     with bar, interrupt.noted() as interrupted:
-        for before in range(start, config.steps, K):
-            now = min(before + K, config.steps)
+        # after a resume the first call may be shorter, so that calls end at multiples of K, where logging and evaluation fall
+        ends = [*range(start - start % K + K, config.steps, K), config.steps] if start < config.steps else []
+        for before, now in itertools.pairwise([start, *ends]):
             meter.add(before + 1, step(model, optimizer, before, now - before))
             bar.update(now - before)
             stopping = now < config.steps and (before < (config.stop_at or 0) <= now or interrupted())
