@@ -1,5 +1,5 @@
 """Training steps: `nnx.jit`'s way of writing one, at the cost of a call to a flat `jax.jit`; batches that live on the device;
-checkpoints.
+checkpoints; groups of parameters, averages of weights, and the loss of every time step.
 
     @training.compiled_step
     def train_step(model, optimizer, xs, labels):
@@ -19,6 +19,7 @@ After each call the model and the optimizer hold the new arrays: read, print, sa
 from snnfuse.training.checkpoint import compare_settings, from_arrays, restore, save, settings, to_arrays
 from snnfuse.training.compiled import CompiledStep, compiled_step
 from snnfuse.training.device_data import DeviceData
+from snnfuse.training.recipe import parameter_groups, temporal_cross_entropy, update_average
 
 __all__ = [
     "CompiledStep",
@@ -26,8 +27,11 @@ __all__ = [
     "compare_settings",
     "compiled_step",
     "from_arrays",
+    "parameter_groups",
     "restore",
     "save",
     "settings",
+    "temporal_cross_entropy",
     "to_arrays",
+    "update_average",
 ]

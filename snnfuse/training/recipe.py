@@ -1,0 +1,87 @@
+"""Pieces of training recipes: groups of parameters for optax, an average of the weights, and the loss of every time step."""
+
+import jax
+import jax.numpy as jnp
+import optax
+from flax import nnx
+from jax import Array
+
+from snnfuse.nn.spiking import Spiking
+
+NORMS = (nnx.BatchNorm, nnx.LayerNorm, nnx.GroupNorm, nnx.InstanceNorm, nnx.RMSNorm)  # ours are among them
+
+
+def parameter_groups(model: nnx.Module) -> nnx.State:
+    """The group of every `nnx.Param` of the model: "neuron", "norm", "bias" or "weight".
+
+    Parameters of a `nn.Spiking` are "neuron"; scale and bias of a normalisation are "norm"; other parameters are "bias" if
+    that is their name, else "weight". The result has the structure of `nnx.state(model, nnx.Param)`, as optax wants it:
+
+        groups = training.parameter_groups(model)
+        decayed = jax.tree.map(lambda group: group == "weight", groups)
+        optax.adamw(1e-3, weight_decay=1e-2, mask=decayed)                                    # weights alone decay
+        optax.multi_transform({"neuron": optax.adam(1e-2), "norm": ..., "bias": ..., "weight": ...}, groups)
+    """
+    owners = dict(nnx.iter_modules(model))
+
+    def group(path):
+        owner = owners.get(path[:-1])
+        if isinstance(owner, Spiking):
+            return "neuron"
+        if isinstance(owner, NORMS):
+            return "norm"
+        return "bias" if path[-1] == "bias" else "weight"
+
+    return nnx.from_flat_state([(path, group(path)) for path, _ in nnx.to_flat_state(nnx.state(model, nnx.Param))])
+
+
+def update_average(average: nnx.Module, model: nnx.Module, decay: float | Array) -> None:
+    """Moves `average`, a model of the same structure, towards `model`: an exponential moving average of its parameters.
+
+        average = decay average + (1 - decay) model
+
+    Other variables (running statistics, seeds) are copied. Call it inside of the compiled step, after `optimizer.update`,
+    and evaluate `average`. `decay` is in [0, 1); a schedule may give it. Raises ValueError if the structures differ.
+    Polyak and Juditsky 1992; Tarvainen and Valpola 2017, https://arxiv.org/abs/1703.01780.
+    """
+    if not isinstance(decay, jax.Array) and not 0 <= decay < 1:
+        raise ValueError(f"decay must be in [0, 1); got {decay}")
+    ours, theirs = (dict(nnx.to_flat_state(nnx.state(m))) for m in (average, model))
+    shapes = [{path: jnp.shape(v[...]) for path, v in state.items()} for state in (ours, theirs)]
+    if shapes[0] != shapes[1]:
+        differ = sorted(map(str, shapes[0].items() ^ shapes[1].items()))
+        raise ValueError(f"average must have the variables of model; these differ: {', '.join(differ[:4])}")
+    moved = [
+        (path, new.replace(decay * ours[path][...] + (1 - decay) * new[...]) if isinstance(new, nnx.Param) else new)
+        for path, new in theirs.items()
+    ]
+    nnx.update(average, nnx.from_flat_state(moved))
+
+
+def temporal_cross_entropy(outs: Array, targets: Array, *, mse: float = 0.0, level: float = 1.0) -> Array:
+    """The TET loss: the cross-entropy of every step's output, not of their mean; a number.
+
+        L = (1 - mse) mean_t CE(outs[t], targets) + mse mean (outs - level)^2
+
+    Args:
+      outs: [T, B, classes], floating: membranes of a readout, or other logits at every step.
+      targets: [B] integer classes, or [B, classes] probabilities, as of label smoothing or mixup.
+      mse: in [0, 1], the share of the second term, which keeps outputs from growing; 0 by default, 0.05 in the paper on CIFAR-10.
+      level: what the second term draws outputs to, 1.0 by default, the threshold.
+
+    Deng et al. 2022, "Temporal efficient training", https://arxiv.org/abs/2202.11946. Errors: ValueError for other shapes
+    and for mse outside of [0, 1].
+    """
+    if not 0 <= mse <= 1:
+        raise ValueError(f"mse must be in [0, 1]; got {mse}")
+    if outs.ndim != 3 or not jnp.issubdtype(outs.dtype, jnp.floating):
+        raise ValueError(f"outs must be [T, B, classes], floating; got {outs.dtype} of shape {outs.shape}")
+    if jnp.issubdtype(targets.dtype, jnp.integer) and targets.shape == outs.shape[1:2]:
+        targets = jax.nn.one_hot(targets, outs.shape[-1], dtype=outs.dtype)
+    elif targets.shape != outs.shape[1:] or not jnp.issubdtype(targets.dtype, jnp.floating):
+        raise ValueError(
+            f"targets must be [B] integer classes or [B, classes] probabilities, for outs {outs.shape}; "
+            f"got {targets.dtype} of shape {targets.shape}"
+        )
+    entropy = optax.softmax_cross_entropy(outs, jnp.broadcast_to(targets, outs.shape)).mean()
+    return (1 - mse) * entropy + mse * jnp.square(outs - level).mean()
