@@ -2,8 +2,11 @@
 
     sources() -> (train, test)                the samples: `source[i]` and `len(source)`
     example() -> Frames or Images             what the loader does with a sample, on the host
-    encode(key, batch, T, train)              -> [T, B, ...]; runs on the device, inside the step; augments if `train`
+    augment(key, batch, targets)              -> the same, changed at random; targets are [B, classes]; training only
+    encode(key, batch, T)                     -> [T, B, ...]
     classes, note                             how many classes; a remark for every result
+
+`augment` and `encode` run on the device, inside the compiled step.
 
 `python -m snnfuse.data list` says where each comes from. `random` has the shapes of another data set, for timing.
 """
@@ -16,15 +19,29 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import tyro
-from jax import Array, lax
+from jax import Array
 from tqdm import tqdm
 
-from snnfuse.data import archives, catalog, encoders
+from snnfuse.data import archives, catalog, encoders, image_augment
 from snnfuse.data import loader as load
 from snnfuse.data.builders.base import EventSet
 
 Name = Annotated[str, tyro.conf.arg(name="data", prefix_name=False, metavar="NAME")]
 Sources = tuple[Sequence[dict], Sequence[dict]]
+Batch = dict[str, Array]
+STATISTICS = {  # the mean and the standard deviation of each channel over the training images
+    "mnist": ((0.1307,), (0.3081,)),
+    "fashion_mnist": ((0.2860,), (0.3530,)),
+    "cifar10": ((0.4914, 0.4822, 0.4465), (0.2470, 0.2435, 0.2616)),
+    "cifar100": ((0.5071, 0.4865, 0.4409), (0.2673, 0.2564, 0.2762)),
+}
+
+
+class Unchanged:
+    """A data set without augmentation."""
+
+    def augment(self, key: Array, batch: Batch, targets: Array) -> tuple[Batch, Array]:
+        return batch, targets
 
 
 @dataclass(frozen=True)
@@ -37,14 +54,36 @@ class Images:
     """bernoulli: each step spikes with probability equal to the pixel value; direct: the pixel value at every step"""
     shift: int = 0
     """training images move by up to this many pixels each way"""
+    flip: bool = False
+    """half of the training images are mirrored"""
+    cutout: int = 0
+    """side of a square, in pixels, that is erased in every training image"""
+    rand_augment: int = 0
+    """transforms of RandAugment in every training image"""
+    magnitude: float = 0.3
+    """their strength, in [0, 1]"""
+    mixup: float = 0.0
+    """training images are mixed in pairs, by a share drawn from Beta(mixup, mixup)"""
+    cutmix: float = 0.0
+    """a rectangle of each training image comes from another one; its size is drawn from Beta(cutmix, cutmix)"""
+    normalise: bool = False
+    """channels get mean 0 and deviation 1; with --data.encoding direct"""
     repeat: int = 1
     """copies of the image, each as its own channels with its own noise"""
 
     def __post_init__(self):
         if self.encoding not in ("direct", "bernoulli"):
             raise ValueError(f"--data.encoding must be direct or bernoulli; got {self.encoding!r}")
-        if self.shift < 0:
-            raise ValueError(f"--data.shift must be at least 0 pixels; got {self.shift}")
+        for name in ("shift", "cutout", "rand_augment", "mixup", "cutmix"):
+            if (value := getattr(self, name)) < 0:
+                raise ValueError(f"--data.{name} must be at least 0; got {value}")
+        if not 0 <= self.magnitude <= 1:
+            raise ValueError(f"--data.magnitude must be in [0, 1]; got {self.magnitude}")
+        if self.normalise and (self.encoding != "direct" or self.name not in STATISTICS):
+            raise ValueError(
+                f"--data.normalise needs --data.encoding direct, and one of {', '.join(STATISTICS)}; "
+                f"got {self.encoding!r} and {self.name!r}"
+            )
         if self.repeat < 1:
             raise ValueError(f"--data.repeat must be at least 1; got {self.repeat}")
 
@@ -59,17 +98,40 @@ class Images:
     def example(self) -> load.Images:
         return load.Images()
 
-    def encode(self, key: Array, batch: dict[str, Array], T: int, train: bool = False) -> Array:
-        noise, place = jax.random.split(key)
-        images = moved(place, batch["image"], self.shift) if train and self.shift else batch["image"]
-        images = jnp.tile(self.example().unpack(images), self.repeat)
+    def augment(self, key: Array, batch: Batch, targets: Array) -> tuple[Batch, Array]:
+        keys, images = iter(jax.random.split(key, 6)), self.example().unpack(batch["image"])
+        if self.shift:
+            images = image_augment.crop(next(keys), images, self.shift)
+        if self.flip:
+            images = image_augment.flip(next(keys), images)
+        if self.rand_augment:
+            images = image_augment.rand_augment(next(keys), images, self.rand_augment, self.magnitude)
+        if self.cutout:
+            mean, _ = STATISTICS.get(self.name, (0.0, 1.0))
+            images = image_augment.cutout(next(keys), images, self.cutout, jnp.asarray(mean))
+        if self.mixup:
+            images, targets = image_augment.mixup(next(keys), images, targets, self.mixup)
+        if self.cutmix:
+            images, targets = image_augment.cutmix(next(keys), images, targets, self.cutmix)
+        return batch | {"image": images}, targets
+
+    def encode(self, key: Array, batch: Batch, T: int) -> Array:
+        images = (
+            batch["image"]
+            if jnp.issubdtype(batch["image"].dtype, jnp.floating)
+            else self.example().unpack(batch["image"])
+        )
+        if self.normalise:
+            mean, deviation = map(jnp.asarray, STATISTICS[self.name])
+            images = (images - mean) / deviation
+        images = jnp.tile(images, self.repeat)
         if self.encoding == "bernoulli":
-            return encoders.bernoulli(noise, images, T)
+            return encoders.bernoulli(key, images, T)
         return encoders.direct(images, T)
 
 
 @dataclass(frozen=True)
-class Recordings:
+class Recordings(Unchanged):
     """Recordings of events, read from disk and made into frames by the loader."""
 
     note: ClassVar[str] = ""
@@ -104,7 +166,7 @@ class Recordings:
         sensor = catalog.data_set(self.name).SENSOR
         return load.Frames(sensor, self.bins, split=self.split, store=self.store, saturate=True)
 
-    def encode(self, key: Array, batch: dict[str, Array], T: int, train: bool = False) -> Array:
+    def encode(self, key: Array, batch: Batch, T: int) -> Array:
         """Nothing is random here. Steps after the last frame are empty."""
         if T < self.bins:
             raise ValueError(f"--model.T must be at least --data.bins, {self.bins}; got {T}")
@@ -155,15 +217,11 @@ class Random:
     def example(self):
         return DATASETS[self.like].example()
 
-    def encode(self, key: Array, batch: dict[str, Array], T: int, train: bool = False) -> Array:
-        return DATASETS[self.like].encode(key, batch, T, train)
+    def augment(self, key: Array, batch: Batch, targets: Array) -> tuple[Batch, Array]:
+        return DATASETS[self.like].augment(key, batch, targets)
 
-
-def moved(key: Array, images: Array, by: int) -> Array:
-    """Each image of [B, H, W, C] moved by up to `by` pixels each way; the border is zero."""
-    padded = jnp.pad(images, ((0, 0), (by, by), (by, by), (0, 0)))
-    corners = jax.random.randint(key, (len(images), 2), 0, 2 * by + 1)
-    return jax.vmap(lambda image, at: lax.dynamic_slice(image, (*at, 0), images.shape[1:]))(padded, corners)
+    def encode(self, key: Array, batch: Batch, T: int) -> Array:
+        return DATASETS[self.like].encode(key, batch, T)
 
 
 def in_memory(source: Sequence[dict], name: str) -> list[dict]:

@@ -4,6 +4,7 @@ build(shape, classes, rngs) -> a snnfuse.nn.Sequential, from [T, B, *shape] to o
 """
 
 from dataclasses import dataclass
+from functools import partial
 from typing import Annotated
 
 import tyro
@@ -11,8 +12,10 @@ from flax import nnx
 
 from snnfuse import models, nn
 from snnfuse.core.compose import CONNECTIONS
+from snnfuse.core.reset import HardReset
 from snnfuse.models.build import MEMORY
 from snnfuse.models.resnet import DEPTHS, STEMS
+from snnfuse.models.transformer import PATCHES
 from snnfuse.ops.implementations import NAMES as IMPLEMENTATIONS
 
 Name = Annotated[str, tyro.conf.arg(name="model", prefix_name=False, metavar="NAME")]
@@ -79,6 +82,8 @@ class Resnet:
     depth: int = 18
     connect: str = "sum"
     stem: str = "imagenet"
+    tau: float | None = None
+    """LIF neurons of this time constant, in steps, with a detached reset; None takes those of snnfuse.models"""
     policy: str = "bfloat16"
     """number format of activations"""
     memory: str = "packed"
@@ -100,20 +105,80 @@ class Resnet:
         )
 
     def build(self, shape: tuple[int, ...], classes: int, rngs: nnx.Rngs) -> nn.Sequential:
-        make, connect = models.spiking_resnet, {}
+        make, options = models.spiking_resnet, _options(self)
         if self.connect != "sum":
-            make, connect = models.sew_resnet, {"connect": self.connect}
-        return make(
-            self.depth,
-            shape[-1],
-            classes,
-            **connect,
-            stem=self.stem,
-            policy=self.policy,
-            memory=self.memory,
-            implementation=self.implementation,
-            rngs=rngs,
-        )
+            make, options = models.sew_resnet, options | {"connect": self.connect}
+        return make(self.depth, shape[-1], classes, stem=self.stem, rngs=rngs, **options)
+
+
+@dataclass(frozen=True)
+class Vgg:
+    """Spiking VGG-11 with BatchNorm. See snnfuse.models."""
+
+    name: Name = "vgg"
+    T: int = 4
+    """time steps"""
+    hidden: int = 512
+    """features of the two hidden dense layers"""
+    tau: float | None = None
+    """LIF neurons of this time constant, in steps, with a detached reset; None takes those of snnfuse.models"""
+    policy: str = "bfloat16"
+    """number format of activations"""
+    memory: str = "packed"
+    """how much is stored for the backward pass"""
+    readout: str = "mean"
+    """how outputs over time become logits: rate, mean, max or last"""
+    implementation: str | None = None
+    """of snnfuse.unroll, such as scan or pallas; None takes the fused kernels where they run"""
+
+    def __post_init__(self):
+        _check(self, policy=nn.PrecisionPolicy, memory=MEMORY, readout=READOUTS)
+
+    def build(self, shape: tuple[int, ...], classes: int, rngs: nnx.Rngs) -> nn.Sequential:
+        return models.spiking_vgg11(shape[-1], classes, hidden=self.hidden, rngs=rngs, **_options(self))
+
+
+@dataclass(frozen=True)
+class Spikformer:
+    """Spikformer-4-384, as on CIFAR. See snnfuse.models."""
+
+    name: Name = "spikformer"
+    T: int = 4
+    """time steps"""
+    depth: int = 4
+    """encoder blocks"""
+    width: int = 384
+    """features of a token"""
+    heads: int = 12
+    patch: int = 4
+    """side of a token, in pixels"""
+    tau: float | None = None
+    """LIF neurons of this time constant, in steps, with a detached reset; None takes those of snnfuse.models"""
+    policy: str = "bfloat16"
+    """number format of activations"""
+    memory: str = "packed"
+    """how much is stored for the backward pass"""
+    readout: str = "mean"
+    """how outputs over time become logits: rate, mean, max or last"""
+    implementation: str | None = None
+    """of snnfuse.unroll, such as scan or pallas; None takes the fused kernels where they run"""
+
+    def __post_init__(self):
+        _check(self, patch=PATCHES, policy=nn.PrecisionPolicy, memory=MEMORY, readout=READOUTS)
+        if self.width % 8 or self.width % self.heads:
+            raise ValueError(f"--model.width must be a multiple of 8 and of --model.heads; got {self.width}")
+
+    def build(self, shape: tuple[int, ...], classes: int, rngs: nnx.Rngs) -> nn.Sequential:
+        options = {name: getattr(self, name) for name in ("depth", "width", "heads", "patch")}
+        return models.spikformer(shape[-1], classes, rngs=rngs, **options, **_options(self))
+
+
+def _options(model):
+    """The options that all of snnfuse.models share."""
+    options = {name: getattr(model, name) for name in ("policy", "memory", "implementation")}
+    if model.tau is not None:
+        options["neuron"] = partial(nn.LIF, tau=model.tau, reset=HardReset(detach=True))
+    return options
 
 
 def _check(model, **known):
@@ -127,4 +192,4 @@ def _check(model, **known):
         raise ValueError(f"--model.implementation must be None or one of {known}; got {model.implementation!r}")
 
 
-MODELS = {"conv": ConvNet(), "resnet": Resnet()}
+MODELS = {"conv": ConvNet(), "resnet": Resnet(), "vgg": Vgg(), "spikformer": Spikformer()}

@@ -68,8 +68,18 @@ class Config(Generic[Model, Data]):
     """part of the steps in which the learning rate rises"""
     schedule: str = "cosine"
     """after the warmup: cosine falls to zero at the last step; constant"""
+    optimizer: str = "adamw"
+    """adamw, or sgd with Nesterov momentum 0.9"""
     weight_decay: float = 1e-2
-    """of AdamW; with 0 it is Adam"""
+    """of weights alone, not of biases, normalisations and neurons; AdamW with 0 is Adam"""
+    neuron_rate: float = 1.0
+    """learning rate of the neurons' parameters, as a multiple of --learning_rate"""
+    loss: str = "mean"
+    """cross-entropy of the readout (mean), or of the outputs of every time step (tet)"""
+    label_smoothing: float = 0.0
+    """share of each label that is spread over all classes"""
+    average: float | None = None
+    """evaluate an exponential moving average of the weights with this decay, such as 0.999, instead of the weights"""
     clip: float | None = 1.0
     """largest norm of the gradients; None leaves them as they are"""
     seed: int = 0
@@ -100,8 +110,15 @@ class Config(Generic[Model, Data]):
                 raise ValueError(f"--{name} must be at least 1; got {getattr(self, name)}")
         if not 0 <= self.warmup < 1:
             raise ValueError(f"--warmup, a fraction of the steps, must be in [0, 1); got {self.warmup}")
-        if self.schedule not in ("cosine", "constant"):
-            raise ValueError(f"--schedule must be cosine or constant; got {self.schedule!r}")
+        for name, known in dict(
+            schedule=("cosine", "constant"), optimizer=("adamw", "sgd"), loss=("mean", "tet")
+        ).items():
+            if (value := getattr(self, name)) not in known:
+                raise ValueError(f"--{name} must be {known[0]} or {known[1]}; got {value!r}")
+        if not 0 <= self.label_smoothing < 1:
+            raise ValueError(f"--label_smoothing must be in [0, 1); got {self.label_smoothing}")
+        if self.average is not None and not 0 <= self.average < 1:
+            raise ValueError(f"--average must be None or in [0, 1); got {self.average}")
         for name in ("seed", "workers", "on_device"):
             if getattr(self, name) < 0:
                 raise ValueError(f"--{name} must be at least 0; got {getattr(self, name)}")
@@ -114,11 +131,12 @@ def create(config: Config, shape: tuple[int, ...], classes: int) -> tuple[nnx.Mo
     model = config.model.build(shape, classes, nnx.Rngs(config.seed))
     if config.mesh and config.sync_batch_norm:
         parallel.synchronise_batch_norm(model, "data")
-    return model, nnx.Optimizer(model, _transform(config), wrt=nnx.Param)
+    groups = tuple(nnx.to_flat_state(training.parameter_groups(model)))
+    return model, nnx.Optimizer(model, _transform(config, groups), wrt=nnx.Param)
 
 
 @lru_cache  # the same functions for the same configuration, so that what is compiled for it is found again
-def _transform(config):
+def _transform(config, groups):
     warmup = int(config.warmup * config.steps)
     if config.schedule == "cosine":
         schedule = optax.warmup_cosine_decay_schedule(0.0, config.learning_rate, warmup, config.steps)
@@ -126,21 +144,40 @@ def _transform(config):
         start = 0.0 if warmup else config.learning_rate  # without a warmup optax stays at the value that it starts from
         schedule = optax.warmup_constant_schedule(start, config.learning_rate, warmup)
     clip = optax.identity() if config.clip is None else optax.clip_by_global_norm(config.clip)
-    return optax.chain(clip, optax.adamw(schedule, weight_decay=config.weight_decay))
+    only = lambda group: nnx.from_flat_state([(path, found == group) for path, found in groups])
+    if config.optimizer == "sgd":
+        decay = optax.add_decayed_weights(config.weight_decay, only("weight"))
+        steps = optax.chain(decay, optax.sgd(schedule, momentum=0.9, nesterov=True))
+    else:
+        steps = optax.adamw(schedule, weight_decay=config.weight_decay, mask=only("weight"))
+    return optax.chain(clip, steps, optax.masked(optax.scale(config.neuron_rate), only("neuron")))
 
 
-def _update(config, model, optimizer, key, batch):
+def _update(config, objects, key, batch):
+    """A step of `objects`: model, optimizer, and the average of the model if there is one."""
+    model, optimizer, *average = objects
     model.train()
-    xs, labels = config.data.encode(key, batch, config.model.T, train=True), batch["label"]
+    place, noise = jax.random.split(key)
+    labels = batch["label"]
+    targets = optax.smooth_labels(jax.nn.one_hot(labels, config.data.classes), config.label_smoothing)
+    batch, targets = config.data.augment(place, batch, targets)
+    xs = config.data.encode(noise, batch, config.model.T)
 
     def loss_of(model):
-        logits = READOUTS[config.model.readout](model(xs)[0])
-        loss = optax.softmax_cross_entropy_with_integer_labels(logits, labels).mean()
+        outs = model(xs)[0]
+        logits = READOUTS[config.model.readout](outs)
+        if config.loss == "tet":
+            loss = training.temporal_cross_entropy(outs, targets)
+        else:
+            loss = optax.softmax_cross_entropy(logits, targets).mean()
         return loss, (logits.argmax(-1) == labels).mean()
 
     (loss, accuracy), grads = nnx.value_and_grad(loss_of, has_aux=True)(model)
     grads = parallel.mean_gradients(grads)
     optimizer.update(model, grads)
+    if average:  # the first steps count less: their weights are far from those at the end
+        step = optimizer.step[...].astype(jnp.float32)
+        training.update_average(average[0], model, jnp.minimum(config.average, (1 + step) / (10 + step)))
     return {"loss": loss, "accuracy": accuracy, "grad_norm": optax.tree.norm(grads)}
 
 
@@ -149,11 +186,12 @@ def train_step(config: Config) -> training.CompiledStep:
     """A step on a batch of samples that live on the device."""
 
     @training.compiled_step(mesh=_mesh(config))
-    def train_step(model, optimizer, data):
+    def train_step(*objects):
+        *objects, data = objects
         batch, key = data.next()
         axes = _axes(config)
         batch = {name: jnp.moveaxis(x, 0, axes.get(name, 0)) for name, x in batch.items()}
-        return _update(config, model, optimizer, key, batch)
+        return _update(config, objects, key, batch)
 
     return train_step
 
@@ -164,8 +202,9 @@ def train_step_from_host(config: Config, names: tuple[str, ...]) -> training.Com
     specs = (_specs(config, names), PartitionSpec())
 
     @training.compiled_step(mesh=_mesh(config), batch=specs if config.mesh else PartitionSpec())
-    def train_step(model, optimizer, batch, step):
-        return _update(config, model, optimizer, parallel.fold_key(_key(config, 0, step)), batch)
+    def train_step(*args):
+        *objects, batch, step = args
+        return _update(config, objects, parallel.fold_key(_key(config, 0, step)), batch)
 
     return train_step
 
@@ -258,7 +297,7 @@ def _input_shape(config, source):
 
 
 def _batches(config, fixed, source, start):
-    """(whether the samples are on the device, a function of (model, optimizer, step, K) that trains K steps after `step`)."""
+    """(whether the samples are on the device, a function of (objects, step, K) that trains K steps after `step`)."""
     first = next(iter(in_order(config, source, 1)))
     if len(source) * sum(x.nbytes for x in first.values()) <= config.on_device * 2**20:
         axes, parts = _axes(config), list(in_order(config, source, 500))
@@ -268,16 +307,14 @@ def _batches(config, fixed, source, start):
         step = train_step(fixed)
         return (
             True,
-            lambda model, optimizer, at, K: (
-                step(model, optimizer, data) if K == 1 else step.scan(model, optimizer, data, steps=K)
-            ),
+            lambda objects, at, K: step(*objects, data) if K == 1 else step.scan(*objects, data, steps=K),
         )
     if (config.steps_per_call or 1) > 1:
         raise Stopped("--steps_per_call above 1 needs the training samples on the device: see --on_device")
     options = dict(seed=config.seed, start=start, workers=config.workers, device=False if config.mesh else None)
     batches = iter(load(source, config.data.example(), batch=config.batch, **options))
     step = train_step_from_host(fixed, tuple(first))
-    return False, lambda model, optimizer, at, K: step(model, optimizer, next(batches), np.int32(at + 1))
+    return False, lambda objects, at, K: step(*objects, next(batches), np.int32(at + 1))
 
 
 def _steps_per_call(config, size, on_device):
@@ -299,25 +336,28 @@ def train(config: Config) -> dict:
         mesh = _mesh(config)
         unused = [f for f in dataclasses.fields(config) if f.name in NOT_COMPARED and f.name != "mesh"]
         fixed = dataclasses.replace(config, **{f.name: f.default for f in unused})  # steps are compiled for this
-        model, optimizer = create(fixed, _input_shape(config, train_source), config.data.classes)
+        shape = _input_shape(config, train_source)
+        objects = create(fixed, shape, config.data.classes)
+        if config.average is not None:
+            objects += (create(fixed, shape, config.data.classes)[0],)
         # Placed on its device, as a restored state is, so that a resumed run is the same compiled program.
-        arrays = training.to_arrays(model, optimizer)
+        arrays = training.to_arrays(*objects)
         arrays = parallel.shard(arrays, mesh) if mesh else jax.device_put(arrays, jax.devices()[0])
-        training.from_arrays(arrays, model, optimizer)
-        start = run.start(model, optimizer)
-        size = sum(x.size for x in jax.tree.leaves(nnx.state(model, nnx.Param)))
+        training.from_arrays(arrays, *objects)
+        start = run.start(*objects)
+        size = sum(x.size for x in jax.tree.leaves(nnx.state(objects[0], nnx.Param)))
         print(f"{run.path}: {size:,} parameters, steps {start + 1} to {config.steps}, {jax.devices()[0].device_kind}")
         on_device, step = _batches(config, fixed, train_source, start)
         K = _steps_per_call(config, size, on_device)
         print(f"training samples come from the {'device' if on_device else 'host'}; steps in a call: {K}")
         began = time.perf_counter()
-        _loop(run, config, fixed, model, optimizer, step, K, test_source, start)
-        return _finish(run, config, model, optimizer, len(train_source), test_source, time.perf_counter() - began)
+        _loop(run, config, fixed, objects, step, K, test_source, start)
+        return _finish(run, config, objects, len(train_source), test_source, time.perf_counter() - began)
     finally:
         run.close()
 
 
-def _loop(run, config, fixed, model, optimizer, step, K, test_source, start):
+def _loop(run, config, fixed, objects, step, K, test_source, start):
     meter = Meter(run, config.batch)
     bar = tqdm(total=config.steps, initial=start, unit="step", mininterval=0.5 if sys.stderr.isatty() else 5)
     if start < config.steps:
@@ -328,20 +368,20 @@ def _loop(run, config, fixed, model, optimizer, step, K, test_source, start):
         # after a resume the first call may be shorter, so that calls end at multiples of K, where logging and evaluation fall
         ends = [*range(start - start % K + K, config.steps, K), config.steps] if start < config.steps else []
         for before, now in itertools.pairwise([start, *ends]):
-            meter.add(before + 1, step(model, optimizer, before, now - before))
+            meter.add(before + 1, step(objects, before, now - before))
             bar.update(now - before)
             stopping = now < config.steps and (before < (config.stop_at or 0) <= now or interrupted())
             evaluating = now % config.eval_every == 0 or now == config.steps
             if now % config.log_every == 0 or evaluating or stopping:
                 bar.set_postfix(meter.write(), refresh=False)
             if evaluating:
-                row = evaluate(fixed, model, test_source, min(250, 10 * config.batch))
+                row = evaluate(fixed, _evaluated(objects), test_source, min(250, 10 * config.batch))
                 run.record(now, {f"eval_{name}": value for name, value in row.items()})
                 text = f"step {now:5d}   held out: loss {row['loss']:.4f}, accuracy {row['accuracy']:.2%}"
                 bar.write(text, sys.stdout)
                 meter.restart()
             if evaluating or stopping:
-                run.save(now, model, optimizer)
+                run.save(now, *objects)
             if evaluating and not np.isfinite(row["loss"]):
                 raise Stopped(
                     f"eval_loss is {row['loss']}, from the loss or from a membrane, at step {now}: stopped. "
@@ -354,8 +394,14 @@ def _loop(run, config, fixed, model, optimizer, step, K, test_source, start):
                 )
 
 
-def _finish(run, config, model, optimizer, examples, test_source, seconds):
-    run.save(config.steps, model, optimizer)
+def _evaluated(objects):
+    """The average of the model if there is one, else the model."""
+    return objects[0] if len(objects) == 2 else objects[2]
+
+
+def _finish(run, config, objects, examples, test_source, seconds):
+    model = _evaluated(objects)
+    run.save(config.steps, *objects)
     rows = run.rows()
     evals = [row for row in rows if "eval_accuracy" in row]
     speeds = [row["samples_per_s"] for row in rows if "samples_per_s" in row]

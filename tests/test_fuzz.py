@@ -24,7 +24,7 @@ from hypothesis import strategies as st
 
 import snnfuse as sf
 from snnfuse import data, nn, parallel, training
-from snnfuse.data import augment, encoders, events, formats, loader, packed
+from snnfuse.data import augment, encoders, events, formats, image_augment, loader, packed
 from snnfuse.interop import snntorch
 
 EXAMPLES = int(os.environ.get("SNNFUSE_FUZZ", 6))
@@ -393,6 +393,30 @@ def _(draw):
     close(got, np.stack([step >= threshold, -step >= threshold], -1) if got.ndim == 3 else step >= threshold)
 
 
+# ---- augmentations of images
+
+
+@case(*(f"data.image_augment.{name}" for name in ("crop", "cutmix", "cutout", "flip", "mixup", "rand_augment")))
+def _(draw):
+    x = array(draw, one_of(draw, (2, 3, 4, 3), (1, 5, 5, 1), (3, 3, 1)), 0, 1, one_of(draw, np.float32, np.uint8))
+    key, number = jax.random.key(draw(st.integers(0, 99))), one_of(draw, *WHOLE, *NUMBER)
+    targets = jnp.eye(one_of(draw, 2, 3, 1))[: len(x)]
+    name = one_of(draw, "crop", "cutmix", "cutout", "flip", "mixup", "rand_augment")
+    f = getattr(image_augment, name)
+    if name in ("mixup", "cutmix"):
+        got, mixed = call(f, key, x, targets, number)
+        close(mixed.sum(-1), np.ones(len(x)))
+    else:
+        got = call(f, key, x, one_of(draw, 1, 2) if name == "rand_augment" else number, *draw_more(draw, name, number))
+    assert got.shape == x.shape and got.dtype == x.dtype
+    assert 0 <= got.min() and got.max() <= 1  # NaN fails here too
+
+
+def draw_more(draw, name, number):
+    more = dict(crop=("constant", "reflect", "edge"), cutout=(0.0, 0.5), flip=(), rand_augment=(number,))[name]
+    return (one_of(draw, *more),) if more else ()
+
+
 # ---- the loader
 
 
@@ -740,6 +764,29 @@ def _(draw):
     stored = call(training.DeviceData, one_of(draw, (x, x), {"a": x}, x[:, None], np.float32(1), ()), batch, seed=seed)
     seen = [np.ravel(jax.tree.leaves(stored.next()[0])[0]) for _ in range(len(stored))]
     assert len(np.unique(np.concatenate(seen))) == len(stored) * batch
+
+
+@case("training.temporal_cross_entropy")
+def _(draw):
+    outs, labels = (
+        array(draw, one_of(draw, (3, 2, 4), (1, 1, 1), (2, 4))),
+        array(draw, one_of(draw, (2,), (1,)), 0, 1, np.int32),
+    )
+    mse, level = one_of(draw, 0.0, 0.25, *NUMBER), one_of(draw, 0.0, 1.0)
+    got = call(training.temporal_cross_entropy, outs, labels, mse=mse, level=level)
+    log = outs.astype(np.float64) - np.log(np.exp(outs.astype(np.float64)).sum(-1, keepdims=True))
+    close(got, -(1 - mse) * log[..., 0].mean() + mse * np.square(outs.astype(np.float64) - level).mean())
+
+
+@case("training.parameter_groups", "training.update_average")
+def _(draw):
+    models = [nn.Sequential(nn.Linear(2, one_of(draw, 2, 2, 3), rngs=nnx.Rngs(i)), nn.LIF(tau=2.0)) for i in (0, 1)]
+    groups = [group for _, group in nnx.to_flat_state(training.parameter_groups(models[0]))]
+    assert groups == ["bias", "weight"]
+    decay = one_of(draw, 0.5, *NUMBER)
+    old, new = (np.asarray(model.layers[0].kernel[...], np.float64) for model in models)
+    call(training.update_average, *models, decay)
+    close(models[0].layers[0].kernel[...], decay * old + (1 - decay) * new)
 
 
 @case("training.settings", "training.compare_settings", "training.to_arrays", "training.from_arrays")

@@ -80,11 +80,11 @@ def test_missing_data_is_said_with_what_to_do(name, tmp_path, monkeypatch, capsy
 
 
 def test_the_papers_optimizer_is_adam():
-    ours, adam = train._transform(parse(paper.arguments("mnist", "r18"))), optax.adam(1e-3)
-    params = {"w": jnp.array([3.0, -4.0])}
+    ours, adam = train._transform(parse(paper.arguments("mnist", "r18")), ((("w",), "weight"),)), optax.adam(1e-3)
+    params = nnx.State({"w": jnp.array([3.0, -4.0])})
     mine, its = ours.init(params), adam.init(params)
     for scale in (1.0, 100.0):
-        gradient = {"w": jnp.array([0.3, -2.0]) * scale}
+        gradient = nnx.State({"w": jnp.array([0.3, -2.0]) * scale})
         (a, mine), (b, its) = ours.update(gradient, mine, params), adam.update(gradient, its, params)
         np.testing.assert_allclose(a["w"], b["w"], rtol=1e-6)
 

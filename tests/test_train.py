@@ -25,8 +25,8 @@ sys.path.insert(0, str(Path(__file__).parent.parent / "experiments"))
 import config as configuration
 import runs
 import train
-from inputs import DATASETS, Images
-from models import READOUTS, ConvNet
+from inputs import DATASETS, STATISTICS, Images
+from models import MODELS, READOUTS, ConvNet
 
 from snnfuse import training
 from snnfuse.data import catalog
@@ -282,10 +282,49 @@ def test_only_training_images_move():
     batch = {"image": np.stack([image] * 300)}
     data = dataclasses.replace(MNIST5K, encoding="direct")
     assert np.array_equal(data.encode(jax.random.key(0), batch, 1)[0], batch["image"] / np.float32(255))
+    moved, _ = data.augment(jax.random.key(1), batch, jnp.zeros((300, 10)))
     padded = np.pad(image, ((2, 2), (2, 2), (0, 0)))
     shifted = {padded[i : i + 28, j : j + 28].tobytes(): (i, j) for i in range(5) for j in range(5)}
-    xs = np.asarray(data.encode(jax.random.key(1), batch, 1, train=True)[0] * 255).round().astype(np.uint8)
+    xs = np.asarray(data.encode(jax.random.key(1), moved, 1)[0] * 255).round().astype(np.uint8)
     assert len({shifted[x.tobytes()] for x in xs}) == 25
+
+
+def test_normalised_channels_have_mean_0_and_deviation_1():
+    mean, deviation = map(np.array, STATISTICS["cifar10"])
+    images = np.stack([mean + sign * deviation for sign in (-1, 1)])[:, None, None]
+    batch = {"image": np.round(np.broadcast_to(images, (2, 4, 4, 3)) * 255).astype(np.uint8)}
+    xs = Images("cifar10", encoding="direct", normalise=True).encode(jax.random.key(0), batch, 2)
+    np.testing.assert_allclose(xs[1], np.broadcast_to([[[[-1]]], [[[1]]]], (2, 4, 4, 3)), atol=0.02)
+    with pytest.raises(
+        ValueError, match="--data.normalise needs --data.encoding direct, .*got 'bernoulli' and 'cifar10'"
+    ):
+        Images("cifar10", normalise=True)
+
+
+def test_the_pieces_of_the_image_recipe_train_together_and_the_average_is_what_is_evaluated(tmp_path):
+    every = dict(flip=True, rand_augment=1, cutout=8, mixup=0.2, cutmix=1.0, encoding="direct")
+    recipe = dict(optimizer="sgd", loss="tet", label_smoothing=0.1, average=0.9, neuron_rate=0.5)
+    config = dataclasses.replace(TINY, data=dataclasses.replace(TINY.data, **every), out=str(tmp_path), **recipe)
+    train.train(dataclasses.replace(config, steps=6, eval_every=6))
+    path, fixed = tmp_path / TINY.name, dataclasses.replace(config, out="runs", steps=6, eval_every=6)
+    objects = (*train.create(fixed, (28, 28, 1), 10), train.create(fixed, (28, 28, 1), 10)[0])
+    training.from_arrays(checkpoint(path, 6), *objects)
+    (row,) = [row for row in rows(path) if "eval_loss" in row]
+    weights, average = (train.evaluate(fixed, objects[i], config.data.sources()[1]) for i in (0, 2))
+    assert row["eval_loss"] == pytest.approx(average["loss"], rel=1e-5)
+    assert average["loss"] != pytest.approx(weights["loss"], rel=1e-4)
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_every_model_of_the_library_can_be_built(name):
+    small = dict(conv=dict(channels=(4,)), vgg=dict(hidden=8), spikformer=dict(depth=1, width=16, heads=2)).get(
+        name, {}
+    )
+    chosen = dataclasses.replace(MODELS[name], T=2, **small)
+    make = nnx.eval_shape if name in ("resnet", "vgg") else lambda f: f()
+    model = make(lambda: chosen.build((32, 32, 3), 7, nnx.Rngs(0)))
+    outs = nnx.eval_shape(lambda model, xs: model(xs)[0], model, jnp.zeros((2, 3, 32, 32, 3)))
+    assert outs.shape == (2, 3, 7)
 
 
 def test_evaluation_counts_every_sample_once():
@@ -335,7 +374,7 @@ def test_every_listed_data_set_can_be_trained_on(name):
         (("--steps", "0"), "--steps must be at least 1; got 0"),
         (("--steps_per_call", "4"), "--steps_per_call must divide --log_every and --eval_every; got 4"),
         (("--workers", "-1"), "--workers must be at least 0; got -1"),
-        (("--model", "mlp"), "--model must be one of conv, resnet; got 'mlp'"),
+        (("--model", "mlp"), "--model must be one of conv, resnet, vgg, spikformer; got 'mlp'"),
         (("--data", "dvsgesture"), r"--data must be one of mnist5k,.*did you mean dvs128_gesture"),
         (("--model.channels", "8,x"), "--model.channels"),
         (("--model.readout", "sum"), "--model.readout must be one of rate, mean, max, last; got 'sum'"),

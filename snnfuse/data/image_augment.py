@@ -11,7 +11,7 @@ Every function raises ValueError for an option out of its range, and if `images`
 floating.
 """
 
-import math
+from numbers import Integral, Real
 
 import jax
 import jax.numpy as jnp
@@ -25,17 +25,23 @@ def _check(images: Array) -> None:
         raise TypeError(f"images must be floating, in [0, 1]; got dtype {images.dtype}")
 
 
-def _within(name: str, value: float, low: float, high: float = math.inf) -> None:
-    if not low <= value <= high:
-        wanted = f"at least {low:g}" if high == math.inf else f"in [{low:g}, {high:g}]"
-        raise ValueError(f"{name} must be {wanted}; got {value}")
+def _within(name: str, value: float, low: float, high: float) -> float:
+    """The number, or ValueError."""
+    if not isinstance(value, Real) or isinstance(value, bool) or not low <= value <= high:
+        raise ValueError(f"{name} must be a number in [{low:g}, {high:g}]; got {value!r}")
+    return float(value)
+
+
+def _whole(name: str, value: int, high: int = 100) -> int:
+    if not isinstance(value, Integral) or isinstance(value, bool) or not 0 <= value <= high:
+        raise ValueError(f"{name} must be a whole number in 0..{high}; got {value!r}")
+    return int(value)
 
 
 def flip(key: Array, images: Array, probability: float = 0.5) -> Array:
     """Left and right exchanged, in each image with this probability."""
     _check(images)
-    _within("probability", probability, 0, 1)
-    chosen = jax.random.bernoulli(key, probability, (len(images), 1, 1, 1))
+    chosen = jax.random.bernoulli(key, _within("probability", probability, 0, 1), (len(images), 1, 1, 1))
     return jnp.where(chosen, images[:, :, ::-1], images)
 
 
@@ -45,14 +51,11 @@ def crop(key: Array, images: Array, padding: int = 4, mode: str = "constant") ->
     `mode` is that of `jnp.pad`: "constant" pads with 0, "reflect" mirrors the image. Krizhevsky, Sutskever and Hinton 2012.
     """
     _check(images)
-    if padding != int(padding):
-        raise ValueError(f"padding must be a whole number of pixels; got {padding}")
-    _within("padding", padding, 0)
+    padding = _whole("padding", padding, high=1024)
     if mode not in ("constant", "reflect"):
         raise ValueError(f"mode must be 'constant' or 'reflect'; got {mode!r}")
     if mode == "reflect" and padding >= min(images.shape[1:3]):
         raise ValueError(f"padding must be below the size of the image, {images.shape[1:3]}, to reflect; got {padding}")
-    padding = int(padding)
     padded = jnp.pad(images, ((0, 0), (padding, padding), (padding, padding), (0, 0)), mode=mode)
     corners = jax.random.randint(key, (len(images), 2), 0, 2 * padding + 1)
     return jax.vmap(lambda image, at: lax.dynamic_slice(image, (*at, 0), images.shape[1:]))(padded, corners)
@@ -65,7 +68,7 @@ def cutout(key: Array, images: Array, size: int = 16, fill: Array | float = 0.0)
     DeVries and Taylor 2017, https://arxiv.org/abs/1708.04552.
     """
     _check(images)
-    _within("size", size, 0)
+    size = _whole("size", size, high=2**15)
     centres = [jax.random.randint(k, (len(images), 1), 0, n) for k, n in _sides(key, images)]
     inside = [(i >= c - size // 2) & (i < c - size // 2 + size) for (i, c) in _positions(images, centres)]
     hole = inside[0][:, :, None, None] & inside[1][:, None, :, None]
@@ -83,8 +86,7 @@ def _positions(images, centres):
 def _partners(images: Array, targets: Array, alpha: float) -> tuple[Array, Array]:
     """The other image of each pair, and its target: the batch in reversed order."""
     _check(images)
-    if not 0 < alpha < math.inf:
-        raise ValueError(f"alpha must be positive and finite; got {alpha}")
+    _within("alpha", alpha, 1e-3, 1e3)
     if targets.ndim != 2 or len(targets) != len(images) or not jnp.issubdtype(targets.dtype, jnp.floating):
         raise ValueError(
             f"targets must be probabilities [B, classes] with B = {len(images)}, such as jax.nn.one_hot gives; "
@@ -139,12 +141,9 @@ def rand_augment(key: Array, images: Array, operations: int = 2, magnitude: floa
     image as it is. Cubuk et al. 2020, https://arxiv.org/abs/1909.13719.
     """
     _check(images)
-    if operations != int(operations):
-        raise ValueError(f"operations must be a whole number; got {operations}")
-    _within("operations", operations, 0)
-    _within("magnitude", magnitude, 0, 1)
-    for key in jax.random.split(key, int(operations)):
-        which, sign = jax.random.split(key)
+    operations, magnitude = _whole("operations", operations), _within("magnitude", magnitude, 0, 1)
+    for each in jax.random.split(key, operations):
+        which, sign = jax.random.split(each)
         which = jax.random.randint(which, (len(images),), 0, len(RAND_AUGMENT))
         sign = jnp.where(jax.random.bernoulli(sign, 0.5, (len(images),)), 1.0, -1.0)
         images = _transformed(images, which, sign * magnitude, fill)
