@@ -9,8 +9,10 @@ Calls run eagerly (`jax.disable_jit`) on tiny shapes, so that next to nothing is
 SNNFUSE_FUZZ=1000 examples of each function.
 """
 
+import io
 import os
 import traceback
+import wave
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -24,7 +26,7 @@ from hypothesis import strategies as st
 
 import snnfuse as sf
 from snnfuse import data, nn, parallel, training
-from snnfuse.data import augment, encoders, events, formats, image_augment, loader, packed
+from snnfuse.data import audio, augment, encoders, events, formats, image_augment, loader, packed
 from snnfuse.interop import snntorch
 
 EXAMPLES = int(os.environ.get("SNNFUSE_FUZZ", 6))
@@ -415,6 +417,87 @@ def _(draw):
 def draw_more(draw, name, number):
     more = dict(crop=("constant", "reflect", "edge"), cutout=(0.0, 0.5), flip=(), rand_augment=(number,))[name]
     return (one_of(draw, *more),) if more else ()
+
+
+@case("data.encoders.level_crossing")
+def _(draw):
+    xs, step = array(draw, (one_of(draw, 1, 4, 0), 3)), one_of(draw, 0.5, *NUMBER)
+    got = call(encoders.level_crossing, xs, step, two_sided=draw(st.booleans()))
+    if 0.01 < step < 1e3:
+        level = np.float64(xs[0])
+        for t, x in enumerate(xs):
+            up, down = (np.maximum(0, np.floor(d / step)) for d in (x - level, level - x))
+            close(got[t], np.stack([up, down], -1) if got.ndim == 3 else up)
+            level = level + step * (up - down)
+
+
+@case("data.encoders.lif")
+def _(draw):
+    xs, threshold = array(draw, (one_of(draw, 1, 4, 0), 3)), one_of(draw, 0.5, *NUMBER)
+    decay = one_of(draw, 0.5, *NUMBER)
+    got, v = call(encoders.lif, xs, decay, threshold), np.zeros(3, np.float32)
+    for x, s in zip(xs, got, strict=True):
+        u = np.float32(decay) * v + x
+        close(s, u >= np.float32(threshold))
+        v = u - np.float32(threshold) * s
+
+
+# ---- audio
+
+
+def sounds(draw):
+    shape = one_of(draw, (2, 64), (2, 64), (64,), (0, 64), (2, 0), (1, 2, 40), ())
+    if one_of(draw, True, False):
+        return array(draw, shape, -1, 1, one_of(draw, np.float32, np.float32, np.float16))
+    return array(draw, shape, -3e4, 3e4, one_of(draw, np.int16, np.int16, np.int32, np.bool_))
+
+
+@case("data.audio.mel_filters", "data.audio.log_mel", "data.audio.loudness", "data.audio.samples")
+def _(draw):
+    sound, rate = sounds(draw), one_of(draw, 8000, 8000, *NUMBER)
+    window, hop, bands = one_of(draw, 32, 32, *WHOLE), one_of(draw, 10, *WHOLE), one_of(draw, 4, 4, *WHOLE[:-1])
+    options = dict(
+        window=window, hop=hop, bands=bands, low=one_of(draw, 100.0, *NUMBER), high=one_of(draw, None, *NUMBER)
+    )
+    got = call(audio.log_mel, sound, rate, **options, floor=one_of(draw, 1e-6, *NUMBER))
+    assert got.shape == (1 + (sound.shape[-1] - window) // hop, *sound.shape[:-1], bands) and jnp.isfinite(got).all()
+    level = np.asarray(call(audio.loudness, got, one_of(draw, 7.0, *NUMBER)))
+    assert level.shape == got.shape and ((level >= 0) & (level <= 1)).all()
+
+
+@case("data.audio.shift", "data.audio.speed", "data.audio.noise")
+def _(draw):
+    sound, key = sounds(draw), jax.random.key(0)
+    moved = call(audio.shift, key, sound, one_of(draw, 0, *WHOLE[:-1]))
+    assert moved.shape == sound.shape and moved.dtype == sound.dtype
+    faster = call(audio.speed, key, sound, one_of(draw, 0.1, *NUMBER))
+    louder = call(audio.noise, key, sound, one_of(draw, 10.0, *NUMBER), one_of(draw, 20.0, *NUMBER))
+    for made in (faster, louder):
+        assert made.shape == sound.shape and jnp.isfinite(made).all()
+
+
+@case("data.audio.stretch", "data.audio.mask")
+def _(draw):
+    bands, key = array(draw, one_of(draw, (4, 2, 3), (4, 2, 3), (1, 1, 1), (0, 2, 3), (4, 3), ())), jax.random.key(0)
+    made = call(audio.stretch, key, bands, one_of(draw, 0.1, *NUMBER), one_of(draw, 0.0, *NUMBER))
+    assert made.shape == bands.shape and jnp.isfinite(made).all()
+    assert (jnp.abs(made) <= np.abs(bands).max() + 1e-5).all()
+    made = call(audio.mask, key, bands, *(one_of(draw, 2, *WHOLE) for _ in range(2)), one_of(draw, 1, *WHOLE[:-1]))
+    assert ((made == 0) | (made == bands)).all()
+
+
+@case("data.loader.Sound")
+def _(draw):
+    out, samples = io.BytesIO(), array(draw, one_of(draw, 0, 1, 30), -3e4, 3e4, np.int16)
+    with wave.open(out, "wb") as file:
+        file.setparams((1, 2, one_of(draw, 1, 8000, 96_000), 0, "NONE", ""))
+        file.writeframes(samples.tobytes())
+    data = out.getvalue()[: one_of(draw, None, None, None, 0, 10, 44, 60)]
+    read, _ = call(formats.read_wav, data, "a file")
+    close(read, samples)
+    size = one_of(draw, 10, 40, *WHOLE[:-1])
+    got = call(loader.Sound, size)({"audio": read, "label": 1}, None)["audio"]
+    close(got, np.pad(samples, (0, 100))[: int(size)])
 
 
 # ---- the loader

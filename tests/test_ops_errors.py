@@ -306,3 +306,16 @@ def test_a_step_without_a_gradient_is_named_once():
         sf.unroll(Compares(), None, None, xs)
     sf.unroll(Compares(), None, None, xs)  # a second warning would be an error
     sf.unroll(Compares(sf.ATan()), None, None, xs)
+
+
+@dataclass(frozen=True)
+class Counts(Compares):
+    """Its output is an integer, which says by itself that it has no gradient."""
+
+    def step(self, params, v, x):
+        return v, jnp.floor(x).astype(jnp.int32)
+
+
+def test_integer_outputs_need_no_gradient():
+    outs, _ = sf.unroll(Counts(), None, None, jnp.full((3, 2, 4), 2.5))  # a warning would be an error
+    assert (outs == 2).all()

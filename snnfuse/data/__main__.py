@@ -1,7 +1,8 @@
 """python -m snnfuse.data list | prepare NAME | info NAME | show NAME --index I
 
 Data sets are kept in --folder, by default $TFDS_DATA_DIR or ~/tensorflow_datasets. Archives are looked for in
---manual/NAME, by default FOLDER/downloads/manual/NAME; --download fetches those that may be fetched.
+--manual/NAME, by default FOLDER/downloads/manual/NAME; --download fetches those that may be fetched. `prepare` also takes
+a name of your own: --manual/NAME then holds .wav files and split.csv, a table with the columns file, label and split.
 """
 
 import argparse
@@ -24,6 +25,9 @@ def _list(options) -> None:
         else:
             state = f"get it from {found.ARCHIVES[0].url}"
         print(f"{name:20} {state}\n{'':20} {found.__doc__.splitlines()[0]}")
+    for path in sorted(catalog.data_dir(options.folder).glob("*/*.*.*/dataset_info.json")):
+        if (name := path.parents[1].name) not in catalog.CATALOG:
+            print(f"{name:20} prepared in {path.parent}\n{'':20} {json.loads(path.read_text()).get('description', '')}")
 
 
 def _prepare(options) -> None:
@@ -62,7 +66,7 @@ def main(arguments: list[str] | None = None) -> int:
         command.set_defaults(run=run)
         command.add_argument("--folder", type=Path)
         if run is not _list:
-            command.add_argument("name", choices=catalog.CATALOG, metavar="NAME")
+            command.add_argument("name", metavar="NAME")
         if run is _prepare:
             command.add_argument("--manual", type=Path)
             command.add_argument("--download", action="store_true")

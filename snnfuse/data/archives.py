@@ -13,6 +13,7 @@ from snnfuse.data.optional import require
 class Archive(NamedTuple):
     """A published file: its name, its digest ("md5:..." or "sha256:..."), its address, and what it unpacks to.
 
+    The digest is "" if none is published: for a folder of a repository, or a table of your own.
     `direct` is False if the address is a web page on which a person must accept terms first.
     """
 
@@ -56,7 +57,8 @@ def find(archive: Archive, folder: Path, name: str) -> Path:
     """The archive, verified. If the folder holds what it unpacks to instead, that path."""
     folder = Path(folder)
     if (path := folder / archive.file).exists():
-        verify(path, archive)
+        if archive.digest:
+            verify(path, archive)
         return path
     if archive.unpacked and (folder / archive.unpacked).exists():
         return folder / archive.unpacked

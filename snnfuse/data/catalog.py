@@ -1,8 +1,12 @@
-"""Data sets by name: list them, prepare one, and read it as a random-access source, without TensorFlow."""
+"""Data sets by name: list them, prepare one, and read it as a random-access source, without TensorFlow.
+
+A name that is not in `CATALOG` is a folder of your own: .wav files and their table, see `prepare`.
+"""
 
 import difflib
 import io
 import os
+import re
 import sys
 from collections.abc import Sequence
 from contextlib import redirect_stdout, suppress
@@ -26,6 +30,8 @@ CATALOG = {
     "shd": _HERE + "neuromorphic.SHD",
     "ssc": _HERE + "neuromorphic.SSC",
     "synthetic_saccades": _HERE + "synthetic.SyntheticSaccades",
+    "spoken_digits": _HERE + "audio.SpokenDigits",
+    "speech_commands": _HERE + "audio.SpeechCommands",
 }
 BUILT_IN = ("mnist5k", "digits", "synthetic_saccades")  # they need no download, so their first use prepares them
 
@@ -40,17 +46,32 @@ def data_set(name: str) -> type:
     if name not in CATALOG:
         close = difflib.get_close_matches(name, CATALOG, n=1)
         hint = f" (did you mean {close[0]!r}?)" if close else ""
-        raise ValueError(f"name must be one of {', '.join(CATALOG)}; got {name!r}{hint}")
+        raise ValueError(
+            f"name must be one of {', '.join(CATALOG)}, or a folder of yours that is prepared; got {name!r}{hint}"
+        )
     module, _, cls = CATALOG[name].rpartition(".")
     return getattr(import_module(module), cls)
 
 
-def builder(name: str, folder: str | os.PathLike | None = None, **choices):
-    """The tfds builder of a name in `CATALOG`.
+def _own(name: str, manual: Path) -> type:
+    """The class of the .wav files and the table split.csv in `manual`/NAME."""
+    made = import_module(_HERE + "audio")
+    if not (manual / name / made.TABLE).is_file():
+        raise archives.Missing(
+            f"{name} is not in the catalog ({', '.join(CATALOG)}), and {manual / name} has no {made.TABLE}: to prepare your "
+            f"own .wav files, write that table, with the columns {', '.join(made.COLUMNS)}"
+        )
+    if not re.fullmatch(r"[a-z]\w*", name):
+        raise ValueError(f"name must be small letters, digits and _; got {name!r}")
+    return made.WavFolder.of(name, manual / name)
+
+
+def builder(name: str, folder: str | os.PathLike | None = None, *, of: type | None = None, **choices):
+    """The tfds builder of a name in `CATALOG`, or of the class `of`.
 
     Choices for broken recordings: on_bad="raise" or "skip"; on_unsorted="raise", "sort" or "skip".
     """
-    found = data_set(name)
+    found = data_set(name) if of is None else of
     for package in ("tensorflow_datasets", "array_record", "importlib_resources"):
         require(package)
     streaming = import_module(_HERE + "streaming")
@@ -69,12 +90,18 @@ def prepare(
 
     The archives are in `manual`/NAME; `manual` is FOLDER/downloads/manual by default. With `download`, missing archives are
     fetched first. A preparation that fails leaves nothing behind.
+
+    Your own recordings: put .wav files into `manual`/NAME, and a table split.csv with the columns file, label and split (train,
+    test, ...). NAME is any name that is not in `CATALOG`. Other columns are kept as texts.
     """
-    made = builder(name, folder, **choices)
+    if name not in CATALOG and prepared_in(name, folder):
+        return prepared(name, folder)
+    manual = Path(manual or data_dir(folder) / "downloads" / "manual")
+    found = data_set(name) if name in CATALOG else _own(name, manual)
+    made = builder(name, folder, of=found, **choices)
     if is_prepared(made):
         return made
-    manual = Path(manual or data_dir(folder) / "downloads" / "manual")
-    for archive in data_set(name).ARCHIVES if download else ():
+    for archive in found.ARCHIVES if download else ():
         try:
             archives.find(archive, manual / name, name)
         except archives.Missing:
@@ -103,6 +130,8 @@ def prepared_in(name: str, folder: str | os.PathLike | None = None) -> Path | No
 
 def prepared(name: str, folder: str | os.PathLike | None = None):
     """The builder of a prepared data set, made by snnfuse or by tfds. A data set in `BUILT_IN` is prepared first if needed."""
+    if name not in CATALOG and (path := prepared_in(name, folder)):
+        return require("tensorflow_datasets").builder_from_directory(str(path))
     made = builder(name, folder)
     if is_prepared(made):
         return made

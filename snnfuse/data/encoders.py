@@ -5,16 +5,21 @@ first, [T, *images.shape], in `dtype`: any numeric type or bool, so that spikes 
 
 `images` are floating, in [0, 1]: divide bytes by 255 first (an integer image is a TypeError). A value outside the range,
 or NaN, raises ValueError. Inside `jit` there is no value to look at: there, values are clipped to [0, 1], and NaN counts
-as 0. `direct` and `delta` take any finite value, and pass others on.
+as 0. `direct`, `delta`, `level_crossing` and `lif` take any finite value, and pass others on.
 """
 
 import functools
 import inspect
+from dataclasses import dataclass
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import Array
+
+from snnfuse.core.neurons import LIF, LIFParams
+from snnfuse.core.reset import SoftReset
+from snnfuse.ops.api import unroll
 
 MOST = 2.0**20  # spikes a step: the largest rate, far below what a Poisson draw of 32 bits can hold
 
@@ -156,6 +161,15 @@ def latency(images: Array, T: int, *, curve: str = "linear", silent_to: float = 
     return _at(steps, T, dtype)
 
 
+def _check_signal(xs: Array, threshold: float) -> None:
+    if xs.ndim < 1:
+        raise ValueError(f"xs must be [T, ...]; got shape {xs.shape}")
+    if not len(xs):
+        raise ValueError(f"xs must have at least one step; got shape {xs.shape}")
+    if not 0 < threshold < float("inf"):
+        raise ValueError(f"threshold must be positive and finite; got {threshold}")
+
+
 @_encoder("threshold", "two_sided", "dtype", xs=FINITE)
 def delta(xs: Array, threshold: float, *, two_sided: bool = True, dtype=jnp.float32) -> Array:
     """Change code of a signal that already runs over time.
@@ -165,15 +179,52 @@ def delta(xs: Array, threshold: float, *, two_sided: bool = True, dtype=jnp.floa
     xs [T, ...] gives [T, ..., 2], the last axis (on, off); without `two_sided`, on alone, [T, ...].
     snnTorch's spikegen.delta has the same steps, off as -1.
     """
-    if xs.ndim < 1:
-        raise ValueError(f"xs must be [T, ...]; got shape {xs.shape}")
-    if not len(xs):
-        raise ValueError(f"xs must have at least one step; got shape {xs.shape}")
-    if not 0 < threshold < float("inf"):
-        raise ValueError(f"threshold must be positive and finite; got {threshold}")
+    _check_signal(xs, threshold)
     step = jnp.diff(xs.astype(jnp.float32), axis=0, prepend=xs[:1].astype(jnp.float32))
     on, off = step >= threshold, -step >= threshold
     return (jnp.stack([on, off], -1) if two_sided else on).astype(dtype)
+
+
+@dataclass(frozen=True)
+class _Follower:
+    """A neuron whose state follows the signal in whole steps: it puts out how many, upwards and downwards."""
+
+    def init_state(self, shape):
+        return jnp.zeros(shape, jnp.float32)
+
+    def step(self, step, level, x):
+        up, down = jnp.floor((x - level) / step), jnp.floor((level - x) / step)
+        on, off = jnp.maximum(up, 0.0), jnp.maximum(down, 0.0)
+        return level + step * (on - off), (on.astype(jnp.int32), off.astype(jnp.int32))
+
+
+@_encoder("threshold", "two_sided", "dtype", xs=FINITE)
+def level_crossing(xs: Array, threshold: float, *, two_sided: bool = True, dtype=jnp.float32) -> Array:
+    """Change code that forgets nothing: a level follows the signal in steps of `threshold`, and each step is a spike.
+
+        on[t] = max(0, floor((xs[t] - level[t-1]) / threshold));   off[t] = max(0, floor((level[t-1] - xs[t]) / threshold))
+        level[t] = level[t-1] + threshold (on[t] - off[t]);   level[-1] = xs[0]
+
+    xs [T, ...] gives [T, ..., 2], the last axis (on, off); without `two_sided`, on alone, [T, ...]. A slow change spikes here,
+    and does not in `delta`. Counts may exceed 1. Also known as send-on-delta. Its loop over time is `snnfuse.unroll`. Miskowicz
+    2006, https://doi.org/10.3390/s6010049.
+    """
+    _check_signal(xs, threshold)
+    lanes = xs.reshape(len(xs), -1).astype(jnp.float32)
+    (on, off), _ = unroll(_Follower(), jnp.float32(threshold), lanes[0], lanes)
+    return _counts(jnp.stack([on, off], -1) if two_sided else on, dtype).reshape(*xs.shape, *(2,) * two_sided)
+
+
+@_encoder("decay", "threshold", "dtype", xs=FINITE)
+def lif(xs: Array, decay: float = 0.9, threshold: float = 1.0, dtype=jnp.float32) -> Array:
+    """A LIF neuron on each value of a signal that already runs over time: [T, ...], at most one spike a step.
+
+    u[t] = decay v[t-1] + xs[t];   s[t] = u[t] >= threshold;   v[t] = u[t] - threshold s[t];   v[-1] = 0
+    """
+    _check_signal(xs, threshold)
+    lanes, params = xs.reshape(len(xs), -1), LIFParams(jnp.float32(decay), jnp.float32(threshold))
+    spikes, _ = unroll(LIF(reset=SoftReset()), params, None, lanes.astype(jnp.float32))
+    return spikes.reshape(xs.shape).astype(dtype)
 
 
 @_encoder("T", "dtype", "neurons", "silent_to", images=UNIT)

@@ -1,4 +1,4 @@
-"""Readers for the file formats of published neuromorphic data sets. They check every file; an error names the sample.
+"""Readers for the file formats of published data sets. They check every file; an error names the sample.
 
 tonic reads N-MNIST, and h5py reads HDF5. AEDAT 2 and 3 are read here, because the readers of tonic 1.7 drop a truncated
 tail, treat packets of any type as polarity events, and ignore the timestamp overflow. (Its `read_dvs_*` raise on every
@@ -8,6 +8,7 @@ file: they unpack two values where three are returned.)
 import csv
 import io
 import re
+import wave
 from decimal import Decimal
 from typing import NamedTuple
 
@@ -99,6 +100,25 @@ def read_aedat3(data: bytes, name: str) -> Events:
         raise BadSample(name, f"polarity events of {len(sources)} sources, {sorted(sources)}: one camera is read")
     word, t = np.concatenate(columns).T if columns else np.empty((2, 0), np.int64)
     return {"t": t, "x": word >> 17 & 0x7FFF, "y": word >> 2 & 0x7FFF, "p": word >> 1 & 1}
+
+
+def read_wav(data: bytes, name: str) -> tuple[np.ndarray, int]:
+    """(samples [n] int16, samples a second) of a .wav file of 16 bits and one channel."""
+    try:
+        with wave.open(io.BytesIO(data)) as file:
+            channels, width, rate, count = file.getparams()[:4]
+            frames = file.readframes(count)
+    except (wave.Error, EOFError) as error:
+        raise BadSample(
+            name, f"no .wav file that is read here, or a truncated one: {error or 'it ends in its header'}"
+        ) from None
+    if channels != 1 or width != 2:
+        raise BadSample(name, f"{channels} channels of {8 * width} bits; one channel of 16 bits is read")
+    if len(frames) != 2 * count:
+        raise BadSample(name, f"truncated: {len(frames)} bytes of sound, but its header says {2 * count}")
+    if not count:
+        raise BadSample(name, "no sound")
+    return np.frombuffer(frames, "<i2").astype(np.int16), rate
 
 
 class Trial(NamedTuple):

@@ -140,6 +140,23 @@ class Images:
         return images.astype(dtype) / 255
 
 
+@dataclass(frozen=True)
+class Sound:
+    """Recordings of sound, cut after `size` samples or filled with silence: int16 [B, size] in a batch.
+
+    `snnfuse.data.audio` makes mel bands of them on the device, and changes them at random in training.
+    """
+
+    size: int
+
+    def __post_init__(self):
+        ev.at_least("size", self.size, 1)
+
+    def __call__(self, sample: dict, rng: np.random.Generator) -> dict[str, np.ndarray]:
+        audio = sample["audio"][: self.size]
+        return {"audio": np.pad(audio, (0, self.size - len(audio))), "label": np.int32(sample["label"])}
+
+
 @lru_cache(maxsize=2)
 def _order(count: int, seed: int, epoch: int, shuffle: bool) -> np.ndarray:
     return np.random.default_rng((seed, epoch)).permutation(count) if shuffle else np.arange(count)

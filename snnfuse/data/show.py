@@ -4,7 +4,7 @@ from pathlib import Path
 
 import numpy as np
 
-from snnfuse.data import catalog
+from snnfuse.data import audio, catalog, encoders
 from snnfuse.data.events import Sensor, to_frames
 from snnfuse.data.optional import require
 
@@ -12,12 +12,16 @@ ON, OFF, GREY = (32, 96, 200), (200, 48, 48), (255, 255, 255)
 
 
 def summary(name: str, folder=None) -> dict:
-    """Splits, sizes and label names; for events also counts and rates. Reads only what `prepare` wrote, and no sample."""
+    """Splits, sizes and label names; for events and sound also counts and rates. Reads only what `prepare` wrote, and no sample."""
     info = catalog.prepared(name, folder).info
     sizes = {split: {"samples": part.num_examples, "bytes": part.num_bytes} for split, part in info.splits.items()}
     metadata = dict(info.metadata or {})
     sensor = Sensor(*metadata["sensor"]) if "sensor" in metadata else None
     for split, totals in metadata.get("totals", {}).items():
+        if "audio_samples" in totals:
+            seconds = totals["audio_samples"] / metadata["rate"] / max(1, sizes[split]["samples"])
+            sizes[split] |= {"seconds_per_sample": seconds}
+            continue
         seconds = totals["microseconds"] * 1e-6
         sizes[split] |= {
             "events": totals["events"],
@@ -31,6 +35,7 @@ def summary(name: str, folder=None) -> dict:
         "about": " ".join((info.description or "").split()),
         "labels": info.features["label"].names,
         "sensor": sensor and sensor._asdict(),
+        "samples_a_second": metadata.get("rate"),
         "splits": sizes,
     }
     return about | {key: metadata[key] for key in ("skipped", "sorted") if metadata.get(key, {}).get("count")}
@@ -51,8 +56,21 @@ def _raster(events: dict, sensor: Sensor, T: int) -> np.ndarray:
     return counts.transpose(1, 0, 2)[None, ::-1]
 
 
+def _sound(samples: np.ndarray, rate: int, bands: int = 40) -> np.ndarray:
+    """A spectrogram above the level crossings of its mel bands, low bands at the bottom: a step is 10 ms and 4 pixels wide."""
+    window = 2 ** round(np.log2(rate / 31))  # 32 ms
+    samples = np.pad(samples, (0, max(0, window - len(samples))))
+    log = audio.log_mel(samples, rate, window=window, hop=rate // 100, bands=bands, low=100.0)
+    level = audio.loudness(log)  # [T, bands]
+    grey = np.uint8(255 * (1 - np.asarray(level).T[::-1]))[..., None].repeat(3, -1)
+    crossings = np.asarray(encoders.level_crossing(level, 0.1)).transpose(1, 0, 2)[None, ::-1]
+    pictures = [grey.repeat(4, 0).repeat(4, 1), *strip(crossings, 4)]
+    gap = np.full((2, *pictures[0].shape[1:]), 128, np.uint8)
+    return np.concatenate([pictures[0], gap, pictures[1]])
+
+
 def render(name: str, split: str, index: int, out: Path, folder=None, T: int = 10) -> str:
-    """Writes a sample to `out` and returns a line about it: a .png strip, or a .gif for events."""
+    """Writes a sample to `out` and returns a line about it: a .png strip, or a .gif for events, or a spectrogram for sound."""
     Image = require("PIL.Image")
     source = catalog.source(name, split, folder)
     if not 0 <= index < len(source):
@@ -61,6 +79,10 @@ def render(name: str, split: str, index: int, out: Path, folder=None, T: int = 1
     line = f"{name}/{split}[{index}]: {info.features['label'].int2str(int(sample['label']))}"
     if "image" in sample:
         pictures = [np.squeeze(sample["image"].repeat(8, 0).repeat(8, 1))]
+    elif "audio" in sample:
+        rate = int(info.metadata["rate"])
+        line += f", {len(sample['audio']) / rate:.3f} s at {rate} samples a second"
+        pictures = [_sound(sample["audio"], rate)]
     else:
         events, sensor = sample["events"], Sensor(*info.metadata["sensor"])
         seconds = (int(events["t"][-1]) - int(events["t"][0])) * 1e-6 if len(events["t"]) else 0

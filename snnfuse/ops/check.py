@@ -22,7 +22,8 @@ def check_call(neuron, params, state, xs, out_dtype, reuse_cotangents=False):
     state, state_tree, initial = check_state(neuron, state, shape, dtype)
     step = Step(neuron, params_tree, state_tree, x_tree, constants)
     out_struct, out_tree = check_step(step, params, xs, shape, dtype)
-    warn_without_gradient(step, tuple(p.shape for p in params), len(xs), shape, dtype)
+    if not all(jnp.issubdtype(o.dtype, jnp.integer) for o in jax.tree.leaves(out_struct)):  # counts have no gradient
+        warn_without_gradient(step, tuple(p.shape for p in params), len(xs), shape, dtype)
     problem = Problem(
         step=step,
         T=xs[0].shape[0],

@@ -16,7 +16,9 @@ from snnfuse.data.events import BadSample, Events, Sensor, Unsorted, check
 
 Sample = tuple[str, dict]  # its name, for errors, and its features
 Job = Callable[[], Iterable[Sample]]
-Feature = tuple[type, tuple[int | None, ...]]  # the dtype and the shape; a length of None differs between samples
+Feature = tuple[
+    type, tuple[int | None, ...]
+]  # the dtype (str: a text) and the shape; a length of None differs between samples
 
 
 class DataSet(abc.ABC):

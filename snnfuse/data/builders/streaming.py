@@ -47,7 +47,7 @@ class StreamingBuilder(tfds.core.ShardBasedBuilder, skip_registration=True):
         return tfds.core.DatasetInfo(
             builder=self,
             description=type(made).__doc__,
-            homepage=made.ARCHIVES[0].url if made.ARCHIVES else None,
+            homepage=(made.ARCHIVES[0].url or None) if made.ARCHIVES else None,
             features=tfds.features.FeaturesDict(features | {"label": tfds.features.ClassLabel(**label)}),
             metadata=tfds.core.MetadataDict(made.metadata()),
             disable_shuffling=True,
@@ -101,6 +101,9 @@ class StreamingBuilder(tfds.core.ShardBasedBuilder, skip_registration=True):
             totals, t = self._totals.setdefault(split, {"events": 0, "microseconds": 0}), sample["events"]["t"]
             totals["events"] += len(t)
             totals["microseconds"] += int(t[-1]) if len(t) else 0
+        if "audio" in sample:
+            totals = self._totals.setdefault(split, {"audio_samples": 0})
+            totals["audio_samples"] += len(sample["audio"])
 
 
 def _feature(spec):
@@ -108,6 +111,8 @@ def _feature(spec):
     if isinstance(spec, dict):
         return {name: _feature(each) for name, each in spec.items()}
     dtype, shape = spec
+    if dtype is str:
+        return tfds.features.Text()
     if shape == ():
         return tfds.features.Scalar(dtype)
     return tfds.features.Tensor(shape=shape, dtype=dtype, encoding=tfds.features.Encoding.BYTES)
