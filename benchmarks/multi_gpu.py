@@ -25,7 +25,7 @@ from jax.sharding import PartitionSpec as P
 from runner import Case, main, question, split
 from with_jax import resnet, time_ms, time_step, training_step
 
-from snnfuse import nn, parallel
+from snnfuse import models, nn, parallel
 
 
 @question(
@@ -82,6 +82,8 @@ def steps(n, tiny, lengths):
         yield "resnet18", T, part * n, data, options  # weak scaling: each device has the same part of the batch
     if part * n != whole and whole % n == 0:
         yield "resnet18", T, whole, data, {}  # strong scaling: all devices together have the same batch
+    if not tiny:  # 224 x 224 is too large for a CPU
+        yield "sew-resnet18", 4, 32 * n, data, {}  # weak scaling
     for name in ("lif-stack", "resnet18"):
         for T in (8 * n,) if tiny else lengths:
             yield name, T, 4 if tiny else 16, along, {}
@@ -89,8 +91,8 @@ def steps(n, tiny, lengths):
         yield "lif-stack", T, 16, along, {}
 
 
-DTYPES = {"resnet18": "bfloat16", "lif-stack": "float32", "small-net": "float32"}
-SHAPES = {"resnet18": (28, 28, 3), "lif-stack": (2**13,), "small-net": (16, 16, 2)}  # of one sample
+DTYPES = {"resnet18": "bfloat16", "sew-resnet18": "bfloat16", "lif-stack": "float32", "small-net": "float32"}
+SHAPES = {"resnet18": (28, 28, 3), "sew-resnet18": (224, 224, 3), "lif-stack": (2**13,), "small-net": (16, 16, 2)}
 
 
 def link(kind, n, size):
@@ -107,6 +109,9 @@ def network(name, how):
     """(the network, its readout)"""
     if name == "resnet18":
         return resnet(how, 18, "bfloat16"), nn.membrane_mean
+    if name == "sew-resnet18":
+        options = dict(stem="imagenet", policy="bfloat16", implementation=how, rngs=nnx.Rngs(0))
+        return models.sew_resnet(18, 3, 1000, **options), nn.membrane_mean
     if name == "lif-stack":
         return nn.Sequential(*(nn.LIF(tau=2.0, learn="decay", implementation=how) for _ in range(8))), nn.spike_rate
     layers = []
