@@ -1,7 +1,7 @@
 """Data sets by name: those of `snnfuse.data`, and `random`. One is a frozen dataclass of choices with
 
     sources() -> (train, test)                the samples: `source[i]` and `len(source)`
-    example() -> Frames or Images             what the loader does with a sample, on the host
+    example() -> Frames, Images, Sound           what the loader does with a sample, on the host
     augment(key, batch, targets)              -> the same, changed at random; targets are [B, classes]; training only
     encode(key, batch, T)                     -> [T, B, ...]
     classes, note                             how many classes; a remark for every result
@@ -22,8 +22,9 @@ import tyro
 from jax import Array
 from tqdm import tqdm
 
-from snnfuse.data import archives, catalog, encoders, image_augment
+from snnfuse.data import archives, audio, catalog, encoders, image_augment
 from snnfuse.data import loader as load
+from snnfuse.data.builders.audio import AudioSet
 from snnfuse.data.builders.base import EventSet
 
 Name = Annotated[str, tyro.conf.arg(name="data", prefix_name=False, metavar="NAME")]
@@ -176,6 +177,108 @@ class Recordings(Unchanged):
 
 
 @dataclass(frozen=True)
+class Audio:
+    """Recordings of sound, kept in memory; mel bands, or spikes of them, are made on the device."""
+
+    note: ClassVar[str] = ""
+    name: Name
+    of: str | None = None
+    """a prepared folder of your own .wav files; None: the data set with this name"""
+    seconds: float = 0.8
+    """of each recording; a longer one is cut, a shorter one is followed by silence"""
+    bands: int = 40
+    low: float = 100.0
+    """hertz, where the lowest band begins"""
+    range: float = 12.0
+    """nepers of power between the loudest place, 1, and what is taken for silence, 0"""
+    code: str = "bands"
+    """bands: numbers from 0 to 1; level_crossing or lif: spikes of them"""
+    threshold: float = 0.1
+    """of a level crossing"""
+    shift: float = 0.0
+    """training recordings start up to this many seconds earlier or later"""
+    speed: float = 0.0
+    """training recordings are played up to this part faster or slower"""
+    tempo: float = 0.0
+    """the same, without a change of pitch"""
+    pitch: float = 0.0
+    """training recordings move up or down by up to this many bands"""
+    mask_steps: int = 0
+    """longest stretch of time steps that is hidden in a training recording"""
+    mask_bands: int = 0
+    """most bands next to each other that are hidden"""
+    held_out: str | None = None
+    """a speaker, such as theo: test on all recordings of this one, train on all others"""
+
+    def __post_init__(self):
+        if self.code not in ("bands", "level_crossing", "lif"):
+            raise ValueError(f"--data.code must be bands, level_crossing or lif; got {self.code!r}")
+        for name in ("seconds", "bands", "range", "threshold"):
+            if not getattr(self, name) > 0:
+                raise ValueError(f"--data.{name} must be above 0; got {getattr(self, name)}")
+        for name in ("low", "shift", "speed", "tempo", "pitch", "mask_steps", "mask_bands"):
+            if not getattr(self, name) >= 0:
+                raise ValueError(f"--data.{name} must be at least 0; got {getattr(self, name)}")
+
+    @property
+    def classes(self) -> int:
+        if self.of is None:
+            return catalog.data_set(self.name).classes()
+        return catalog.prepared(self.of).info.features["label"].num_classes
+
+    @property
+    def rate(self) -> int:
+        return (
+            catalog.data_set(self.name).RATE
+            if self.of is None
+            else int(catalog.prepared(self.of).info.metadata["rate"])
+        )
+
+    def sources(self) -> Sources:
+        name = self.of or self.name
+        train, test = (in_memory(source, name) for source in _sources(name))
+        if self.held_out is None:
+            return train, test
+        every, column = train + test, "speaker" if "speaker" in train[0] else "group"
+        if (wanted := self.held_out.encode()) not in (found := {sample.get(column) for sample in every}):
+            known = ", ".join(sorted(speaker.decode() for speaker in found if speaker))[:200]
+            raise archives.Missing(
+                f"--data.held_out must be a speaker of {name}, such as {known}; got {self.held_out!r}"
+            )
+        return tuple([s for s in every if (s[column] == wanted) == test] for test in (False, True))
+
+    def example(self) -> load.Sound:
+        return load.Sound(round(self.seconds * self.rate))
+
+    def augment(self, key: Array, batch: Batch, targets: Array) -> tuple[Batch, Array]:
+        move, play, later = jax.random.split(key, 3)
+        sound = batch["audio"]
+        if self.shift:
+            sound = audio.shift(move, sound, round(self.shift * self.rate))
+        if self.speed:
+            sound = audio.speed(play, sound, self.speed)
+        return batch | {
+            "audio": sound,
+            "key": later,
+        }, targets  # `encode` changes the bands, of which it knows how many steps
+
+    def encode(self, key: Array, batch: Batch, T: int) -> Array:
+        sound, window = batch["audio"], round(0.032 * self.rate)
+        hop = (sound.shape[-1] - window) // max(T - 1, 1)
+        log = audio.log_mel(sound, self.rate, window=window, hop=hop, bands=self.bands, low=self.low)[:T]
+        bands = audio.loudness(log, self.range)
+        if "key" in batch:
+            stretch, mask = jax.random.split(batch["key"])
+            bands = audio.stretch(stretch, bands, self.tempo, self.pitch)
+            bands = audio.mask(mask, bands, self.mask_steps, self.mask_bands)
+        if self.code == "bands":
+            return bands
+        if self.code == "lif":
+            return encoders.lif(bands)
+        return encoders.level_crossing(bands, self.threshold).reshape(*bands.shape[:-1], -1)
+
+
+@dataclass(frozen=True)
 class Random:
     """Random samples like those of another data set, with random labels: they say nothing about learning."""
 
@@ -206,6 +309,8 @@ class Random:
 
     def _sample(self, rng):
         like, label = catalog.data_set(DATASETS[self.like].name), int(rng.integers(self.classes))
+        if issubclass(like, AudioSet):
+            return {"audio": rng.integers(-(2**12), 2**12, like.RATE // 2).astype(np.int16), "label": label}
         if not issubclass(like, EventSet):
             return {"image": rng.integers(0, 256, like.SHAPE, np.uint8), "label": label}
         tops = {"x": like.SENSOR.width, "y": like.SENSOR.height, "p": like.SENSOR.polarities}
@@ -241,7 +346,8 @@ def _sources(name):
 
 
 def _default(name):
-    return (Recordings if issubclass(catalog.data_set(name), EventSet) else Images)(name)
+    found = catalog.data_set(name)
+    return (Recordings if issubclass(found, EventSet) else Audio if issubclass(found, AudioSet) else Images)(name)
 
 
 DATASETS = {name: _default(name) for name in catalog.CATALOG} | {
@@ -249,6 +355,7 @@ DATASETS = {name: _default(name) for name in catalog.CATALOG} | {
     "mnist": Images("mnist", repeat=3),  # three channels, as in the temporal fusion paper
     "nmnist": Recordings("nmnist", channels=3),  # a third, empty channel, as there
     "dvs128_gesture": Recordings("dvs128_gesture", channels=3),
+    "speech_commands": Audio("speech_commands", seconds=1.0),
     "synthetic_saccades": Recordings("synthetic_saccades", bins=12, split="time", store="bits"),
 }
 DATASETS["random"] = Random()

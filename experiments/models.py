@@ -5,6 +5,7 @@ build(shape, classes, rngs) -> a snnfuse.nn.Sequential, from [T, B, *shape] to o
 
 from dataclasses import dataclass
 from functools import partial
+from math import exp, prod
 from typing import Annotated
 
 import tyro
@@ -17,6 +18,7 @@ from snnfuse.models.build import MEMORY
 from snnfuse.models.resnet import DEPTHS, STEMS
 from snnfuse.models.transformer import PATCHES
 from snnfuse.ops.implementations import NAMES as IMPLEMENTATIONS
+from snnfuse.ops.problem import PARTS
 
 Name = Annotated[str, tyro.conf.arg(name="model", prefix_name=False, metavar="NAME")]
 READOUTS = {
@@ -70,6 +72,55 @@ class ConvNet:
             nnx.Linear(self.hidden, classes, rngs=rngs),
             nn.LI(**neuron),
         )
+
+
+@dataclass(frozen=True)
+class Recurrent:
+    """Dense layers of adaptive LIF neurons that learn their time constants, recurrent or not; then a leaky readout."""
+
+    name: Name = "recurrent"
+    T: int = 39
+    """time steps"""
+    hidden: tuple[int, ...] = (128, 128)
+    """neurons of each layer"""
+    recurrent: bool = True
+    """False: the same network without connections from a layer to itself"""
+    tau: float = 5.0
+    """time constant of the membrane at the start, in steps"""
+    tau_adapt: float = 30.0
+    """time constant of the threshold at the start"""
+    beta: float = 0.2
+    """how much a spike raises the threshold"""
+    scale: float = 0.5
+    """of the recurrent weights at the start, which are orthogonal"""
+    precision: str = "float32"
+    """of the product with the recurrent weights: float32, bfloat16x2 or bfloat16"""
+    dropout: float = 0.0
+    readout: str = "mean"
+    """how outputs over time become logits: rate, mean, max or last"""
+    implementation: str | None = None
+    """of snnfuse.unroll, such as scan or triton; None takes the fused kernels where they run"""
+
+    def __post_init__(self):
+        _check(self, precision=PARTS, readout=READOUTS)
+
+    def build(self, shape: tuple[int, ...], classes: int, rngs: nnx.Rngs) -> nn.Sequential:
+        layers, features = [nn.flatten], prod(shape)
+        for size in self.hidden:
+            decays = {"decay": exp(-1 / self.tau), "decay_adapt": exp(-1 / self.tau_adapt)}
+            options = {"learn": tuple(decays), "shape": (size,), "implementation": self.implementation}
+            neuron = nn.AdaptiveLIF(**decays, beta=self.beta, decay_input=True, **options)
+            if self.recurrent:
+                neuron = nn.Recurrent(neuron, size, scale=self.scale, precision=self.precision, rngs=rngs)
+            layers += [
+                nnx.Linear(features, size, use_bias=False, rngs=rngs),
+                nnx.BatchNorm(size, momentum=0.9, rngs=rngs),
+                neuron,
+                *([nn.Dropout(self.dropout, rngs=rngs)] if self.dropout else []),
+            ]
+            features = size
+        readout = nn.LI(decay=exp(-1 / 20), implementation=self.implementation)
+        return nn.Sequential(*layers, nnx.Linear(features, classes, rngs=rngs), readout)
 
 
 @dataclass(frozen=True)
@@ -192,4 +243,4 @@ def _check(model, **known):
         raise ValueError(f"--model.implementation must be None or one of {known}; got {model.implementation!r}")
 
 
-MODELS = {"conv": ConvNet(), "resnet": Resnet(), "vgg": Vgg(), "spikformer": Spikformer()}
+MODELS = {"conv": ConvNet(), "recurrent": Recurrent(), "resnet": Resnet(), "vgg": Vgg(), "spikformer": Spikformer()}

@@ -11,7 +11,7 @@ matplotlib.use("Agg")
 from matplotlib import pyplot as plt  # noqa: E402
 
 from snnfuse.data.loader import load  # noqa: E402
-from snnfuse.nn import monitor  # noqa: E402
+from snnfuse.nn import Recurrent, monitor  # noqa: E402
 
 STEPS = 48  # longer than in training, so that there is something to see
 LAYERS = 5  # in the raster, from the first to the last
@@ -61,14 +61,16 @@ def _activity(config, model, source, image_axes, raster, membranes, outputs):
     label = int(batch["label"][0])
     xs, outs, hidden, states = _recorded(config, model, batch, T)
     outs, answer = np.asarray(outs)[:, 0], int(np.asarray(outs)[:, 0].mean(0).argmax())
-    image_axes.imshow(_picture(np.asarray(xs)[:, 0]), cmap="gray_r")
+    xs = np.asarray(xs)[:, 0]
+    image_axes.imshow(_picture(xs), cmap="gray_r", aspect="auto" if xs.ndim == 2 else "equal")
     image_axes.set(xticks=[], yticks=[], title=f"a held-out {label}, read as {answer}")
 
     layers, last = _shown(hidden)
     flat = lambda x: np.asarray(x, np.float32)[:, 0].reshape(T, -1)
     _raster(raster, {name: flat(hidden[path]) for name, path in layers.items()}, T)
     modules = {".".join(map(str, path)): module for path, module in nnx.iter_modules(model)}
-    threshold = float(np.mean(modules[last].threshold))
+    layer = modules[last]
+    threshold = float(np.mean((layer.neuron if isinstance(layer, Recurrent) else layer).threshold))
     _membranes(membranes, flat(hidden[last]), flat(states.v), threshold)
 
     heights = _apart(outs[-1], 0.045 * (outs.max() - outs.min()))
@@ -88,7 +90,9 @@ def _apart(heights, gap):
 
 
 def _picture(xs):
-    """The mean over time of the input [T, H, W, C]; two polarities become red and green."""
+    """The mean over time of the input [T, H, W, C]; two polarities become red and green. Channels [T, N] over time."""
+    if xs.ndim == 2:
+        return xs.T[::-1]
     mean = xs.mean(0) / max(xs.mean(0).max(), 1e-6)
     return mean[..., 0] if mean.shape[-1] == 1 else np.pad(mean, ((0, 0), (0, 0), (0, 3 - mean.shape[-1])))
 

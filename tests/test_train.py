@@ -374,7 +374,7 @@ def test_every_listed_data_set_can_be_trained_on(name):
         (("--steps", "0"), "--steps must be at least 1; got 0"),
         (("--steps_per_call", "4"), "--steps_per_call must divide --log_every and --eval_every; got 4"),
         (("--workers", "-1"), "--workers must be at least 0; got -1"),
-        (("--model", "mlp"), "--model must be one of conv, resnet, vgg, spikformer; got 'mlp'"),
+        (("--model", "mlp"), "--model must be one of conv, recurrent, resnet, vgg, spikformer; got 'mlp'"),
         (("--data", "dvsgesture"), r"--data must be one of mnist5k,.*did you mean dvs128_gesture"),
         (("--model.channels", "8,x"), "--model.channels"),
         (("--model.readout", "sum"), "--model.readout must be one of rate, mean, max, last; got 'sum'"),

@@ -1,0 +1,25 @@
+"""Train a recurrent spiking network on spoken digits: 3,000 recordings of six speakers.
+
+    python experiments/spoken_digits.py                              the authors' split: 2,700 for training, 300 held out
+    python experiments/spoken_digits.py --model.no_recurrent         the same network without recurrent connections
+    python experiments/spoken_digits.py --data.held_out george       test on one speaker, train on the five others
+    python experiments/spoken_digits.py --data.code level_crossing   spikes instead of graded mel bands
+
+First get the recordings, 22 MB, and prepare them:
+
+    git clone https://github.com/Jakobovski/free-spoken-digit-dataset manual/spoken_digits
+    python -m snnfuse.data prepare spoken_digits --manual manual
+
+A recording becomes 39 steps of 40 mel bands, on the device. This script only gives other defaults to train.py, which has the
+loop and the keys. benchmarks/accuracy.py --script spoken_digits makes a row of a run.
+"""
+
+import sys
+
+import train
+
+DEFAULTS = ["--data=spoken_digits", "--model=recurrent", "--name=spoken_digits", "--steps=1200", "--eval_every=200"]
+DEFAULTS += ["--learning_rate=1e-2"]
+
+if __name__ == "__main__":
+    sys.exit(train.main([*DEFAULTS, *sys.argv[1:]]))
