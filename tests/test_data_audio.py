@@ -279,7 +279,9 @@ def test_a_fault_names_file_and_line_and_leaves_nothing(tmp_path, fault):
 
 
 def test_a_name_of_nothing_says_what_to_do(tmp_path):
-    with pytest.raises(archives.Missing, match="words is not in the catalog .* has no split.csv"):
+    with pytest.raises(
+        archives.Missing, match="words is not in the catalog .* has neither a folder train nor split.csv"
+    ):
         catalog.prepare("words", tmp_path / "data", manual=tmp_path)
     with pytest.raises(ValueError, match=r"or a folder of yours that is prepared; got 'word'"):
         catalog.source("word", "train", tmp_path / "data")

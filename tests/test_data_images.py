@@ -1,6 +1,7 @@
 """Static images: the two embedded sets, and archives of IDX and CIFAR format, without TensorFlow."""
 
 import gzip
+import shutil
 import subprocess
 import sys
 
@@ -8,7 +9,8 @@ import numpy as np
 import pytest
 
 pytest.importorskip("tensorflow_datasets", reason="the builders need the extra `data`")
-from test_data_formats import trust, write_tar  # noqa: E402
+from PIL import Image  # noqa: E402
+from test_data_formats import left_behind, trust, write_tar  # noqa: E402
 
 from snnfuse.data import catalog  # noqa: E402
 from snnfuse.data import events as ev  # noqa: E402
@@ -77,3 +79,119 @@ def test_tensorflow_is_not_needed(tmp_path):
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     assert done.returncode == 0 and done.stdout.split()[-2:] == ["1442", "False"], done.stderr[-2000:]
+
+
+def pictures(folder, name="shapes", size=(6, 8), seed=0, suffix="png", colour=True):
+    """A folder of pictures with 3 and 2 of each class in train and test; {relative path: pixels}."""
+    rng, made = np.random.default_rng(seed), {}
+    for split, count in (("train", 3), ("test", 2)):
+        for label in ("cube", "ball"):
+            for i in range(count):
+                path = f"{split}/{label}/{i}.{suffix}"
+                made[path] = rng.integers(0, 256, (*size, 3) if colour else size, np.uint8)
+                (folder / name / path).parent.mkdir(parents=True, exist_ok=True)
+                Image.fromarray(made[path]).save(folder / name / path)
+    return made
+
+
+def test_your_own_pictures_are_a_data_set_by_its_name(tmp_path):
+    made = pictures(tmp_path)
+    builder = catalog.prepare("shapes", tmp_path / "data", manual=tmp_path)
+    assert builder.info.features["label"].names == ["ball", "cube"]
+    train, test = (catalog.source("shapes", split, tmp_path / "data") for split in ("train", "test"))
+    assert (len(train), len(test)) == (6, 4)
+    for sample, path, label in ((train[0], "train/ball/0.png", 0), (test[3], "test/cube/1.png", 1)):
+        assert sample["label"] == label
+        np.testing.assert_array_equal(sample["image"], made[path])
+
+
+def test_pictures_are_resized_when_asked_and_grey_ones_stay_grey(tmp_path):
+    made = pictures(tmp_path, size=(4, 4), colour=False)
+    Image.fromarray(np.full((9, 7), 77, np.uint8)).save(tmp_path / "shapes" / "train" / "cube" / "3.png")
+    catalog.prepare("shapes", tmp_path / "data", manual=tmp_path, size=(8, 8))
+    train = catalog.source("shapes", "train", tmp_path / "data")
+    assert {sample["image"].shape for sample in train} == {(8, 8, 1)}
+    assert np.all(train[6]["image"] == 77)
+    first = made["train/ball/0.png"].astype(float)
+    assert abs(train[0]["image"].mean() - first.mean()) < 12  # the same picture, larger
+    assert np.array_equal(train[0]["image"][[0, 0, -1, -1], [0, -1, 0, -1], 0], first[[0, 0, -1, -1], [0, -1, 0, -1]])
+
+
+def remove(path):
+    shutil.rmtree(path) if path.is_dir() else path.unlink()
+
+
+FAULTS = {
+    "a truncated picture": (
+        lambda f: (f / "train/cube/1.png").write_bytes((f / "train/cube/1.png").read_bytes()[:-30]),
+        r"train/cube/1.png: no picture, or a truncated one",
+    ),
+    "no picture": (lambda f: (f / "test/ball/0.png").write_text("hello"), r"test/ball/0.png: no picture"),
+    "an empty class": (lambda f: (f / "test/pear").mkdir(), r"test: its classes must be those of train; .*: pear"),
+    "a class without pictures": (
+        lambda f: [(f / "train/pear").mkdir(), (f / "test/pear").mkdir()],
+        r"pear: the class has no pictures",
+    ),
+    "a class is missing": (lambda f: remove(f / "test/ball"), r"test: its classes must .*: ball"),
+    "another kind of file": (
+        lambda f: (f / "test/ball/notes.txt").write_text("x"),
+        r"notes.txt: is none of .png, .jpg",
+    ),
+    "another size": (
+        lambda f: Image.new("RGB", (8, 7)).save(f / "train/cube/2.png"),
+        r"train/cube/2.png: is 7 x 8; the first picture is 6 x 8. --size resizes all",
+    ),
+    "grey among colour": (
+        lambda f: Image.new("L", (8, 6)).save(f / "train/cube/2.png"),
+        r"train/cube/2.png: is grey; the first picture is colour",
+    ),
+    "16 bits": (
+        lambda f: Image.fromarray(np.full((6, 8), 40_000, np.uint16)).save(f / "train/ball/0.png"),
+        r"train/ball/0.png: has more than 8 bits a channel",
+    ),
+    "no classes": (lambda f: [remove(f / "train/ball"), remove(f / "train/cube")], r"train: has no folders of classes"),
+}
+
+
+@pytest.mark.parametrize("fault", FAULTS)
+def test_a_fault_in_a_folder_names_its_file_and_leaves_nothing(tmp_path, fault):
+    pictures(tmp_path)
+    harm, why = FAULTS[fault]
+    harm(tmp_path / "shapes")
+    with pytest.raises(ev.BadSample, match=why):
+        catalog.prepare("shapes", tmp_path / "data", manual=tmp_path)
+    assert not left_behind(tmp_path / "data")
+
+
+def test_pictures_may_stand_in_for_an_archive_of_the_catalog(tmp_path):
+    rng = np.random.default_rng(0)
+    for split in ("train", "test"):
+        for label in "abcdefghij":
+            (tmp_path / "cifar10" / split / label).mkdir(parents=True)
+            Image.fromarray(rng.integers(0, 256, (32, 32, 3), np.uint8)).save(
+                tmp_path / "cifar10" / split / label / "0.png"
+            )
+    catalog.prepare("cifar10", tmp_path / "data", manual=tmp_path)
+    train = catalog.source("cifar10", "train", tmp_path / "data")
+    assert len(train) == 10 and [int(sample["label"]) for sample in train] == list(range(10))
+    pictures(tmp_path, "cifar100", (32, 32))
+    with pytest.raises(ValueError, match=r"cifar100 has 100 classes of pictures .*has 2 of \(32, 32, 3\)"):
+        catalog.prepare("cifar100", tmp_path / "data", manual=tmp_path)
+    with pytest.raises(ValueError, match="size resizes folders of pictures; digits is none"):
+        catalog.prepare("digits", tmp_path / "data", size=(4, 4))
+
+
+def test_the_command_prepares_and_draws_a_folder(tmp_path, capsys):
+    from snnfuse.data.__main__ import main
+
+    pictures(tmp_path, suffix="jpg")
+    common = ["--folder", str(tmp_path / "data")]
+    with pytest.raises(SystemExit):
+        main(["prepare", "shapes", "--manual", str(tmp_path), "--size", "4x", *common])
+    assert "--size" in capsys.readouterr().err
+    assert main(["prepare", "shapes", "--manual", str(tmp_path), "--size", "10x12", *common]) == 0
+    assert "test 4, train 6" in capsys.readouterr().out
+    assert main(["show", "shapes", "--split", "test", "--index", "2", "--out", str(tmp_path / "a.png"), *common]) == 0
+    assert "shapes/test[2]: cube" in capsys.readouterr().out
+    with Image.open(tmp_path / "a.png") as shown:
+        assert shown.size == (12 * 8, 10 * 8)

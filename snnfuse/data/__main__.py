@@ -2,7 +2,8 @@
 
 Data sets are kept in --folder, by default $TFDS_DATA_DIR or ~/tensorflow_datasets. Archives are looked for in
 --manual/NAME, by default FOLDER/downloads/manual/NAME; --download fetches those that may be fetched. `prepare` also takes
-a name of your own: --manual/NAME then holds .wav files and split.csv, a table with the columns file, label and split.
+a name of your own: --manual/NAME then holds pictures, SPLIT/CLASS/*.png, or .wav files and split.csv, a table with the columns
+file, label and split.
 """
 
 import argparse
@@ -36,6 +37,7 @@ def _prepare(options) -> None:
         options.folder,
         manual=options.manual,
         download=options.download,
+        size=options.size,
         on_bad=options.on_bad,
         on_unsorted=options.on_unsorted,
     )
@@ -56,6 +58,13 @@ def _show(options) -> None:
     print(show.render(options.name, options.split, options.index, out, options.folder, options.T))
 
 
+def _size(text: str) -> tuple[int, int]:
+    sides = [int(side) for side in text.split("x")]
+    if not 1 <= len(sides) <= 2 or min(sides) < 1:
+        raise argparse.ArgumentTypeError(f"must be a number of pixels, such as 64, or 64x48; got {text!r}")
+    return sides[0], sides[-1]
+
+
 def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(
         prog="python -m snnfuse.data", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
@@ -70,6 +79,9 @@ def main(arguments: list[str] | None = None) -> int:
         if run is _prepare:
             command.add_argument("--manual", type=Path)
             command.add_argument("--download", action="store_true")
+            command.add_argument(
+                "--size", type=_size, metavar="H[xW]", help="resize your own pictures to this many pixels"
+            )
             command.add_argument("--on-bad", choices=("raise", "skip"), default="raise")
             command.add_argument("--on-unsorted", choices=("raise", "sort", "skip"), default="raise")
         if run is _show:

@@ -1,6 +1,6 @@
 """Data sets by name: list them, prepare one, and read it as a random-access source, without TensorFlow.
 
-A name that is not in `CATALOG` is a folder of your own: .wav files and their table, see `prepare`.
+A name that is not in `CATALOG` is a folder of your own: pictures, or .wav files and their table, see `prepare`.
 """
 
 import difflib
@@ -53,17 +53,39 @@ def data_set(name: str) -> type:
     return getattr(import_module(module), cls)
 
 
-def _own(name: str, manual: Path) -> type:
-    """The class of the .wav files and the table split.csv in `manual`/NAME."""
-    made = import_module(_HERE + "audio")
-    if not (manual / name / made.TABLE).is_file():
-        raise archives.Missing(
-            f"{name} is not in the catalog ({', '.join(CATALOG)}), and {manual / name} has no {made.TABLE}: to prepare your "
-            f"own .wav files, write that table, with the columns {', '.join(made.COLUMNS)}"
-        )
+def _own(name: str, folder: Path, size: tuple[int, int] | None) -> type:
+    """The class of your own data in `folder`: pictures below `train`, or the .wav files of the table split.csv."""
+    sound, images = import_module(_HERE + "audio"), import_module(_HERE + "images")
     if not re.fullmatch(r"[a-z]\w*", name):
         raise ValueError(f"name must be small letters, digits and _; got {name!r}")
-    return made.WavFolder.of(name, manual / name)
+    if (folder / "train").is_dir():
+        return images.ImageFolder.of(name, folder, size)
+    if (folder / sound.TABLE).is_file():
+        return sound.WavFolder.of(name, folder)
+    raise archives.Missing(
+        f"{name} is not in the catalog ({', '.join(CATALOG)}), and {folder} has neither a folder train nor {sound.TABLE}: to "
+        f"prepare your own pictures, put them into SPLIT/CLASS/; for your own .wav files, write that table, with the columns "
+        f"{', '.join(sound.COLUMNS)}"
+    )
+
+
+def _chosen(name: str, folder: Path, size: tuple[int, int] | None) -> type:
+    """The class to prepare a name from a folder. Pictures in class folders may stand in for the archives of an image set."""
+    if name not in CATALOG:
+        found = _own(name, folder, size)
+    else:
+        found = data_set(name)
+        if hasattr(found, "SHAPE") and found.ARCHIVES and (folder / "train").is_dir():
+            pictures = _own(name, folder, size)
+            if (pictures.SHAPE, pictures.classes()) != (found.SHAPE, found.classes()):
+                raise ValueError(
+                    f"{name} has {found.classes()} classes of pictures {found.SHAPE}; {folder} has {pictures.classes()} "
+                    f"of {pictures.SHAPE}"
+                )
+            found = pictures
+    if size is not None and not hasattr(found, "RESIZED"):
+        raise ValueError(f"size resizes folders of pictures; {name} is none")
+    return found
 
 
 def builder(name: str, folder: str | os.PathLike | None = None, *, of: type | None = None, **choices):
@@ -84,6 +106,7 @@ def prepare(
     *,
     manual: str | os.PathLike | None = None,
     download=False,
+    size: tuple[int, int] | None = None,
     **choices,
 ):
     """Prepare a data set from its archives, and return its builder. A data set that is prepared already is only opened.
@@ -91,13 +114,15 @@ def prepare(
     The archives are in `manual`/NAME; `manual` is FOLDER/downloads/manual by default. With `download`, missing archives are
     fetched first. A preparation that fails leaves nothing behind.
 
-    Your own recordings: put .wav files into `manual`/NAME, and a table split.csv with the columns file, label and split (train,
-    test, ...). NAME is any name that is not in `CATALOG`. Other columns are kept as texts.
+    Your own pictures: files `manual`/NAME/SPLIT/CLASS/*.png, the splits train, test, ...; `size` (H, W) resizes them. Those
+    of an image set of the catalog may come in this form too. Your own recordings: .wav files in `manual`/NAME, and a table
+    split.csv with the columns file, label and split; other columns are kept as texts. NAME is any name that is not in
+    `CATALOG`.
     """
     if name not in CATALOG and prepared_in(name, folder):
         return prepared(name, folder)
     manual = Path(manual or data_dir(folder) / "downloads" / "manual")
-    found = data_set(name) if name in CATALOG else _own(name, manual)
+    found = _chosen(name, manual / name, size)
     made = builder(name, folder, of=found, **choices)
     if is_prepared(made):
         return made

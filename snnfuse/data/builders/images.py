@@ -1,9 +1,10 @@
-"""Static images: two sets that come inside installed packages, and MNIST, Fashion-MNIST and CIFAR from their archives.
+"""Static images: two sets inside installed packages; MNIST, Fashion-MNIST and CIFAR from their archives; folders of pictures.
 
 tfds has the last four too, but it needs TensorFlow to prepare them. Ours have the same names, splits and label names.
 """
 
 import gzip
+import warnings
 from collections.abc import Iterator
 from contextlib import ExitStack
 from functools import partial
@@ -207,3 +208,90 @@ class Cifar100(Cifar10):
             "cifar-100-binary",
         ),
     )
+
+
+class ImageFolder(ImageSet):
+    """Your own pictures: files SPLIT/CLASS/NAME.png (or .jpg, .jpeg, .bmp, .webp, .ppm, .pgm) below one folder.
+
+    Folders give the splits and the classes. Every split must have the classes of `train`, each with a picture at least.
+    """
+
+    JOBS_PER_SHARD = 10_000
+    SUFFIXES = (".png", ".jpg", ".jpeg", ".bmp", ".webp", ".ppm", ".pgm")
+    FOLDER: Path
+    RESIZED: bool
+
+    @classmethod
+    def of(cls, name: str, folder: Path, size: tuple[int, int] | None = None) -> type["ImageFolder"]:
+        """The data set of a folder. Pictures are resized to `size` (H, W); None takes the size of the first one.
+
+        They are grey if the first picture is, else colour.
+        """
+        labels = tuple(_folders(folder / "train"))
+        if not labels:
+            raise BadSample(str(folder / "train"), "has no folders of classes")
+        first = cls._files(folder / "train" / labels[0])[0]
+        height, width, channels = _picture(first).shape
+        height, width = size or (height, width)
+        parts = {"name": name, "LABELS": labels, "SHAPE": (height, width, channels), "FOLDER": folder}
+        parts |= {"RESIZED": size is not None, "__doc__": f"Your own pictures, from {folder}.", "__module__": __name__}
+        return type(name, (cls,), parts)
+
+    @classmethod
+    def _files(cls, folder: Path) -> list[Path]:
+        files = sorted(path for path in folder.iterdir() if not path.name.startswith("."))
+        if other := [path.name for path in files if path.suffix.lower() not in cls.SUFFIXES]:
+            raise BadSample(str(folder / other[0]), f"is none of {', '.join(cls.SUFFIXES)}")
+        if not files:
+            raise BadSample(str(folder), "the class has no pictures")
+        return files
+
+    def jobs(self, paths: dict[str, Path], stack: ExitStack) -> dict[str, list[Job]]:
+        jobs = {}
+        for split in _folders(self.FOLDER):
+            folder, labels = self.FOLDER / split, tuple(_folders(self.FOLDER / split))
+            if labels != self.LABELS:
+                differ = ", ".join(sorted({*labels} ^ {*self.LABELS}))
+                raise BadSample(str(folder), f"its classes must be those of train; these are in one of both: {differ}")
+            files = [(path, i) for i, label in enumerate(labels) for path in self._files(folder / label)]
+            jobs[split] = [partial(self._read, path, label) for path, label in files]
+        return jobs
+
+    def _read(self, path: Path, label: int) -> Iterator[Sample]:
+        image, (height, width, channels) = _picture(path), self.SHAPE
+        if image.shape[-1] != channels:
+            kinds = {1: "grey", 3: "colour"}
+            raise BadSample(str(path), f"is {kinds[image.shape[-1]]}; the first picture is {kinds[channels]}")
+        if image.shape[:2] != (height, width):
+            if not self.RESIZED:
+                found = " x ".join(map(str, image.shape[:2]))
+                raise BadSample(str(path), f"is {found}; the first picture is {height} x {width}. --size resizes all")
+            image = _resized(image, height, width)
+        yield str(path), {"image": image, "label": label}
+
+
+def _folders(path: Path) -> list[str]:
+    return sorted(p.name for p in path.iterdir() if p.is_dir() and not p.name.startswith(".")) if path.is_dir() else []
+
+
+def _picture(path: Path) -> np.ndarray:
+    """[H, W, 1] or [H, W, 3] bytes. Raises BadSample unless the whole file is a picture."""
+    image = require("PIL.Image")
+    try:
+        with warnings.catch_warnings(), image.open(path) as opened:
+            warnings.simplefilter("error")
+            grey = opened.mode in ("1", "L", "LA", "I", "I;16", "F")
+            if opened.mode in ("I", "I;16", "F"):
+                raise BadSample(str(path), f"has more than 8 bits a channel (mode {opened.mode}); convert it first")
+            pixels = np.asarray(opened.convert("L" if grey else "RGB"))
+    except (OSError, SyntaxError, ValueError, Warning) as error:
+        if isinstance(error, BadSample):
+            raise
+        raise BadSample(str(path), f"no picture, or a truncated one: {error}") from error
+    return pixels.reshape(*pixels.shape[:2], -1)
+
+
+def _resized(pixels: np.ndarray, height: int, width: int) -> np.ndarray:
+    image = require("PIL.Image")
+    resized = image.fromarray(np.squeeze(pixels)).resize((width, height), image.Resampling.BILINEAR)
+    return np.asarray(resized).reshape(height, width, -1)
