@@ -8,7 +8,7 @@
 
 `augment` and `encode` run on the device, inside the compiled step.
 
-`python -m snnfuse.data list` says where each comes from. `random` has the shapes of another data set, for timing.
+`python -m snnfuse.data list` says where each comes from. Your own data, prepared under a name, are a data set of that name. `random` has the shapes of another data set, for timing.
 """
 
 from collections.abc import Sequence
@@ -182,8 +182,6 @@ class Audio:
 
     note: ClassVar[str] = ""
     name: Name
-    of: str | None = None
-    """a prepared folder of your own .wav files; None: the data set with this name"""
     seconds: float = 0.8
     """of each recording; a longer one is cut, a shorter one is followed by silence"""
     bands: int = 40
@@ -222,28 +220,21 @@ class Audio:
 
     @property
     def classes(self) -> int:
-        if self.of is None:
-            return catalog.data_set(self.name).classes()
-        return catalog.prepared(self.of).info.features["label"].num_classes
+        return catalog.data_set(self.name).classes()
 
     @property
     def rate(self) -> int:
-        return (
-            catalog.data_set(self.name).RATE
-            if self.of is None
-            else int(catalog.prepared(self.of).info.metadata["rate"])
-        )
+        return catalog.data_set(self.name).RATE
 
     def sources(self) -> Sources:
-        name = self.of or self.name
-        train, test = (in_memory(source, name) for source in _sources(name))
+        train, test = (in_memory(source, self.name) for source in _sources(self.name))
         if self.held_out is None:
             return train, test
         every, column = train + test, "speaker" if "speaker" in train[0] else "group"
         if (wanted := self.held_out.encode()) not in (found := {sample.get(column) for sample in every}):
             known = ", ".join(sorted(speaker.decode() for speaker in found if speaker))[:200]
             raise archives.Missing(
-                f"--data.held_out must be a speaker of {name}, such as {known}; got {self.held_out!r}"
+                f"--data.held_out must be a speaker of {self.name}, such as {known}; got {self.held_out!r}"
             )
         return tuple([s for s in every if (s[column] == wanted) == test] for test in (False, True))
 
@@ -260,7 +251,7 @@ class Audio:
         return batch | {
             "audio": sound,
             "key": later,
-        }, targets  # `encode` changes the bands, of which it knows how many steps
+        }, targets  # `encode` changes the bands: it knows how many steps they have
 
     def encode(self, key: Array, batch: Batch, T: int) -> Array:
         sound, window = batch["audio"], round(0.032 * self.rate)
@@ -350,7 +341,7 @@ def _default(name):
     return (Recordings if issubclass(found, EventSet) else Audio if issubclass(found, AudioSet) else Images)(name)
 
 
-DATASETS = {name: _default(name) for name in catalog.CATALOG} | {
+DATASETS = {name: _default(name) for name in (*catalog.CATALOG, *catalog.own_names())} | {
     "mnist5k": Images("mnist5k", shift=2),
     "mnist": Images("mnist", repeat=3),  # three channels, as in the temporal fusion paper
     "nmnist": Recordings("nmnist", channels=3),  # a third, empty channel, as there

@@ -105,6 +105,16 @@ def test_your_own_pictures_are_a_data_set_by_its_name(tmp_path):
         np.testing.assert_array_equal(sample["image"], made[path])
 
 
+def test_your_own_pictures_have_a_class_once_they_are_prepared(tmp_path, monkeypatch):
+    monkeypatch.setenv("TFDS_DATA_DIR", str(tmp_path / "data"))
+    with pytest.raises(ValueError, match="or a folder of yours that is prepared; got 'shapes'"):
+        catalog.data_set("shapes")
+    pictures(tmp_path)
+    catalog.prepare("shapes", manual=tmp_path)
+    found = catalog.data_set("shapes")
+    assert (found.LABELS, found.SHAPE, list(catalog.own_names())) == (("ball", "cube"), (6, 8, 3), ["shapes"])
+
+
 def test_pictures_are_resized_when_asked_and_grey_ones_stay_grey(tmp_path):
     made = pictures(tmp_path, size=(4, 4), colour=False)
     Image.fromarray(np.full((9, 7), 77, np.uint8)).save(tmp_path / "shapes" / "train" / "cube" / "3.png")

@@ -928,6 +928,7 @@ EXCLUDED = {
                 "data_dir",
                 "data_set",
                 "is_prepared",
+                "own_names",
                 "prepare",
                 "prepared",
                 "prepared_in",

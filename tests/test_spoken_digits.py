@@ -95,7 +95,7 @@ def test_augmentation_changes_what_its_options_say():
 
 
 def test_your_own_folder_is_an_input():
-    data = Audio("spoken_digits", of="words")
+    data = Audio("words")
     assert data.classes == 2 and data.rate == 8000 and [len(source) for source in data.sources()] == [2, 2]
 
 

@@ -5,6 +5,7 @@ A name that is not in `CATALOG` is a folder of your own: pictures, or .wav files
 
 import difflib
 import io
+import json
 import os
 import re
 import sys
@@ -42,7 +43,19 @@ def data_dir(folder: str | os.PathLike | None = None) -> Path:
 
 
 def data_set(name: str) -> type:
-    """The class of a name in `CATALOG`. It describes the samples and lists the archives. No optional package is needed."""
+    """The class of a name in `CATALOG`, or of your own prepared data. It describes the samples and lists the archives.
+
+    No optional package is needed.
+    """
+    if name not in CATALOG and name in (own := own_names()):
+        path = own[name]
+        features = json.loads((path / "features.json").read_text())["featuresDict"]["features"]
+        parts = {"name": name, "LABELS": tuple((path / "label.labels.txt").read_text().splitlines())}
+        if "audio" in features:
+            parts["RATE"] = int(json.loads((path / "metadata.json").read_text())["rate"])
+            return type(name, (import_module(_HERE + "audio").WavFolder,), parts)
+        parts["SHAPE"] = tuple(map(int, features["image"]["tensor"]["shape"]["dimensions"]))
+        return type(name, (import_module(_HERE + "images").ImageFolder,), parts)
     if name not in CATALOG:
         close = difflib.get_close_matches(name, CATALOG, n=1)
         hint = f" (did you mean {close[0]!r}?)" if close else ""
@@ -51,6 +64,16 @@ def data_set(name: str) -> type:
         )
     module, _, cls = CATALOG[name].rpartition(".")
     return getattr(import_module(module), cls)
+
+
+def own_names(folder: str | os.PathLike | None = None) -> dict[str, Path]:
+    """Your own prepared data sets of pictures and sound: their names and folders."""
+    found = {}
+    for path in sorted(data_dir(folder).glob("*/*.*.*/features.json")):
+        kinds = re.findall(r'"(image|audio)": \{', path.read_text())
+        if (name := path.parents[1].name) not in CATALOG and kinds and (path.parent / "label.labels.txt").exists():
+            found[name] = path.parent
+    return found
 
 
 def _own(name: str, folder: Path, size: tuple[int, int] | None) -> type:
