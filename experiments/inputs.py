@@ -4,7 +4,7 @@
     example() -> Frames, Images, Sound           what the loader does with a sample, on the host
     augment(key, batch, targets)              -> the same, changed at random; targets are [B, classes]; training only
     encode(key, batch, T)                     -> [T, B, ...]
-    classes, note                             how many classes; a remark for every result
+    classes, labels, note                     how many classes; their names; a remark for every result
 
 `augment` and `encode` run on the device, inside the compiled step.
 
@@ -38,6 +38,19 @@ STATISTICS = {  # the mean and the standard deviation of each channel over the t
 }
 
 
+class Labelled:
+    """The names of the classes of a data set in snnfuse.data."""
+
+    @property
+    def classes(self) -> int:
+        return catalog.data_set(self.name).classes()
+
+    @property
+    def labels(self) -> list[str]:
+        names = catalog.data_set(self.name).LABELS
+        return list(map(str, range(names) if isinstance(names, int) else names))
+
+
 class Unchanged:
     """A data set without augmentation."""
 
@@ -46,7 +59,7 @@ class Unchanged:
 
 
 @dataclass(frozen=True)
-class Images:
+class Images(Labelled):
     """Static images, kept in memory and turned into spikes on the device."""
 
     note: ClassVar[str] = ""
@@ -88,10 +101,6 @@ class Images:
         if self.repeat < 1:
             raise ValueError(f"--data.repeat must be at least 1; got {self.repeat}")
 
-    @property
-    def classes(self) -> int:
-        return catalog.data_set(self.name).classes()
-
     def sources(self) -> Sources:
         train, test = _sources(self.name)
         return in_memory(train, f"{self.name}, train"), in_memory(test, f"{self.name}, test")
@@ -132,7 +141,7 @@ class Images:
 
 
 @dataclass(frozen=True)
-class Recordings(Unchanged):
+class Recordings(Unchanged, Labelled):
     """Recordings of events, read from disk and made into frames by the loader."""
 
     note: ClassVar[str] = ""
@@ -156,10 +165,6 @@ class Recordings(Unchanged):
         if self.channels is not None and self.channels < polarities:
             raise ValueError(f"--data.channels must be at least {polarities}; got {self.channels}")
 
-    @property
-    def classes(self) -> int:
-        return catalog.data_set(self.name).classes()
-
     def sources(self) -> Sources:
         return _sources(self.name)
 
@@ -177,7 +182,7 @@ class Recordings(Unchanged):
 
 
 @dataclass(frozen=True)
-class Audio:
+class Audio(Labelled):
     """Recordings of sound, kept in memory; mel bands, or spikes of them, are made on the device."""
 
     note: ClassVar[str] = ""
@@ -217,10 +222,6 @@ class Audio:
         for name in ("low", "shift", "speed", "tempo", "pitch", "mask_steps", "mask_bands"):
             if not getattr(self, name) >= 0:
                 raise ValueError(f"--data.{name} must be at least 0; got {getattr(self, name)}")
-
-    @property
-    def classes(self) -> int:
-        return catalog.data_set(self.name).classes()
 
     @property
     def rate(self) -> int:
@@ -293,6 +294,10 @@ class Random:
     @property
     def classes(self) -> int:
         return DATASETS[self.like].classes
+
+    @property
+    def labels(self) -> list[str]:
+        return DATASETS[self.like].labels
 
     def sources(self) -> Sources:
         rng = np.random.default_rng(0)

@@ -58,12 +58,12 @@ def _activity(config, model, source, image_axes, raster, membranes, outputs):
     T = max(STEPS, config.model.T)
     shown = load([source[len(source) // 3]], config.data.example(), batch=1, shuffle=False, device=False)
     batch = next(iter(shown))
-    label = int(batch["label"][0])
+    label, names = int(batch["label"][0]), config.data.labels
     xs, outs, hidden, states = _recorded(config, model, batch, T)
     outs, answer = np.asarray(outs)[:, 0], int(np.asarray(outs)[:, 0].mean(0).argmax())
     xs = np.asarray(xs)[:, 0]
     image_axes.imshow(_picture(xs), cmap="gray_r", aspect="auto" if xs.ndim == 2 else "equal")
-    image_axes.set(xticks=[], yticks=[], title=f"a held-out {label}, read as {answer}")
+    image_axes.set(xticks=[], yticks=[], title=f"a held-out {names[label]}, read as {names[answer]}")
 
     layers, last = _shown(hidden)
     flat = lambda x: np.asarray(x, np.float32)[:, 0].reshape(T, -1)
@@ -77,7 +77,7 @@ def _activity(config, model, source, image_axes, raster, membranes, outputs):
     for k in range(outs.shape[1]):
         right = k == label
         outputs.plot(outs[:, k], color=COLOURS[3] if right else "0.7", lw=2.2 if right else 1, zorder=2 if right else 1)
-        outputs.text(T, heights[k], str(k), fontsize=9, va="center", color=COLOURS[3] if right else "0.5")
+        outputs.text(T, heights[k], names[k], fontsize=9, va="center", color=COLOURS[3] if right else "0.5")
     outputs.set(xlabel="time step", xlim=(-1, T + 2), title="outputs")
 
 

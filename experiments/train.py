@@ -85,8 +85,8 @@ class Config(Generic[Model, Data]):
     seed: int = 0
     log_every: int = 10
     eval_every: int = 50
-    name: str = "mnist5k"
-    """the run's directory inside --out"""
+    name: str | None = None
+    """the run's directory inside --out; None: the name of the data set"""
     out: str = "runs"
     resume: bool = False
     """continue the run of that name from its last checkpoint"""
@@ -326,6 +326,7 @@ def _steps_per_call(config, size, on_device):
 
 def train(config: Config) -> dict:
     """Run to the end and return the summary. Raises Stopped."""
+    config = dataclasses.replace(config, name=config.name or config.data.name)
     train_source, test_source = config.data.sources()
     run = Run(configuration.flatten(config))
     try:

@@ -55,6 +55,7 @@ TINY = train.Config(
     batch=32,
     learning_rate=0.02,
     eval_every=20,
+    name="mnist5k",
 )
 
 
