@@ -1,8 +1,9 @@
-"""Does a run of experiments/paper.py learn equally well with two implementations, from the same seed?
+"""Does a run of an experiment learn equally well with two implementations, from the same seed?
 
     python benchmarks/accuracy.py --data mnist5k --model r18                              pallas and scan
     python benchmarks/accuracy.py --data cifar10 --model r50 --implementations pallas
     python benchmarks/accuracy.py --implementations mosaic,scan --more='--steps=200'      further keys of train.py
+    python benchmarks/accuracy.py --script spoken_digits --implementations triton,scan --more='--data.held_out=theo'
 
 Rows go to results/accuracy.jsonl, the runs with their loss curves to runs/. Both runs see the same batches and the same
 noise. Their losses differ all the same: if two roundings of a sum lie on either side of a threshold, only one run has a
@@ -19,40 +20,52 @@ from pathlib import Path
 import numpy as np
 from runner import Case, main, question, split
 
-PAPER = Path(__file__).parent.parent / "experiments" / "paper.py"
+EXPERIMENTS = Path(__file__).parent.parent / "experiments"
 LAST = 50  # steps: the final loss is their mean
 
 
 @question(
     "accuracy",
+    script=("paper", "a script of experiments/"),
     data=("mnist5k", "a data set that paper.py names"),
     model=("r18", "a model that paper.py names"),
     implementations=("pallas,scan", "one or two"),
-    more=("", "further arguments of paper.py"),
+    more=(
+        "",
+        "further arguments of the script; their values become part of the row's case, but for --steps and --seed",
+    ),
     runs=("", "the folder of the runs; default runs/<data>-<model>-<time>"),
 )
 def accuracy(args):
-    out = Path(args.runs or f"runs/{args.data}-{args.model}-{time.strftime('%Y%m%d-%H%M%S')}")
+    more, names = shlex.split(args.more), [args.data, args.model] if args.script == "paper" else []
+    said = [
+        option.removeprefix("--").rpartition(".")[2] for option in more if option.startswith(("--model.", "--data."))
+    ]
+    case = " ".join(names or [args.script, *said])
+    out = Path(args.runs or f"runs/{case.replace(' ', '-')}-{time.strftime('%Y%m%d-%H%M%S')}")
     curves = []
     for i, implementation in enumerate(split(args.implementations)):
-        arguments = [args.data, args.model, *shlex.split(args.more), f"--model.implementation={implementation}"]
-        key = dict(case=f"{args.data} {args.model}", implementation=implementation)
-        yield Case(key, measure, (arguments, out / f"{i + 1}-{implementation}", curves))
+        arguments = [*names, *more, f"--model.implementation={implementation}"]
+        key = dict(case=case, implementation=implementation)
+        yield Case(key, measure, (args.script, arguments, out / f"{i + 1}-{implementation}", curves))
 
 
-def run(arguments: list[str]) -> int:
+def run(script: str, arguments: list[str]) -> int:
     """The exit status of a run in a process of its own; this process takes no memory of the GPU before that."""
-    return subprocess.run([sys.executable, PAPER, *arguments]).returncode
+    return subprocess.run([sys.executable, EXPERIMENTS / f"{script}.py", *arguments]).returncode
 
 
-def measure(arguments, path, curves):
-    if status := run([*arguments, f"--out={path.parent}", f"--name={path.name}"]):
+def measure(script, arguments, path, curves):
+    if status := run(script, [*arguments, f"--out={path.parent}", f"--name={path.name}"]):
         return dict(status=f"exit {status}")
     config, summary = (json.loads((path / name).read_text()) for name in ("config.json", "summary.json"))
     rows = map(json.loads, (path / "metrics.jsonl").read_text().splitlines())
     curves.append(np.array([row["loss"] for row in rows if "loss" in row]))
     row = dict(
-        input=summary.get("note", "real data"), T=config["model.T"], B=config["batch"], dtype=config["model.policy"]
+        input=summary.get("note", "real data"),
+        T=config["model.T"],
+        B=config["batch"],
+        dtype=config.get("model.policy", "float32"),
     )
     row |= {key: config[key] for key in ("mesh", "seed", "steps")}
     row |= {key: summary[key] for key in ("held_out_accuracy", "seconds")}

@@ -192,10 +192,12 @@ class Audio(Labelled):
     bands: int = 40
     low: float = 100.0
     """hertz, where the lowest band begins"""
-    range: float = 12.0
+    range: float = 15.0
     """nepers of power between the loudest place, 1, and what is taken for silence, 0"""
+    centre: float = 0.5
+    """part of a recording's mean spectrum that is taken out of it"""
     code: str = "bands"
-    """bands: numbers from 0 to 1; level_crossing or lif: spikes of them"""
+    """bands: numbers; level_crossing or lif: spikes of them"""
     threshold: float = 0.1
     """of a level crossing"""
     shift: float = 0.0
@@ -219,6 +221,8 @@ class Audio(Labelled):
         for name in ("seconds", "bands", "range", "threshold"):
             if not getattr(self, name) > 0:
                 raise ValueError(f"--data.{name} must be above 0; got {getattr(self, name)}")
+        if not 0 <= self.centre <= 1:
+            raise ValueError(f"--data.centre must be in [0, 1]; got {self.centre}")
         for name in ("low", "shift", "speed", "tempo", "pitch", "mask_steps", "mask_bands"):
             if not getattr(self, name) >= 0:
                 raise ValueError(f"--data.{name} must be at least 0; got {getattr(self, name)}")
@@ -258,7 +262,7 @@ class Audio(Labelled):
         sound, window = batch["audio"], round(0.032 * self.rate)
         hop = (sound.shape[-1] - window) // max(T - 1, 1)
         log = audio.log_mel(sound, self.rate, window=window, hop=hop, bands=self.bands, low=self.low)[:T]
-        bands = audio.loudness(log, self.range)
+        bands = audio.centre(audio.loudness(log, self.range), self.centre)
         if "key" in batch:
             stretch, mask = jax.random.split(batch["key"])
             bands = audio.stretch(stretch, bands, self.tempo, self.pitch)
@@ -267,7 +271,7 @@ class Audio(Labelled):
             return bands
         if self.code == "lif":
             return encoders.lif(bands)
-        return encoders.level_crossing(bands, self.threshold).reshape(*bands.shape[:-1], -1)
+        return encoders.level_crossing(bands, self.threshold)
 
 
 @dataclass(frozen=True)

@@ -8,6 +8,7 @@ from functools import partial
 from math import exp, prod
 from typing import Annotated
 
+import jax.numpy as jnp
 import tyro
 from flax import nnx
 
@@ -76,16 +77,23 @@ class ConvNet:
 
 @dataclass(frozen=True)
 class Recurrent:
-    """Dense layers of adaptive LIF neurons that learn their time constants, recurrent or not; then a leaky readout."""
+    """Dense layers of adaptive LIF neurons that learn their time constants, recurrent or not; then a leaky readout.
+
+    Before them a convolution along the first axis of the input, such as mel bands, can find patterns wherever they lie there.
+    """
 
     name: Name = "recurrent"
     T: int = 39
     """time steps"""
     hidden: tuple[int, ...] = (128, 128)
     """neurons of each layer"""
+    channels: int = 0
+    """of a convolution over neighbouring bands, with LIF neurons; 0: none"""
+    kernel: int = 8
+    """bands that it spans"""
     recurrent: bool = True
     """False: the same network without connections from a layer to itself"""
-    tau: float = 5.0
+    tau: float = 3.0
     """time constant of the membrane at the start, in steps"""
     tau_adapt: float = 30.0
     """time constant of the threshold at the start"""
@@ -106,6 +114,15 @@ class Recurrent:
 
     def build(self, shape: tuple[int, ...], classes: int, rngs: nnx.Rngs) -> nn.Sequential:
         layers, features = [nn.flatten], prod(shape)
+        if self.channels:
+            width = -(-shape[0] // 2)
+            convolution = nnx.Conv(
+                features // shape[0], self.channels, (self.kernel,), strides=2, use_bias=False, rngs=rngs
+            )
+            norm = nnx.BatchNorm(self.channels, momentum=0.9, rngs=rngs)
+            fires = nn.LIF(decay=0.5, decay_input=True, implementation=self.implementation)
+            channels_last = partial(jnp.reshape, shape=(-1, shape[0], features // shape[0]))
+            layers, features = [channels_last, convolution, norm, fires, nn.flatten], width * self.channels
         for size in self.hidden:
             decays = {"decay": exp(-1 / self.tau), "decay_adapt": exp(-1 / self.tau_adapt)}
             options = {"learn": tuple(decays), "shape": (size,), "implementation": self.implementation}

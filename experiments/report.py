@@ -62,7 +62,7 @@ def _activity(config, model, source, image_axes, raster, membranes, outputs):
     xs, outs, hidden, states = _recorded(config, model, batch, T)
     outs, answer = np.asarray(outs)[:, 0], int(np.asarray(outs)[:, 0].mean(0).argmax())
     xs = np.asarray(xs)[:, 0]
-    image_axes.imshow(_picture(xs), cmap="gray_r", aspect="auto" if xs.ndim == 2 else "equal")
+    image_axes.imshow(_picture(xs), cmap="gray_r", aspect="auto" if xs.ndim < 4 else "equal")
     image_axes.set(xticks=[], yticks=[], title=f"a held-out {names[label]}, read as {names[answer]}")
 
     layers, last = _shown(hidden)
@@ -90,9 +90,9 @@ def _apart(heights, gap):
 
 
 def _picture(xs):
-    """The mean over time of the input [T, H, W, C]; two polarities become red and green. Channels [T, N] over time."""
-    if xs.ndim == 2:
-        return xs.T[::-1]
+    """The mean over time of the input [T, H, W, C]; two polarities become red and green. Bands [T, N] or [T, N, C] over time."""
+    if xs.ndim < 4:
+        return xs.reshape(*xs.shape[:2], -1).sum(-1).T[::-1]
     mean = xs.mean(0) / max(xs.mean(0).max(), 1e-6)
     return mean[..., 0] if mean.shape[-1] == 1 else np.pad(mean, ((0, 0), (0, 0), (0, 3 - mean.shape[-1])))
 

@@ -19,7 +19,7 @@ import sys
 import train
 
 DEFAULTS = ["--data=spoken_digits", "--model=recurrent", "--name=spoken_digits", "--steps=1200", "--eval_every=200"]
-DEFAULTS += ["--learning_rate=1e-2"]
+DEFAULTS += ["--learning_rate=1e-2", "--data.shift=0.03"]
 
 if __name__ == "__main__":
     sys.exit(train.main([*DEFAULTS, *sys.argv[1:]]))

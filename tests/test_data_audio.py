@@ -67,6 +67,18 @@ def test_loudness_is_between_0_and_1_and_takes_the_gain_out():
     np.testing.assert_allclose(make(0.1 * sound), level, atol=1e-4)
 
 
+def test_centre_takes_a_constant_colour_out():
+    bands, colour = jax.random.uniform(KEY, (30, 2, 12)), jnp.linspace(-0.3, 0.3, 12)  # of mean 0, so the weights stay
+    plain, coloured = audio.centre(bands), audio.centre(bands + colour)
+    np.testing.assert_allclose(plain, coloured, atol=1e-6)
+    w = np.square(np.asarray(bands, np.float64).mean(-1, keepdims=True))
+    want = bands - 0.5 * (bands * w).sum(0) / w.sum(0)
+    np.testing.assert_allclose(audio.centre(bands, 0.5), want, atol=1e-6)
+    np.testing.assert_array_equal(audio.centre(jnp.zeros((3, 1, 4))), np.zeros((3, 1, 4)))
+    with pytest.raises(ValueError, match=r"part must be in \[0, 1\]; got 2"):
+        audio.centre(bands, 2.0)
+
+
 @pytest.mark.parametrize(
     "error, match, call",
     [

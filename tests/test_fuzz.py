@@ -452,7 +452,7 @@ def sounds(draw):
     return array(draw, shape, -3e4, 3e4, one_of(draw, np.int16, np.int16, np.int32, np.bool_))
 
 
-@case("data.audio.mel_filters", "data.audio.log_mel", "data.audio.loudness", "data.audio.samples")
+@case("data.audio.mel_filters", "data.audio.log_mel", "data.audio.loudness", "data.audio.centre", "data.audio.samples")
 def _(draw):
     sound, rate = sounds(draw), one_of(draw, 8000, 8000, *NUMBER)
     window, hop, bands = one_of(draw, 32, 32, *WHOLE), one_of(draw, 10, *WHOLE), one_of(draw, 4, 4, *WHOLE[:-1])
@@ -463,6 +463,8 @@ def _(draw):
     assert got.shape == (1 + (sound.shape[-1] - window) // hop, *sound.shape[:-1], bands) and jnp.isfinite(got).all()
     level = np.asarray(call(audio.loudness, got, one_of(draw, 7.0, *NUMBER)))
     assert level.shape == got.shape and ((level >= 0) & (level <= 1)).all()
+    centred = call(audio.centre, level, one_of(draw, 0.5, *NUMBER))
+    assert centred.shape == level.shape and (jnp.abs(centred) <= 1).all()
 
 
 @case("data.audio.shift", "data.audio.speed", "data.audio.noise")
@@ -692,6 +694,21 @@ def _(draw):
     layer = call(nn.Recurrent, nn.LIF(decay=decay), features, heads=heads, rngs=nnx.Rngs(0))
     w = np.asarray(layer.weight[...], np.float64)
     w = w if heads == 1 else np.diag(w.ravel())
+
+    def step(x, v, z):
+        u = decay * v + x + z @ w
+        s = (u >= 1) * 1.0
+        return (1 - s) * u, s, s, u - 1
+
+    agree(layer, xs, step, 0, 0)
+
+
+@case("nn.Feedback")
+def _(draw):
+    xs, decay, width = currents(draw), one_of(draw, 0.0, 0.5), one_of(draw, 3, 3, 4)
+    linear = nnx.Linear(3, width, rngs=nnx.Rngs(0))
+    layer = call(nn.Feedback, nn.LIF(decay=decay, implementation=one_of(draw, None, "scan", "pallas")), linear)
+    w = np.asarray(linear.kernel[...], np.float64)
 
     def step(x, v, z):
         u = decay * v + x + z @ w

@@ -136,7 +136,8 @@ def compared(tmp_path_factory):
     """(path, what it said): a small run twice by the same implementation, the second time stopped and resumed."""
     out, said = tmp_path_factory.mktemp("runs"), io.StringIO()
 
-    def run(arguments):
+    def run(script, arguments):
+        assert script == "paper"
         if "--name=1-scan" in arguments:
             with pytest.MonkeyPatch.context() as patch:
                 patch.setattr(train.report, "draw", lambda path, *_: path)  # the other is drawn
@@ -166,7 +167,7 @@ def test_a_run_repeats_itself_and_is_a_row(compared):
 
 def test_a_run_that_fails_is_a_row(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(runner, "RESULTS", tmp_path)
-    monkeypatch.setattr(accuracy, "run", paper.main)
+    monkeypatch.setattr(accuracy, "run", lambda script, arguments: paper.main(arguments))
     compare(tmp_path, "mosaic")
     assert "needs a GPU" in capsys.readouterr().err
     assert json.loads((tmp_path / "accuracy.jsonl").read_text())["status"] == "exit 1"

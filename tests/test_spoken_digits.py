@@ -64,13 +64,13 @@ def test_a_speaker_is_on_one_side_only():
         dataclasses.replace(DIGITS, held_out="Theo").sources()
 
 
-@pytest.mark.parametrize("code, width", [("bands", 40), ("level_crossing", 80), ("lif", 40)])
+@pytest.mark.parametrize("code, width", [("bands", (40,)), ("level_crossing", (40, 2)), ("lif", (40,))])
 def test_a_recording_has_as_many_steps_as_the_model(code, width):
-    data = dataclasses.replace(DIGITS, code=code)
+    data = dataclasses.replace(DIGITS, code=code, centre=0.0)
     batch = whole(data)
     for T in (20, 39):
         xs = data.encode(jax.random.key(0), batch, T)
-        assert xs.shape == (T, 12, width) and xs.dtype == jnp.float32
+        assert xs.shape == (T, 12, *width) and xs.dtype == jnp.float32
         assert float(xs[: T // 2].mean()) > 0.01 and float(xs[-T // 2 :].mean()) < float(xs.mean())  # silence follows
         assert code == "bands" or (xs == jnp.round(xs)).all()
 
@@ -117,8 +117,13 @@ def test_a_short_run_learns(tmp_path, recurrent, monkeypatch):
     if not recurrent:
         monkeypatch.setattr(train.report, "draw", lambda *_: "no picture")
     options = ["--steps=40", "--eval_every=40", "--batch=6", "--model.T=12", "--model.hidden=12", "--data.bands=16"]
-    options += ["--data.shift=0.02", "--model.recurrent" if recurrent else "--model.no_recurrent", f"--out={tmp_path}"]
-    options += ["--data.held_out=theo"] if recurrent else []
+    options += [
+        "--data.shift=0.02",
+        "--data.centre=0",
+        "--model.recurrent" if recurrent else "--model.no_recurrent",
+        f"--out={tmp_path}",
+    ]
+    options += ["--data.held_out=theo", "--data.code=level_crossing", "--model.channels=3"] if recurrent else []
     assert train.main([*spoken_digits.DEFAULTS, *options]) == 0
     summary = json.loads((tmp_path / "spoken_digits" / "summary.json").read_text())
     assert summary["held_out_accuracy"] >= 0.8

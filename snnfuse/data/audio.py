@@ -117,6 +117,25 @@ def loudness(bands: Array, range: float = 7.0) -> Array:
     return jnp.maximum(0, 1 - (top - bands) / range)
 
 
+@partial(jax.jit, static_argnames=("part",))
+def centre(bands: Array, part: float = 1.0) -> Array:
+    """Bands [T, *B, K] less the spectrum of their recording, which takes out what a microphone or a voice adds to all steps.
+
+        out[t, k] = bands[t, k] - part m[k];   m[k] = sum_t w[t] bands[t, k] / sum_t w[t];   w[t] = (mean_k bands[t, k])^2
+
+    Loud steps count more, so that silence after a word does not matter. `part` in [0, 1]. Atal 1974, "Effectiveness of linear
+    prediction characteristics of the speech wave for automatic speaker identification and verification" (cepstral means).
+    """
+    bands, part = jnp.asarray(bands), _number("part", part)
+    if bands.ndim < 2 or not bands.size or not jnp.issubdtype(bands.dtype, jnp.floating):
+        raise ValueError(f"bands must be floating [T, *B, K], each at least 1; got {bands.dtype} {bands.shape}")
+    if part > 1:
+        raise ValueError(f"part must be in [0, 1]; got {part}")
+    w = jnp.square(bands.mean(-1, keepdims=True, dtype=jnp.float32))
+    mean = (bands * w).sum(0, keepdims=True) / jnp.maximum(w.sum(0, keepdims=True), 1e-30)
+    return bands - part * mean
+
+
 @partial(jax.jit, static_argnames=("most",))
 def shift(key: Array, sound: Array, most: int) -> Array:
     """Each recording of [B, n] starts up to `most` samples later, or earlier; silence comes in."""

@@ -10,7 +10,7 @@ from snnfuse.nn.norm import BatchNorm, NormSpiking
 from snnfuse.nn.pool import max_pool, mean_pool
 from snnfuse.nn.precision import PrecisionPolicy
 from snnfuse.nn.readout import membrane_last, membrane_max, membrane_mean, spike_rate
-from snnfuse.nn.recurrent import Recurrent
+from snnfuse.nn.recurrent import Feedback, Recurrent
 from snnfuse.nn.spikes import Spikes
 from snnfuse.nn.spiking import IF, LI, LIF, AdaptiveLIF, CubaLIF, ExpIF, Fixed, Izhikevich, ParametricLIF, Spiking
 from snnfuse.nn.temporal import Dropout, Folded, PackSpikes, Remat, Sequential, Temporal, Timeless, flatten
@@ -24,6 +24,7 @@ __all__ = [
     "Conv",
     "CubaLIF",
     "Dropout",
+    "Feedback",
     "ExpIF",
     "Fixed",
     "Folded",

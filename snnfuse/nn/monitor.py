@@ -9,6 +9,7 @@ such as `nnx.jit` or `nnx.scan`: apply such a transform to the function that cal
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from functools import partial
 from typing import Any, NamedTuple
 
 import jax
@@ -20,7 +21,7 @@ from jax import Array
 from snnfuse.core import neurons
 from snnfuse.core.compose import Twice, WithMembrane
 from snnfuse.core.neuron import PyTree, WithState
-from snnfuse.nn.recurrent import Recurrent
+from snnfuse.nn.recurrent import Feedback, Recurrent
 from snnfuse.nn.spikes import refuse_gradient, values
 from snnfuse.nn.spiking import Spiking
 from snnfuse.nn.temporal import Remat
@@ -35,7 +36,7 @@ def record(
     """Call `model(*args, **kwargs)` and record its neurons: (what the model returned, {path: record}).
 
     Args:
-      layers: paths of the `Spiking` and `Recurrent` layers to record. None records all of them, except `LI` for "spikes", which never spikes.
+      layers: paths of the `Spiking`, `Recurrent` and `Feedback` layers to record. None records all of them, except `LI` for "spikes", which never spikes.
       what: "spikes" records the outputs [T, *B, N] of a layer; "state" records its states after every step, a tree of
         float32 [T, *B, N] (`.v` is the membrane after the reset); "membrane" records the membrane before the reset, float32
         [T, *B, N], which is what is compared with the threshold. A neuron needs a field `reset` for it.
@@ -72,8 +73,8 @@ def watch(
     """
     if what not in ("spikes", "state", "membrane"):
         raise ValueError(f"what must be 'spikes', 'state' or 'membrane'; got {what!r}")
-    found = _layers(model, Spiking | Recurrent)
-    inside = {f"{path}.neuron" for path, m in found.items() if isinstance(m, Recurrent)}
+    found = _layers(model, Spiking | Recurrent | Feedback)
+    inside = {f"{path}.neuron" for path, m in found.items() if not isinstance(m, Spiking)}
     found = {path: m for path, m in found.items() if path not in inside}
     if layers is None:
         layers = [p for p, m in found.items() if what == "state" or not isinstance(m.neuron, neurons.LI)]
@@ -134,12 +135,12 @@ class Operations(NamedTuple):
 
 
 def operations(model: nnx.Module, *args: Any, **kwargs: Any) -> dict[str, Operations]:
-    """{path: operations} of every Linear, Conv and Recurrent in one call of `model(*args, **kwargs)`.
+    """{path: operations} of every Linear, Conv, Recurrent and Feedback in one call of `model(*args, **kwargs)`.
 
     If the input of a layer holds only 0 and 1, its spikes are counted; any other input counts as dense. The fan-out of an
     input is the number of products that the layer makes from it, exact at the borders of a convolution too. Products of
     two activations, as in a `SelfAttention`, are not counted. Of a `Recurrent`, the products that feed back are counted; a
-    connection that its mask removes counts too.
+    connection that its mask removes counts too. Of a `Feedback`, its Linear or Conv is counted, under its own path.
 
     Raises:
       ValueError: it is called under `jax.jit` or another transform, where there are no values to count.
@@ -148,12 +149,19 @@ def operations(model: nnx.Module, *args: Any, **kwargs: Any) -> dict[str, Operat
     for layer in _layers(copy, Remat).values():
         _run_inside(layer)
     counts = {}
+    loops = {
+        f"{path}.layer": layer for path, layer in _layers(copy, Feedback).items()
+    }  # inside of a scan are no values
     for path, layer in _layers(copy, nnx.Linear | nnx.Conv).items():
         counts[path] = []
-        _intercept(layer, _counting(layer, counts[path].append))
+        count = _counting(layer, counts[path].append)
+        if path in loops:
+            loops[path].unroll = _after_unroll(loops[path].unroll, partial(count, lambda rows: None))
+        else:
+            _intercept(layer, count)
     for path, layer in _layers(copy, Recurrent).items():
         counts[path] = []
-        layer.unroll = _counting_feedback(layer.unroll, layer.weight.shape[-1], counts[path].append)
+        layer.unroll = _after_unroll(layer.unroll, _counting_product(layer.weight.shape[-1], counts[path].append))
     copy(*args, **kwargs)
     return {path: Operations(*map(sum, zip((0, 0), *calls, strict=True))) for path, calls in counts.items()}
 
@@ -207,23 +215,29 @@ def _recording(unroll: Callable, what: str, keep: Callable) -> Callable:
     return {"spikes": spikes, "state": states, "membrane": membranes}[what]
 
 
-def _counting_feedback(unroll: Callable, fan_out: int, keep: Callable) -> Callable:
-    """The `unroll` of a recurrent layer, which also passes (acs, macs) of the product with its weight to `keep`."""
+def _after_unroll(unroll: Callable, count: Callable) -> Callable:
+    """The `unroll` of a recurrent layer, which also passes what feeds back, [T, *B, H], to `count`."""
 
     def counted(neuron, params, state, xs, *, out_dtype=None, **options):
         outs, final = unroll(neuron, params, state, xs, out_dtype=out_dtype, **options)
         first = jax.tree.leaves(xs)[0]
         fed = unpack(outs, len(first), jnp.float32) if isinstance(out_dtype, Packed) else outs
         _refuse_tracer(fed)
-        fed = [fed[:-1].astype(jnp.float32), *([] if state is None else [state.fed[None]])]
-        rows = jnp.concatenate(fed).astype(jnp.float32)
-        if bool(jnp.all((rows == 0) | (rows == 1))):
-            keep((int(np.asarray(rows, np.float64).sum()) * fan_out, 0))
-        else:
-            keep((0, first.size * fan_out))
+        before = jnp.zeros((1, *fed.shape[1:])) if state is None else state.fed[None]
+        count(jnp.concatenate([before, fed[:-1].astype(jnp.float32)]))
         return outs, final
 
     return counted
+
+
+def _counting_product(fan_out: int, keep: Callable) -> Callable:
+    def count(rows):
+        if bool(jnp.all((rows == 0) | (rows == 1))):
+            keep((int(np.asarray(rows, np.float64).sum()) * fan_out, 0))
+        else:
+            keep((0, rows.size * fan_out))
+
+    return count
 
 
 def _refuse_tracer(*arrays):

@@ -1,6 +1,8 @@
-"""A recurrent layer: neurons whose spikes are part of their own input at the next step."""
+"""Recurrent layers: neurons whose spikes are part of their own input at the next step, through a matrix or any layer."""
 
+from dataclasses import dataclass
 from functools import partial
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -9,15 +11,20 @@ from jax import Array
 
 from snnfuse.nn.spikes import differentiable, values
 from snnfuse.nn.spiking import Fixed, Spiking
-from snnfuse.nn.temporal import Temporal
+from snnfuse.nn.temporal import Temporal, Timeless
 from snnfuse.ops.problem import PARTS
-from snnfuse.ops.recurrent import RecurrentState, unroll_recurrent
+from snnfuse.ops.recurrent import RecurrentState, unroll_recurrent, unroll_through
 
 
 class Recurrent(Temporal):
     """A recurrent layer: xs [T, *B, H] -> (outs [T, *B, H], `RecurrentState`). `layer.weight` is trained.
 
         s[t] = neuron(x[t] + s[t-1] @ weight)
+
+    Its neurons may differ. This layer of 128 has 64 neurons that adapt and 64 that do not, as the LSNN of Bellec et al. 2018:
+
+        beta = jnp.where(jnp.arange(128) < 64, 0.0, 1.8)
+        nn.Recurrent(nn.AdaptiveLIF(tau=20.0, tau_adapt=200.0, beta=beta), 128, rngs=rngs)
 
     Args:
       neuron: a neuron module, such as `nn.LIF(tau=2.0)`. Its parameters, `implementation` and `out_dtype` are used.
@@ -79,6 +86,65 @@ class Recurrent(Temporal):
             implementation=self.neuron.implementation,
             out_dtype=self.neuron.out_dtype,
         )
+
+
+class Feedback(Temporal):
+    """A recurrent layer through any layer: xs [T, B, ...] -> (outs [T, B, ...], `RecurrentState`).
+
+        s[t] = neuron(x[t] + layer(s[t-1]))
+
+    With a convolution, each neuron hears its neighbours on the map:
+
+        nn.Feedback(nn.LIF(tau=2.0), nnx.Conv(8, 8, (3, 3), rngs=rngs))     # xs [T, B, H, W, 8]
+
+    It runs step by step, by `jax.lax.scan`. For a matrix, `Recurrent` is the faster layer: it has a fused kernel.
+
+    Args:
+      neuron: a neuron module, such as `nn.LIF(tau=2.0)`. Its parameters and `out_dtype` are used; its `implementation` must be
+        None or "scan".
+      layer: a layer without time that keeps the shape, such as `nnx.Conv`, `nnx.Linear`, `nn.Conv` or an `nnx.Sequential` of
+        them: [B, ...] -> [B, ...]. It may hold parameters, but nothing that changes in a call: no BatchNorm and no dropout.
+    """
+
+    def __init__(self, neuron: Spiking, layer: nnx.Module):
+        if not isinstance(neuron, Spiking):
+            raise TypeError(f"neuron must be a module such as nn.LIF(tau=2.0); got {neuron!r}")
+        if neuron.implementation not in (None, "scan"):
+            raise NotImplementedError(
+                f"implementation must be None or 'scan', which runs any layer that feeds back; got {neuron.implementation!r}"
+            )
+        if not isinstance(layer, nnx.Module) or isinstance(layer, Temporal):
+            raise TypeError(f"layer must be a module without time, such as nnx.Conv; got {type(layer).__name__}")
+        for _, variable in nnx.to_flat_state(nnx.state(layer)):
+            if not isinstance(variable, nnx.Param | Fixed):
+                raise ValueError(
+                    f"layer must hold parameters only; got a {type(variable).__name__}, which a call may change"
+                )
+        self.neuron = neuron
+        self.layer = layer
+
+    unroll = staticmethod(partial(unroll_through))  # this runs the layer; a monitor replaces it
+
+    def init_state(self, xs: Array) -> RecurrentState:
+        return RecurrentState(self.neuron.init_state(xs), jnp.zeros(values(xs).shape[1:], jnp.float32))
+
+    def __call__(self, xs: Array, state: RecurrentState | None = None) -> tuple[Array, RecurrentState]:
+        graph, weights = nnx.split(self.layer)
+        inputs = self.neuron.params, state, values(xs), nnx.to_pure_dict(weights)
+        params, state, xs, weights = differentiable(self.neuron.out_dtype, inputs)
+        options = dict(connect=_Layer(graph), weights=weights, out_dtype=self.neuron.out_dtype)
+        return self.unroll(self.neuron.neuron, params, state, xs, **options)
+
+
+@dataclass(frozen=True)
+class _Layer:
+    """A layer as a function of its parameters; equal layers compile once."""
+
+    graph: Any
+
+    def __call__(self, weights, fed):
+        layer = nnx.merge(self.graph, weights)
+        return layer(fed[None])[0] if isinstance(layer, Timeless) else layer(fed)
 
 
 def _mask(mask, self_connections, shape):

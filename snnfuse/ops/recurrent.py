@@ -1,6 +1,7 @@
 """`unroll_recurrent`: a neuron whose output at one step is part of its input at the next step, through a weight matrix."""
 
 import importlib
+from collections.abc import Callable
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -93,16 +94,20 @@ def module(name: str):
 
 def check_call_with_weight(neuron, params, state, xs, weight, feedback, precision, out_dtype):
     """(problem, recurrence, params, state, () or (s[0],), xs, the weight as [heads, H / heads, H / heads])."""
-    if state is not None and not isinstance(state, RecurrentState):
-        raise TypeError(f"state must be None or RecurrentState(neuron, fed); got {type(state).__name__}")
-    given = None if state is None else state.neuron
-    problem, params, leaves, xs = check_call(neuron, params, given, xs, out_dtype)
+    problem, params, leaves, fed, xs = _check_state(neuron, params, state, xs, out_dtype)
     if precision not in PARTS:
         raise ValueError(f"precision must be one of {list(PARTS)}; got {precision!r}")
     _check_feedback(problem, params, feedback)
     weight = _check_weight(weight, problem.lane_shape[-1])
-    fed = () if state is None else (_check_fed(state, problem),)
     return problem, Recurrence(feedback, precision, weight.shape[0], bool(fed)), params, leaves, fed, xs, weight
+
+
+def _check_state(neuron, params, state, xs, out_dtype):
+    if state is not None and not isinstance(state, RecurrentState):
+        raise TypeError(f"state must be None or RecurrentState(neuron, fed); got {type(state).__name__}")
+    given = None if state is None else state.neuron
+    problem, params, leaves, xs = check_call(neuron, params, given, xs, out_dtype)
+    return problem, params, leaves, () if state is None else (_check_fed(state, problem),), xs
 
 
 def _check_weight(weight, width):
@@ -166,20 +171,64 @@ def run(problem: Problem, recurrence: Recurrence, params: Leaves, state: Leaves,
     """The implementation "scan": (outs, final state, the output that feeds back at the last step)."""
     params = tuple(p.astype(problem.dtype) for p in params)
     weight = rounded(weight.astype(problem.dtype), recurrence.precision)
+    state, fed = _first(problem, state, fed)
+    params, state, fed, xs, weight = varying((params, state, fed, xs, weight))
+    return loop(problem, recurrence.feedback, lambda fed: product(fed, weight), params, state, fed, xs)
+
+
+def _first(problem, state, fed):
+    """The state and the output that feeds back before the first step."""
     if problem.initial is not None:
         state = tuple(jnp.full(problem.lane_shape, value, problem.dtype) for value in problem.initial)
     (fed,) = fed or (jnp.zeros(problem.lane_shape, problem.dtype),)
-    params, state, fed, xs, weight = varying((params, state, fed, xs, weight))
+    return state, fed
+
+
+def loop(problem: Problem, feedback: int, back: Callable, params: Leaves, state: Leaves, fed: Array, xs: Leaves):
+    """The neuron over time, its input plus `back` of the output `feedback` at the step before: (outs, final state, fed)."""
 
     def body(carry, x):
         state, fed = carry
         current, *others = (leaf.astype(problem.dtype) for leaf in x)
-        state, outs = problem.step(params, state, (current + product(fed, weight), *others))
+        state, outs = problem.step(params, state, (current + back(fed), *others))
         pairs = zip(outs, problem.out_dtypes, strict=True)
-        return (state, outs[recurrence.feedback]), tuple(
-            (o != 0) if isinstance(d, Packed) else o.astype(d) for o, d in pairs
-        )
+        return (state, outs[feedback]), tuple((o != 0) if isinstance(d, Packed) else o.astype(d) for o, d in pairs)
 
     (state, fed), outs = jax.lax.scan(body, (state, fed), xs)
     pairs = zip(outs, problem.out_dtypes, strict=True)
     return tuple(pack(o, d.steps) if isinstance(d, Packed) else o for o, d in pairs), state, fed
+
+
+def unroll_through(
+    neuron: Neuron,
+    params: PyTree,
+    state: RecurrentState | None,
+    xs: PyTree,
+    *,
+    connect: Callable[[PyTree, Array], Array],
+    weights: PyTree,
+    feedback: int = 0,
+    out_dtype: Any = None,
+) -> tuple[PyTree, RecurrentState]:
+    """`unroll_recurrent` with any function in place of the product: state[t], s[t] = step(x[t] + connect(weights, s[t-1])).
+
+    `connect` must be hashable and keep the shape [*B, H]. It runs by `jax.lax.scan`. Gradients reach params, state, xs and weights.
+    """
+    problem, params, leaves, fed, xs = _check_state(neuron, params, state, xs, out_dtype)
+    _check_feedback(problem, params, feedback)
+    struct = jax.ShapeDtypeStruct(problem.lane_shape, problem.dtype)
+    if (got := jax.eval_shape(connect, weights, struct).shape) != problem.lane_shape:
+        raise ValueError(
+            f"the layer that feeds back must keep the shape {problem.lane_shape} of a step; it returns {got}"
+        )
+    outs, final, fed = _run_through(problem, connect, feedback, params, leaves, fed, xs, weights)
+    return problem.out_tree.unflatten(outs), RecurrentState(problem.step.state_tree.unflatten(final), fed)
+
+
+@partial(jax.jit, static_argnums=(0, 1, 2))
+def _run_through(problem, connect, feedback, params, state, fed, xs, weights):
+    params = tuple(p.astype(problem.dtype) for p in params)
+    state, fed = _first(problem, state, fed)
+    params, state, fed, xs, weights = varying((params, state, fed, xs, weights))
+    back = lambda fed: connect(weights, fed).astype(problem.dtype)
+    return loop(problem, feedback, back, params, state, fed, xs)
