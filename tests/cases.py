@@ -1,10 +1,12 @@
 """The neurons and inputs that the contract tests share."""
 
+import math
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 import snnfuse as sf
 
@@ -73,22 +75,35 @@ NEURONS = {
 }
 
 
+def normal(key, shape, dtype=jnp.float32):
+    """`jax.random.normal(key, shape, dtype)`, an array of NumPy up to 2**16 numbers.
+
+    It then draws more numbers than it needs: otherwise every shape compiles a program of its own.
+    """
+    size = math.prod(shape)
+    if size > 2**16:
+        return jax.random.normal(key, shape, dtype)
+    with jax.ensure_compile_time_eval():
+        drawn = jax.random.normal(key, (2**12 if size <= 2**12 else 2**16,), dtype)
+    return np.asarray(drawn)[:size].reshape(shape)
+
+
 def make(name, T=12, lanes=(3, 50), dtype=jnp.float32, seed=0) -> Case:
     """The case `name`. Its parameters take the shapes that broadcast, in turn: scalar, [N], [*B, N], [B, 1, ...]."""
     neuron, params, scale, mean, rtol = NEURONS[name]
     keys = iter(jax.random.split(jax.random.key(seed), 20))
     shapes = [(), lanes[-1:], lanes, (*lanes[:1], *(1,) * (len(lanes) - 1))]
+    array = lambda x, dtype=jnp.float32: jnp.asarray(np.asarray(x, np.float32), dtype)
 
     def param(i, value):
-        noise = jax.random.normal(next(keys), shapes[i % 4], jnp.float32)
-        return jnp.float32(value) * (1 + 0.02 * noise)
+        return array(np.float32(value) * (1 + np.float32(0.02) * normal(next(keys), shapes[i % 4])))
 
     values, tree = jax.tree.flatten(params)
     params = tree.unflatten([param(i, v) for i, v in enumerate(values)])
     state = jax.tree.map(
-        lambda leaf: leaf + 0.1 * jax.random.normal(next(keys), leaf.shape, leaf.dtype), neuron.init_state(lanes)
+        lambda leaf: array(leaf + np.float32(0.1) * normal(next(keys), leaf.shape)), neuron.init_state(lanes)
     )
-    sequence = lambda: (scale * (jax.random.normal(next(keys), (T, *lanes), jnp.float32) + mean)).astype(dtype)
+    sequence = lambda: array(np.float32(scale) * (normal(next(keys), (T, *lanes)) + np.float32(mean)), dtype)
     xs = {"affine": lambda: (sequence(), sequence()), "outputs": lambda: {"current": sequence()}}.get(name, sequence)()
     return Case(neuron, params, state, xs, rtol)
 
@@ -96,5 +111,8 @@ def make(name, T=12, lanes=(3, 50), dtype=jnp.float32, seed=0) -> Case:
 def cotangents(like, seed=0):
     """Random cotangents for a tree of arrays (or their shapes)."""
     leaves, tree = jax.tree.flatten(like)
-    keys = jax.random.split(jax.random.key(seed + 100), len(leaves))
-    return tree.unflatten([jax.random.normal(k, leaf.shape, leaf.dtype) for k, leaf in zip(keys, leaves, strict=True)])
+    with jax.ensure_compile_time_eval():
+        keys = [*jax.random.split(jax.random.key(seed + 100), 20)]  # a shorter split gives the same
+    return tree.unflatten(
+        [jnp.asarray(normal(k, leaf.shape, leaf.dtype)) for k, leaf in zip(keys, leaves, strict=False)]
+    )

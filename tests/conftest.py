@@ -19,11 +19,11 @@ if os.environ.get("JAX_PLATFORMS") == "cpu":
     os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0"
     os.environ["JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES"] = "-1"
 
-# Tracing makes many small objects that live long. Python would search them for garbage every 700 objects: a quarter of the time.
-gc.set_threshold(500_000)
-
 import jax
 import pytest
+
+# Tracing makes many small objects that live long. Python would search them for garbage every 700 objects: a quarter of the time.
+gc.set_threshold(500_000)
 
 
 def pytest_configure(config):

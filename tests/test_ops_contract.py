@@ -89,7 +89,8 @@ def test_reused_cotangents_change_nothing(name, implementation):
         outs, vjp, spikes = jax.vjp(f, case.params, case.xs, has_aux=True)
         return vjp(cases.cotangents(outs)), spikes
 
-    got, want = jax.jit(gradients, static_argnums=(0, 1))(implementation, True), gradients("scan", False)
+    jitted = jax.jit(gradients, static_argnums=(0, 1))
+    got, want = jitted(implementation, True), jitted("scan", False)
     assert_fires(want[1])
     assert_close(got, want, 1e-5)
 
@@ -149,8 +150,12 @@ def test_an_integer_output_carries_no_gradient_and_the_state_still_does(implemen
         return outs["v"], final
 
     def gradients(implementation, dtypes):
-        out, vjp = jax.vjp(partial(f, implementation, dtypes), params, xs)
-        return vjp(cases.cotangents(out))
+        @jax.jit
+        def run(params, xs):
+            out, vjp = jax.vjp(partial(f, implementation, dtypes), params, xs)
+            return vjp(cases.cotangents(out))
+
+        return run(params, xs)
 
     want = gradients("scan", f32)
     assert np.abs(want[1]["current"]).max() > 0 and np.abs(want[0].decay).max() > 0
@@ -198,8 +203,14 @@ def test_izhikevich_over_many_steps_is_as_near_to_float64_as_scan_is(implementat
     def of(implementation, dtype):
         params = jax.tree.map(dtype, sf.IzhikevichParams())
         run = partial(sf.unroll, sf.Izhikevich(), params, None, implementation=implementation)
-        spikes, vjp = jax.vjp(lambda xs: run(xs)[0], jnp.asarray(xs, dtype))
-        return np.asarray(spikes), np.asarray(vjp(jnp.asarray(d_outs, dtype))[0], np.float64)
+
+        @jax.jit
+        def pulled_back(xs, d_outs):
+            spikes, vjp = jax.vjp(lambda xs: run(xs)[0], xs)
+            return spikes, vjp(d_outs)[0]
+
+        spikes, d_xs = pulled_back(jnp.asarray(xs, dtype), jnp.asarray(d_outs, dtype))
+        return np.asarray(spikes), np.asarray(d_xs, np.float64)
 
     with jax.enable_x64(True):
         spikes, exact = of("scan", jnp.float64)

@@ -52,7 +52,7 @@ def test_a_neuron(follow):
     test_nn_inspect.test_help_shows_equation_arguments_and_defaults("QIF")
 
 
-@pytest.mark.parametrize(("name", "case"), [("lif", "short_chunk"), ("affine", "bfloat16")])
+@pytest.mark.parametrize(("name", "case"), [("lif", "plain"), ("affine", "bfloat16")])
 def test_a_fused_implementation(follow, name, case):
     follow("A fused implementation")
     check(name, "unrolled", **CASES[case])
