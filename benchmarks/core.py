@@ -3,6 +3,7 @@
     python benchmarks/core.py                     forward and backward of one layer; five minutes on an H100
     python benchmarks/core.py --only compile      only the time to compile; a minute
     python benchmarks/core.py flips               how many of 134 million spikes differ from those of scan; seconds
+    python benchmarks/core.py papers              the neurons of snnfuse.papers beside scan; a minute
     python benchmarks/core.py tune                which block sizes are fastest: the numbers in snnfuse/ops/blocks.py
     python benchmarks/core.py contract            the contract tests of every implementation; ten minutes
 
@@ -28,7 +29,7 @@ from unittest import mock
 import jax
 import jax.numpy as jnp
 import numpy as np
-from neurons import NEURONS
+from neurons import NEURONS, PAPERS, SCALE
 from runner import HERE, Case, main, question, split
 from with_jax import bf16, compiled, copy_rate, device_ms, f32, forward_backward, times
 
@@ -77,6 +78,16 @@ def core(args):
             yield Case(key, layer, (name, T, M, dtype, implementation, args.tiny))
 
 
+@question("papers")
+def papers(args):
+    for name in PAPERS[:1] if args.tiny else PAPERS:
+        for dtype in (f32, bf16):
+            for implementation in ("scan", "interpret") if args.tiny else ("scan", "pallas"):
+                T, M = (4, 256) if args.tiny else (100, 2**17)
+                key = dict(case=name, T=T, M=M, dtype=jnp.dtype(dtype).name, implementation=implementation)
+                yield Case(key, layer, (name, T, M, dtype, implementation, args.tiny))
+
+
 @question("flips", implementations=("pallas,mosaic,triton", "which of them"))
 def flips(args):
     for name in ("continuous", "grid of 0.1"):
@@ -108,7 +119,7 @@ def rate(tiny):
 
 def inputs(name, T, M, dtype):
     """Up to 8 sets of inputs and cotangents, and up to 2 GiB of each."""
-    scale = 20.0 if name == "izhikevich" else 1.0
+    scale = SCALE.get(name, 1.0)
     draw = lambda seed: jax.random.normal(jax.random.key(seed), (T, M), f32)
     count = max(1, min(8, 2**31 // (T * M * jnp.dtype(dtype).itemsize)))
     return [((scale * (draw(2 * i) + 0.3)).astype(dtype), draw(2 * i + 1).astype(dtype)) for i in range(count)]
@@ -219,4 +230,4 @@ def run_tests(tests, name):
 
 
 if __name__ == "__main__":
-    main(__doc__, "core", "flips", "tune", "contract")
+    main(__doc__, "core", "papers", "flips", "tune", "contract")

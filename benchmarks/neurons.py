@@ -6,6 +6,7 @@ import jax.numpy as jnp
 import numpy as np
 
 import snnfuse as sf
+from snnfuse import papers
 from snnfuse.core.compose import Affine, AffineParams
 
 ABOVE = float(np.nextafter(np.float32(1), np.float32(2)))  # u > 1 is u >= ABOVE
@@ -54,3 +55,8 @@ NEURONS = {  # name: (neuron, params); arrays among the params get gradients
     "above, super": (sf.LIF(surrogate=sf.FastSigmoid(1.0)), sf.LIFParams(threshold=ABOVE)),
     "late": (Late(), ()),
 }
+PAPERS = "AdLIF SEAdLIF RF BRF TCLIF GLIF CLIF KLIF QuadraticIF".split()
+NEURONS |= {name: (getattr(papers, name)(), getattr(papers, f"{name}Params")()) for name in PAPERS}
+SCALE = dict(
+    izhikevich=20.0, AdLIF=12.0, SEAdLIF=12.0, RF=25.0, BRF=100.0, TCLIF=0.4, KLIF=2.5, QuadraticIF=2.0
+)  # of the input

@@ -30,6 +30,7 @@ from snnfuse.core.surrogate import (
     FastSigmoid,
     Gaussian,
     LeakyReLU,
+    MultiGaussian,
     PiecewiseQuadratic,
     Rectangle,
     Relaxed,

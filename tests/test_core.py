@@ -31,6 +31,7 @@ def run(neuron, params, state, xs, implementation="scan"):
 
 # ---- surrogates
 
+normal = lambda u, sd: np.exp(-0.5 * (u / sd) ** 2) / (sd * np.sqrt(2 * np.pi))
 SURROGATES = {
     "atan": (sf.ATan(), lambda u: 1 / (1 + (np.pi * u) ** 2)),
     "atan_5": (sf.ATan(5.0), lambda u: 2.5 / (1 + (2.5 * np.pi * u) ** 2)),
@@ -41,6 +42,10 @@ SURROGATES = {
     "rectangle": (sf.Rectangle(), lambda u: np.where(np.abs(u) < 0.5, 1.0, 0.0)),
     "rectangle_0.6": (sf.Rectangle(0.6), lambda u: np.where(np.abs(u) < 0.3, 1 / 0.6, 0.0)),
     "gaussian": (sf.Gaussian(), lambda u: 2 / np.sqrt(np.pi) * np.exp(-((2 * u) ** 2))),
+    "multi_gaussian": (
+        sf.MultiGaussian(),
+        lambda u: 0.5 * (1.15 * normal(u, 0.5) - 0.15 * (normal(u - 0.5, 3) + normal(u + 0.5, 3))),
+    ),
     "leaky_relu": (sf.LeakyReLU(0.2, 1.5), lambda u: np.where(u >= 0, 1.5, 0.2)),
 }
 AREA_ONE = ["atan", "atan_5", "sigmoid", "piecewise_quadratic", "rectangle", "rectangle_0.6", "gaussian"]
@@ -79,7 +84,8 @@ def test_a_relaxation_is_a_step_and_relaxed_spikes_are_it(name):
     value, slope, relaxation, want_slope = run(jnp.float32([-1e6, *GRID, 1e6]))
     np.testing.assert_array_equal(value, relaxation)
     np.testing.assert_allclose(slope, want_slope, rtol=1e-6)
-    assert np.all(np.diff(value) > -1e-6) and np.ptp(value) > 0.1
+    assert np.ptp(value) > 0.1
+    assert np.all(np.diff(value) > -1e-6) or name == "multi_gaussian"  # its slope is negative far from the threshold
     if name in AREA_ONE:
         np.testing.assert_allclose([value[0], value[-1]], [0, 1], atol=1e-6)
 

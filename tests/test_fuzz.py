@@ -740,6 +740,7 @@ SURROGATES = (
     sf.Sigmoid,
     sf.FastSigmoid,
     sf.Gaussian,
+    sf.MultiGaussian,
     sf.Rectangle,
     sf.Triangle,
     sf.LeakyReLU,

@@ -163,6 +163,35 @@ class Gaussian:
 
 
 @dataclass(frozen=True)
+class MultiGaussian:
+    """ds/du = gamma ((1 + height) N(u; 0, sigma) - height N(u; sigma, scale sigma) - height N(u; -sigma, scale sigma)).
+
+    N(u; m, sd) is the density of the normal distribution. Yin, Corradi and Bohte 2021, https://arxiv.org/abs/2103.12593.
+    """
+
+    gamma: float = 0.5
+    sigma: float = 0.5
+    height: float = 0.15
+    scale: float = 6.0
+
+    def __post_init__(self):
+        above_zero(self, "gamma", "sigma", "scale")
+
+    def __call__(self, u):
+        wide = self._normal(u - self.sigma, self.scale) + self._normal(u + self.sigma, self.scale)
+        return self.gamma * ((1 + self.height) * self._normal(u, 1.0) - self.height * wide)
+
+    def _normal(self, u, scale):
+        z = u / (scale * self.sigma)
+        return jnp.exp(-0.5 * z * z) / (scale * self.sigma * (2 * jnp.pi) ** 0.5)
+
+    def relaxation(self, u):
+        below = lambda u, scale: 0.5 * jax.lax.erf(u / (scale * self.sigma * 2**0.5))
+        wide = below(u - self.sigma, self.scale) + below(u + self.sigma, self.scale)
+        return 0.5 + self.gamma * ((1 + self.height) * below(u, 1.0) - self.height * wide)
+
+
+@dataclass(frozen=True)
 class LeakyReLU:
     """ds/du = slope where u >= 0, else leak."""
 

@@ -1,0 +1,193 @@
+"""Neurons of papers: each is its paper's equation in NumPy, its gradient is that of finite differences, and it fuses."""
+
+import dataclasses
+import inspect
+import re
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from compare import assert_close, assert_fires
+
+import snnfuse as sf
+from snnfuse import nn, papers
+
+NAMES = "AdLIF SEAdLIF RF BRF TCLIF GLIF CLIF KLIF QuadraticIF".split()
+T, LANES = 40, 6
+sigmoid = lambda z: 1 / (1 + np.exp(-z))
+
+
+# The equations in the papers' own order and words; each yields the spikes of a step.
+
+
+def adlif(p, xs):
+    u = w = s = np.zeros(LANES)
+    for x in xs:
+        new = p["decay"] * u + (1 - p["decay"]) * (x - w)
+        w = p["decay_adapt"] * w + (1 - p["decay_adapt"]) * 120 * (p["a"] * u + p["b"] * s)
+        s = (new >= p["threshold"]) * 1.0
+        u = new * (1 - s)
+        yield s
+
+
+def seadlif(p, xs):
+    u = w = np.zeros(LANES)
+    for x in xs:
+        u = p["decay"] * u + (1 - p["decay"]) * (x - w)
+        s = (u >= p["threshold"]) * 1.0
+        u = u * (1 - s)
+        w = p["decay_adapt"] * w + (1 - p["decay_adapt"]) * 120 * (p["a"] * u + p["b"] * s)
+        yield s
+
+
+def rf(p, xs):
+    z = np.zeros(LANES, complex)
+    for x in xs:
+        z = z + 0.01 * ((p["b"] + 1j * p["omega"]) * z + x)
+        yield (z.real >= p["threshold"]) * 1.0
+
+
+def brf(p, xs):
+    z, q = np.zeros(LANES, complex), np.zeros(LANES)
+    for x in xs:
+        b = (-1 + np.sqrt(1 - (0.01 * p["omega"]) ** 2)) / 0.01 - p["b_offset"] - q
+        z = z + 0.01 * ((b + 1j * p["omega"]) * z + x)
+        s = (z.real - p["threshold"] - q >= 0) * 1.0
+        q = 0.9 * q + s
+        yield s
+
+
+def tclif(p, xs):
+    v1 = v2 = np.zeros(LANES)
+    for x in xs:
+        v1 = v1 + p["beta1"] * v2 + x
+        v2 = v2 + p["beta2"] * v1
+        s = (v2 >= p["threshold"]) * 1.0
+        v1, v2 = v1 - p["gamma"] * s, v2 - p["threshold"] * s
+        yield s
+
+
+def glif(p, xs):
+    u = s = np.zeros(LANES)
+    for x in xs:
+        current = x * (1 - p["beta"] * (1 - p["conductance"]))
+        kept = (1 - p["alpha"] * (1 - p["decay"])) * u * (1 - p["gamma"] * s) - (1 - p["alpha"]) * p["leak"]
+        u = kept + current - (1 - p["gamma"]) * p["v_drop"] * s
+        s = (u >= p["threshold"]) * 1.0
+        yield s
+
+
+def clif(p, xs):
+    v = m = np.zeros(LANES)
+    for x in xs:
+        u = p["decay"] * v + x
+        s = (u >= p["threshold"]) * 1.0
+        m = m * sigmoid((1 - p["decay"]) * u) + s
+        v = u - s * (p["threshold"] + sigmoid(m))
+        yield s
+
+
+def klif(p, xs):
+    v = np.zeros(LANES)
+    for x in xs:
+        f = np.maximum(p["k"] * (v + (1 - p["decay"]) * (x - v)), 0)
+        s = (f >= p["threshold"]) * 1.0
+        v = f * (1 - s)
+        yield s
+
+
+def quadraticif(p, xs):
+    v = np.zeros(LANES)
+    for x in xs:
+        u = v + (1 - p["decay"]) * (x + p["a"] * v * (v - p["v_critical"]))
+        s = (u >= p["threshold"]) * 1.0
+        v = u * (1 - s) - 0.1 * s
+        yield s
+
+
+SCALE = dict(AdLIF=12.0, SEAdLIF=12.0, RF=25.0, BRF=100.0, TCLIF=0.4, CLIF=1.0, KLIF=2.5, QuadraticIF=2.0)
+CHANGED = dict(  # other values than the defaults, so that no parameter is left out by chance
+    AdLIF=dict(decay_adapt=0.97, a=0.4, b=1.3), SEAdLIF=dict(decay_adapt=0.97, a=0.4, b=1.3), RF=dict(omega=12.0, b=-1.5),
+    BRF=dict(omega=12.0, b_offset=0.5), TCLIF=dict(beta1=-0.3, beta2=0.4), GLIF=dict(alpha=0.7, v_drop=0.4),
+    CLIF=dict(decay=0.6), KLIF=dict(k=1.2, decay=0.6), QuadraticIF=dict(a=0.7, v_critical=0.6),
+)  # fmt: skip
+
+
+def make(name, steps=T):
+    """(neuron, params, xs): float64 where JAX has it."""
+    neuron, params = getattr(papers, name), getattr(papers, f"{name}Params")
+    rng = np.random.default_rng(NAMES.index(name))
+    xs = SCALE.get(name, 1.0) * (rng.normal(size=(steps, LANES)) + 0.5)
+    return neuron(), params(**CHANGED[name])._replace(threshold=params().threshold * 1.1), xs
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_a_neuron_is_its_papers_equation(name):
+    neuron, params, xs = make(name)
+    with jax.enable_x64(True):
+        got = jax.jit(partial(sf.unroll, neuron, params, None, implementation="scan"))(jnp.asarray(xs))[0]
+    want = np.stack(list(globals()[name.lower()](params._asdict(), xs)))
+    assert_fires(want)
+    np.testing.assert_array_equal(got, want)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_its_gradient_is_that_of_finite_differences(name):
+    neuron, params, xs = make(name, 6)
+    neuron = dataclasses.replace(neuron, surrogate=sf.Relaxed(sf.ATan()))
+    if hasattr(neuron, "reset"):
+        neuron = dataclasses.replace(neuron, reset=dataclasses.replace(neuron.reset, detach=False))
+    with jax.enable_x64(True):
+        weights = jnp.asarray(np.random.default_rng(9).normal(size=xs.shape))
+        f = jax.jit(lambda p, xs: (sf.unroll(neuron, p, None, xs, implementation="scan")[0] * weights).sum())
+        params, xs = jax.tree.map(jnp.float64, params), jnp.asarray(xs) / 4
+        grads, h = jax.jit(jax.grad(f, (0, 1)))(params, xs), 1e-6
+        for field in params._fields:
+            near = [f(params._replace(**{field: getattr(params, field) + d}), xs) for d in (h, -h)]
+            np.testing.assert_allclose(getattr(grads[0], field), (near[0] - near[1]) / (2 * h), rtol=1e-5, atol=1e-7)
+        for at in ((0, 0), (3, 2), (5, 5)):
+            near = [f(params, xs.at[at].add(d)) for d in (h, -h)]
+            np.testing.assert_allclose(grads[1][at], (near[0] - near[1]) / (2 * h), rtol=1e-5, atol=1e-7)
+
+
+@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize(
+    "implementation", ["interpret", *(pytest.param(n, marks=pytest.mark.gpu) for n in ("pallas", "triton"))]
+)
+def test_it_fuses(name, implementation):
+    neuron, params, xs = make(name, 9 if implementation == "interpret" else 100)
+    params, xs = jax.tree.map(jnp.float32, params), jnp.asarray(xs, jnp.float32)
+    weights = jnp.asarray(np.random.default_rng(9).normal(size=xs.shape), jnp.float32)
+
+    @partial(jax.jit, static_argnums=2)
+    def run(params, xs, how):
+        outs, vjp = jax.vjp(lambda p, xs: sf.unroll(neuron, p, None, xs, implementation=how)[0], params, xs)
+        return outs, vjp(weights)
+
+    (outs, grads), (want, want_grads) = run(params, xs, implementation), run(params, xs, "scan")
+    np.testing.assert_array_equal(outs, want)
+    assert float(outs.mean()) > 0.01
+    assert_close(grads[1], want_grads[1], 1e-4)
+    scale = max(abs(float(g)) for g in want_grads[0])  # each is a sum over all lanes and steps, which may cancel
+    np.testing.assert_allclose(grads[0], want_grads[0], rtol=1e-4, atol=1e-5 * scale)
+
+
+def test_all_of_them_are_tested_and_documented():
+    found = [n for n, c in vars(papers).items() if dataclasses.is_dataclass(c) and c.__module__ == papers.__name__]
+    assert found == NAMES
+    for name in NAMES:
+        neuron, params = getattr(papers, name), getattr(papers, f"{name}Params")
+        text = inspect.getdoc(neuron)
+        assert "[t] = " in text and "https://" in text
+        defaults = re.search(r"Params and their defaults: ([^.]*(?:\.\d[^.]*)*)", text)[1]
+        assert re.findall(r"(\w+) = (-?[\d.]+\d)", defaults) == [(k, str(v)) for k, v in params._field_defaults.items()]
+        assert re.findall(r"^  (\w+): ", text, re.M) == [field.name for field in dataclasses.fields(neuron)]
+
+
+def test_a_neuron_of_a_paper_is_a_layer():
+    layer = nn.Spiking(papers.SEAdLIF, papers.SEAdLIFParams(decay=0.9), learn=("a", "b"), shape=(4,), scale=60.0)
+    outs, state = layer(12 * jax.random.normal(jax.random.key(0), (20, 3, 4)))
+    assert_fires(outs)
+    assert layer.a.shape == (4,) and state.w.shape == (3, 4) and layer.neuron.scale == 60
