@@ -38,16 +38,22 @@ LAST = 50  # steps: the final loss is their mean
 )
 def accuracy(args):
     more, names = shlex.split(args.more), [args.data, args.model] if args.script == "paper" else []
-    said = [
-        option.removeprefix("--").rpartition(".")[2] for option in more if option.startswith(("--model.", "--data."))
-    ]
-    case = " ".join(names or [args.script, *said])
+    case = " ".join(names or [args.script, *_choices(more)])
     out = Path(args.runs or f"runs/{case.replace(' ', '-')}-{time.strftime('%Y%m%d-%H%M%S')}")
     curves = []
     for i, implementation in enumerate(split(args.implementations)):
         arguments = [*names, *more, f"--model.implementation={implementation}"]
         key = dict(case=case, implementation=implementation)
         yield Case(key, measure, (args.script, arguments, out / f"{i + 1}-{implementation}", curves))
+
+
+def _choices(more):
+    """The options of model and data with their values, without "--model." and "--data."."""
+    kept, said = False, []
+    for word in more:
+        kept = word.startswith(("--model.", "--data.")) or kept and not word.startswith("--")
+        said += [word.removeprefix("--model.").removeprefix("--data.")] * kept
+    return said
 
 
 def run(script: str, arguments: list[str]) -> int:
