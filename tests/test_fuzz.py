@@ -841,6 +841,18 @@ def _(draw):
         close(np.asarray(outs)[:, sure], np.stack(want)[:, sure])
 
 
+@case("nn.Pieces", "nn.piece_length")
+def _(draw):
+    xs, length = currents(draw), one_of(draw, *WHOLE)
+    layer = nn.Sequential(nn.Linear(3, 4, rngs=nnx.Rngs(0)), nn.LI(tau=2.0))
+    budget = one_of(draw, 0, 10, 1_000, 10**6)
+    model = call(nn.Pieces, layer, length, statistics=one_of(draw, "refuse", "piece", "all"))
+    outs, state = call(model, xs)
+    want, after = call(layer, xs)
+    close(outs, want), close(state[0].v, after[0].v)
+    assert 1 <= call(nn.piece_length, layer, xs, budget) <= len(xs)
+
+
 @case("nn.Dropout")
 def _(draw):
     xs, rate = array(draw, (4, 5, 6), 0.5, 2), one_of(draw, 0.25, *NUMBER)

@@ -37,6 +37,7 @@ CASES = {
     "Folded": (lambda: nn.Folded(nnx.Linear(4, 3, rngs=rngs())), (xs,)),
     "Recurrent": (lambda: nn.Recurrent(nn.LIF(tau=2.0), 4, rngs=rngs()), (xs,)),
     "Remat": (lambda: nn.Remat(nn.LIF(tau=2.0)), (xs,)),
+    "Pieces": (lambda: nn.Pieces(nn.LIF(tau=2.0), 2), (xs,)),
     "PackSpikes": (nn.PackSpikes, (spikes.values,)),
     "Conv": (lambda: nn.Conv(3, 4, (3, 3), rngs=rngs()), (image,)),
     "Linear": (lambda: nn.Linear(4, 3, rngs=rngs()), (xs,)),

@@ -13,7 +13,18 @@ from snnfuse.nn.readout import membrane_last, membrane_max, membrane_mean, spike
 from snnfuse.nn.recurrent import Feedback, Recurrent
 from snnfuse.nn.spikes import Spikes
 from snnfuse.nn.spiking import IF, LI, LIF, AdaptiveLIF, CubaLIF, ExpIF, Fixed, Izhikevich, ParametricLIF, Spiking
-from snnfuse.nn.temporal import Dropout, Folded, PackSpikes, Remat, Sequential, Temporal, Timeless, flatten
+from snnfuse.nn.temporal import (
+    Dropout,
+    Folded,
+    PackSpikes,
+    Pieces,
+    Remat,
+    Sequential,
+    Temporal,
+    Timeless,
+    flatten,
+    piece_length,
+)
 
 __all__ = [
     "IF",
@@ -35,6 +46,7 @@ __all__ = [
     "ParametricLIF",
     "PrecisionPolicy",
     "Recurrent",
+    "Pieces",
     "Remat",
     "Sequential",
     "Spikes",
@@ -48,4 +60,5 @@ __all__ = [
     "membrane_max",
     "membrane_mean",
     "spike_rate",
+    "piece_length",
 ]

@@ -1,10 +1,13 @@
 """Layers that run along time, and how all other layers run once on [T*B, ...]."""
 
 from collections.abc import Callable
+from functools import partial
 
 import jax
+import jax.numpy as jnp
+import numpy as np
 from flax import nnx
-from jax import Array
+from jax import Array, lax
 
 from snnfuse.core.neuron import PyTree
 from snnfuse.nn.spikes import Spikes, values
@@ -136,6 +139,107 @@ class Remat(Temporal):
             return layer(xs.from_bits() if isinstance(xs, Spikes) else xs, state)
 
         return nnx.remat(run)(self.layer, xs, state)
+
+
+class Pieces(Temporal):
+    """Runs a layer over pieces of the sequence, and stores only the states between them: memory that hardly grows with T.
+
+    The backward pass recomputes one piece at a time, so outputs and gradients are those of the layer itself, up to the order
+    of sums. Beside the input and the outputs, it stores the state of every `length` steps, and what one piece needs.
+
+        model = nn.Pieces(nn.Sequential(nn.Linear(700, 256, rngs=rngs), nn.LIF(tau=20.0), ...), length=500)
+        outs, state = model(xs)                            # xs [T, B, 700]; T need not be a multiple of 500
+
+    Random streams start anew in every piece, so `nn.Dropout` keeps its mask over all T.
+
+    Args:
+      layer: a `Temporal` layer, such as a `Sequential` of a whole network.
+      length: the steps of a piece. `piece_length` chooses it from a memory budget.
+      statistics: "refuse" (the default) raises ValueError if a BatchNorm in the layer takes the statistics of its batch, because
+        those of a piece are not those of the sequence. "piece" takes those of each piece, and averages them all into the
+        running ones. To freeze them, set `use_running_average` of the norms; then both are exact.
+
+    Chen et al. 2016, https://arxiv.org/abs/1604.06174.
+    """
+
+    def __init__(self, layer: Temporal, length: int, *, statistics: str = "refuse"):
+        if not isinstance(layer, Temporal):
+            raise TypeError(f"layer must run along time, such as nn.Sequential(...); got {layer!r}")
+        if not isinstance(length, int | np.integer) or isinstance(length, bool) or length < 1:
+            raise ValueError(f"length must be a whole number of steps, at least 1; got {length!r}")
+        if statistics not in ("refuse", "piece"):
+            raise ValueError(f"statistics must be 'refuse' or 'piece'; got {statistics!r}")
+        self.layer, self.length, self.statistics = layer, int(length), statistics
+
+    def init_state(self, xs: PyTree) -> PyTree:
+        return self.layer.init_state(xs)
+
+    def __call__(self, xs: PyTree, state: PyTree | None = None) -> tuple[PyTree, PyTree]:
+        self._check_statistics()
+        lengths = {x.shape[0] if x.ndim else 0 for x in jax.tree.leaves(xs)}
+        if len(lengths) != 1 or 0 in lengths:
+            raise ValueError(f"xs must be arrays [T, B, ...] of one T, at least 1; got lengths {sorted(lengths)}")
+        T = lengths.pop()
+        state = self.init_state(jax.tree.map(lambda x: x[: self.length], xs)) if state is None else state
+        graphdef, params, random, others = nnx.split(self.layer, nnx.Param, nnx.RngState, ...)
+
+        @partial(jax.checkpoint, prevent_cse=False)
+        def run(carry, piece):
+            state, others, _ = carry
+            here = jax.tree.map(lambda x: x, (params, random))  # variables of this trace
+            layer = nnx.merge(graphdef, *here, others)
+            outs, state = layer(piece, state)
+            _, random_after, others = nnx.state(layer, nnx.Param, nnx.RngState, ...)
+            return (state, others, random_after), outs
+
+        carry, parts, count = (state, others, random), [], T // self.length
+        if count:
+            cut = lambda x: x[: count * self.length].reshape(count, self.length, *x.shape[1:])
+            carry, outs = lax.scan(run, carry, jax.tree.map(cut, xs))
+            parts.append(jax.tree.map(lambda x: x.reshape(-1, *x.shape[2:]), outs))
+        if T % self.length:
+            carry, outs = run(carry, jax.tree.map(lambda x: x[count * self.length :], xs))
+            parts.append(outs)
+        state, others, random = carry
+        nnx.update(self.layer, random, others)
+        return jax.tree.map(lambda *x: jnp.concatenate(x), *parts), state
+
+    def _check_statistics(self):
+        for path, module in nnx.iter_modules(self.layer) if self.statistics == "refuse" else ():
+            if isinstance(module, nnx.BatchNorm) and not module.use_running_average:
+                raise ValueError(
+                    f"{'.'.join(map(str, path)) or 'layer'} takes the statistics of its batch, and those of a piece are not those "
+                    "of the sequence: statistics='piece' takes them all the same, use_running_average=True freezes them"
+                )
+
+
+def piece_length(layer: Temporal, xs: PyTree, budget: int) -> int:
+    """The most steps of a piece whose backward pass stores at most `budget` bytes, at most T; for `Pieces`.
+
+    `xs` are arrays [T, B, ...] or their shapes; nothing is computed. What the backward pass of a piece stores grows by the same
+    amount with each step, up to rounding to chunks. Raises ValueError if not even one step fits; the message says how much
+    it needs.
+    """
+    T = jax.tree.leaves(xs)[0].shape[0]
+    shapes = lambda L: jax.tree.map(lambda x: jax.ShapeDtypeStruct((L, *x.shape[1:]), x.dtype), xs)
+
+    def stored(L):
+        graphdef, params, others = nnx.split(layer, nnx.Param, ...)
+        call = lambda params, xs: nnx.merge(graphdef, params, others)(xs)[0]
+        kept = jax.eval_shape(lambda params, xs: jax.vjp(lambda p: call(p, xs), params)[1], params, shapes(L))
+        weights = sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(params))
+        return max(1, sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(kept)) - weights)
+
+    best, low, high = 0, 1, T
+    while low <= high:
+        middle = (low + high) // 2
+        if stored(middle) <= budget:
+            best, low = middle, middle + 1
+        else:
+            high = middle - 1
+    if not best:
+        raise ValueError(f"budget must be at least {stored(1):,} bytes, for a piece of one step; got {budget:,}")
+    return best
 
 
 def _fold(layer, xs, *args, **kwargs):
