@@ -171,11 +171,16 @@ def test_statistics_keep_their_digits_beside_a_large_mean(per_step, ratio, shape
     x = np.asarray(xs, np.float64)
     mean, var = x.mean(axes, keepdims=True), x.var(axes, keepdims=True)
     norm = nn.BatchNorm(3, per_step=per_step, rngs=nnx.Rngs(0))
-    scale, _ = norm.affine(xs)
-    np.testing.assert_allclose(scale, 1 / np.sqrt(var + 1e-5).reshape(scale.shape), rtol=1e-4)
-    np.testing.assert_allclose(norm(xs), (x - mean) / np.sqrt(var + 1e-5), atol=1e-5 + 1e-6 * ratio)
     d = jax.random.normal(jax.random.key(1), shape)
-    got = jax.grad(lambda xs: (nn.BatchNorm(3, per_step=per_step, rngs=nnx.Rngs(0))(xs) * d).sum())(xs)
+
+    @jax.jit
+    def run(xs, d):
+        fresh = lambda: nnx.clone(norm)
+        return fresh().affine(xs)[0], fresh()(xs), jax.grad(lambda xs: (fresh()(xs) * d).sum())(xs)
+
+    scale, outs, got = run(xs, d)
+    np.testing.assert_allclose(scale, 1 / np.sqrt(var + 1e-5).reshape(scale.shape), rtol=1e-4)
+    np.testing.assert_allclose(outs, (x - mean) / np.sqrt(var + 1e-5), atol=1e-5 + 1e-6 * ratio)
     y, d = (x - mean) / np.sqrt(var + 1e-5), np.asarray(d, np.float64)
     want = (d - d.mean(axes, keepdims=True) - y * (d * y).mean(axes, keepdims=True)) / np.sqrt(var + 1e-5)
     np.testing.assert_allclose(got, want, atol=2e-5 + 2e-6 * ratio)
@@ -228,6 +233,7 @@ def test_layers_on_spikes_keep_bits_and_give_the_same(layer, dtype):
         xs = random_spikes(9, B, size, size, 5)
     graphdef, params, rest = nnx.split(layer, nnx.Param, ...)
 
+    @partial(jax.jit, static_argnums=2)
     def run(params, xs, wrap):
         f = lambda params, xs: nnx.merge(graphdef, params, rest)(wrap(xs))
         out, vjp = jax.vjp(f, params, xs)
@@ -364,6 +370,7 @@ def test_conv_and_linear_are_those_of_flax(flax, ours, args, options, shape):
     jax.tree.map(np.testing.assert_array_equal, nnx.to_pure_dict(nnx.state(a)), nnx.to_pure_dict(nnx.state(b)))
     spikes = random_spikes(*shape)
 
+    @nnx.jit
     def run(layer, x):
         graphdef, params, rest = nnx.split(layer, nnx.Param, ...)
         y, vjp = jax.vjp(lambda params: nnx.merge(graphdef, params, rest)(x), params)
@@ -385,7 +392,7 @@ def test_a_stem_on_bools_stores_only_the_bools():
     xs = random_spikes(2, 3, 8, 8, 3)
     stem = nn.Conv(3, 4, (7, 7), 2, padding=3, use_bias=False, dtype="bfloat16", rngs=nnx.Rngs(0))
     graphdef, params = nnx.split(stem)
-    run = lambda xs: jax.vjp(lambda params: nnx.merge(graphdef, params)(xs), params)
+    run = jax.jit(lambda xs: jax.vjp(lambda params: nnx.merge(graphdef, params)(xs), params))
     (got, vjp), (want, vjp_of_floats) = run(xs > 0), run(xs)
     cotangent = jax.random.normal(jax.random.key(1), want.shape, want.dtype)
     np.testing.assert_array_equal(got, want)
@@ -401,11 +408,13 @@ def test_a_stem_on_bools_stores_only_the_bools():
 def test_layers_take_small_numbers_of_any_dtype(dtype, computed_in):
     """In each form of a convolution, and in a dense layer."""
     xs = jax.random.randint(jax.random.key(0), (2, 3, 4, 4, 3), 0, 2)
+    options = dict(dtype=computed_in, rngs=nnx.Rngs(0))
+    layers = [nn.Linear(3, 4, **options)]
     for size, stride in ((7, 2), (3, 2), (3, 1), (1, 2)):
-        layer = nn.Conv(3, 4, (size, size), stride, padding=(size - 1) // 2, dtype=computed_in, rngs=nnx.Rngs(0))
-        np.testing.assert_array_equal(layer(xs.astype(dtype)), layer(xs.astype(jnp.float32)))
-    layer = nn.Linear(3, 4, dtype=computed_in, rngs=nnx.Rngs(0))
-    np.testing.assert_array_equal(layer(xs.astype(dtype)), layer(xs.astype(jnp.float32)))
+        layers.append(nn.Conv(3, 4, (size, size), stride, padding=(size - 1) // 2, **options))
+    run = jax.jit(lambda xs: [layer(xs) for layer in layers])
+    for got, want in zip(run(xs.astype(dtype)), run(xs.astype(jnp.float32)), strict=True):
+        np.testing.assert_array_equal(got, want)
 
 
 @strict
@@ -417,13 +426,16 @@ def test_max_pool_is_reduce_window(window, stride, padding):
         ones, pads = lambda n: (1, n, n, 1), ((0, 0), (padding,) * 2, (padding,) * 2, (0, 0))
         return lax.reduce_window(x, -jnp.inf, lax.max, ones(window), ones(stride), pads)
 
+    def with_gradient(f, x):
+        outs, vjp = jax.vjp(f, x)
+        return outs, vjp(cases.cotangents(outs))
+
     ours = partial(nn.max_pool, window=window, stride=stride, padding=padding)
+    run = jax.jit(lambda x: (with_gradient(ours, x), with_gradient(reference, x)))
     for x in (random_spikes(2, 7, 8, 3), jax.random.normal(jax.random.key(0), (2, 7, 8, 3))):
-        want, vjp = jax.vjp(reference, x)
-        got, our_vjp = jax.vjp(ours, x)
-        cotangent = jax.random.normal(jax.random.key(1), want.shape)
+        (got, gradient), (want, want_gradient) = run(x)
         np.testing.assert_array_equal(got, want)
-        assert_close(our_vjp(cotangent), vjp(cotangent), 1e-6)
+        assert_close(gradient, want_gradient, 1e-6)
 
 
 def norm_spiking(neuron=None, norm=None, **options):
@@ -502,18 +514,20 @@ def test_bad_input_is_named(call, error, message):
 def test_batch_norm_in_a_sequential_sees_time(per_step):
     xs = jax.random.normal(jax.random.key(0), (3, 4, 2, 5)) * jnp.arange(1.0, 4.0)[:, None, None, None]
     norm = nn.BatchNorm(5, per_step=per_step, rngs=nnx.Rngs(0))
-    want = nnx.clone(norm)(xs)
-    np.testing.assert_array_equal(nn.Sequential(norm)(xs)[0], want)
+    call = nnx.jit(lambda layer, xs: layer(xs))
+    want = call(nnx.clone(norm), xs)
+    np.testing.assert_array_equal(call(nn.Sequential(norm), xs)[0], want)
     dense = nn.Sequential(nn.BatchNorm(5, per_step=per_step, rngs=nnx.Rngs(0)), nn.IF(implementation="scan"))
-    assert dense(xs[:, :, 0])[0].shape == (3, 4, 5)
+    assert call(dense, xs[:, :, 0])[0].shape == (3, 4, 5)
 
 
 def test_layers_without_packing_use_the_values_of_spikes():
     spikes = nn.Spikes.of((jax.random.uniform(jax.random.key(0), (3, 2, 4, 4, 5)) < 0.3).astype(jnp.float32))
     layers = [nn.IF(implementation="scan"), norm_spiking(norm=nn.BatchNorm(5, rngs=nnx.Rngs(0))), nn.spike_rate]
     for layer in [*layers, nn.mean_pool]:
+        call = nnx.jit(lambda layer, x: layer(x)) if isinstance(layer, nnx.Module) else lambda layer, x: layer(x)
         got, want = (
-            nnx.clone(layer)(x) if isinstance(layer, nnx.Module) else layer(x) for x in (spikes, spikes.values)
+            call(nnx.clone(layer) if isinstance(layer, nnx.Module) else layer, x) for x in (spikes, spikes.values)
         )
         jax.tree.map(np.testing.assert_array_equal, got, want)
     assert nn.Sequential(nn.PackSpikes(), nn.max_pool)(spikes.values)[0].shape == (3, 2, 2, 2, 5)
