@@ -18,6 +18,7 @@ import snnfuse as sf
 from snnfuse import nn
 from snnfuse.interop import nir as interop
 from snnfuse.models import Residual
+from snnfuse.nn import monitor
 
 nir = pytest.importorskip("nir")
 
@@ -405,6 +406,51 @@ def test_a_loop_is_a_recurrent_layer_there_and_back(kind, bias):
     assert_same_spikes(got, want)
     again = interop.from_nir(interop.to_nir(model, (6,), dialect), dialect)
     assert_same_spikes(again(xs)[0], want)
+
+
+def braille(bias):
+    """A network in the form of the NIR paper's Braille readers: a layer with feedback and a readout layer, both CubaLIF."""
+    draw = np.random.default_rng(5)
+
+    def dense(outs, ins, scale):
+        weight, shift = draw.normal(size=(outs, ins)) * scale, draw.normal(size=outs) / 20
+        return nir.Affine(weight, shift) if bias else nir.Linear(weight)
+
+    def cuba(n):
+        times = dict(tau_syn=np.full(n, 2e-4), tau_mem=np.full(n, 4e-4), w_in=np.full(n, 2.0), r=np.full(n, 4.0))
+        return nir.CubaLIF(**times, v_threshold=np.ones(n), v_leak=np.zeros(n), v_reset=np.zeros(n))
+
+    nodes = {"fc1": dense(9, 5, 0.7), "fc2": dense(4, 9, 0.9), "input": nir.Input([5])}
+    nodes |= {"lif1.lif": cuba(9), "lif1.w_rec": dense(9, 9, 0.4), "lif2": cuba(4), "output": nir.Output([4])}
+    edges = [("lif1.w_rec", "lif1.lif"), ("lif2", "output"), ("fc2", "lif2"), ("input", "fc1"), ("fc1", "lif1.lif")]
+    edges += [("lif1.lif", "lif1.w_rec"), ("lif1.lif", "fc2")]
+    return nir.NIRGraph(nodes, edges, type_check=False)
+
+
+@pytest.mark.parametrize("bias, reset", [(True, "hard"), (False, "soft")])  # as the paper's two networks
+def test_a_network_like_the_braille_readers_is_the_loop_over_its_graph(bias, reset):
+    graph, xs, dt = braille(bias), np.asarray(inputs(5)), 1e-4
+    through = lambda node, z: z @ node.weight.T + getattr(node, "bias", 0)
+    synapse, v, z, wanted = {}, {}, np.zeros((xs.shape[1], 9)), []
+
+    def step(name, x):
+        n, i, before = graph.nodes[name], synapse.get(name, 0), v.get(name, 0)
+        synapse[name] = i + dt / n.tau_syn * (n.w_in * x - i)
+        u = before + dt / n.tau_mem * (n.r * synapse[name] - before)
+        s = (u > n.v_threshold) * 1.0
+        v[name] = u * (1 - s) if reset == "hard" else u - s * n.v_threshold
+        return s
+
+    for x in xs.astype(np.float64):
+        z = step("lif1.lif", through(graph.nodes["fc1"], x) + through(graph.nodes["lif1.w_rec"], z))
+        wanted.append((z, step("lif2", through(graph.nodes["fc2"], z))))
+    hidden, outs = map(np.stack, zip(*wanted, strict=True))
+    model = interop.from_nir(graph, dataclasses.replace(interop.SNNTORCH, reset=reset))
+    (got, _), spikes = monitor.record(model, xs)
+    assert_fires(hidden)
+    assert_fires(outs)
+    assert_same_spikes(got, outs)
+    assert_same_spikes(next(s for s in spikes.values() if s.shape[-1] == 9), hidden)
 
 
 def test_heads_and_a_mask_are_written_as_one_weight():
