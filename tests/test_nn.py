@@ -366,6 +366,42 @@ def test_a_network_learns(network):
     assert abs(float(model.layers[1].w[...])) > 1e-3
 
 
+READOUTS = (nn.spike_rate, nn.membrane_mean, nn.membrane_max, nn.membrane_last)
+
+
+@pytest.mark.parametrize("read", READOUTS, ids=lambda f: f.__name__)
+def test_sequences_of_other_lengths_are_read_out_as_if_alone(read):
+    lengths = jnp.array([7, 1, 4])
+    outs = jax.random.normal(jax.random.key(0), (7, 3, 2, 5))
+    outs = (outs > 0) * 1.0 if read is nn.spike_rate else outs
+    after = jnp.arange(7)[:, None] >= lengths
+    for padding in (0.0, jnp.inf, -jnp.inf):
+        padded = jnp.where(after[..., None, None], padding, outs)
+        got = jax.jit(read)(padded, lengths)
+        for b, n in enumerate([7, 1, 4]):
+            np.testing.assert_allclose(got[b], read(outs[:n, b]), rtol=1e-6)
+        assert bool(jnp.isfinite(jax.grad(lambda x: read(x, lengths).sum())(padded)).all())
+    np.testing.assert_array_equal(read(outs, jnp.full(3, 7)), read(outs))
+
+
+@pytest.mark.parametrize("read", READOUTS, ids=lambda f: f.__name__)
+@pytest.mark.parametrize(
+    "lengths, message",
+    [
+        (
+            [1, 2],
+            r"lengths must be integers of shape \(3,\), one for each sequence of \(7, 3, 5\); got int32 of shape \(2,\)",
+        ),
+        ([1.0, 2.0, 3.0], "lengths must be integers .* got float32"),
+        ([0, 2, 3], "lengths must be from 1 to T = 7; got 0 to 3"),
+        ([1, 2, 8], "lengths must be from 1 to T = 7; got 1 to 8"),
+    ],
+)
+def test_bad_lengths_are_named(read, lengths, message):
+    with pytest.raises(ValueError, match=message):
+        read(jnp.ones((7, 3, 5)), jnp.array(lengths))
+
+
 @strict
 def test_readouts():
     outs = jnp.asarray(np.random.default_rng(0).normal(size=(6, 2, 3)).astype(np.float32))

@@ -85,6 +85,15 @@ def test_the_loss_of_every_step_is_the_papers():
     np.testing.assert_allclose(same, want, rtol=1e-5)
 
 
+def test_the_loss_of_sequences_of_other_lengths_is_that_of_each_alone():
+    outs, lengths, labels = jax.random.normal(jax.random.key(0), (6, 3, 4)), jnp.array([6, 1, 3]), jnp.array([0, 3, 1])
+    padded = jnp.where(jnp.arange(6)[:, None, None] >= lengths[:, None], jnp.inf, outs)
+    loss = lambda outs, labels, **options: training.temporal_cross_entropy(outs, labels, mse=0.3, **options)
+    alone = [loss(outs[:n, b : b + 1], labels[b : b + 1]) for b, n in enumerate([6, 1, 3])]
+    np.testing.assert_allclose(loss(padded, labels, lengths=lengths), np.mean(alone), rtol=1e-6)
+    assert bool(jnp.isfinite(jax.grad(loss)(padded, labels, lengths=lengths)).all())
+
+
 @pytest.mark.parametrize(
     "outs, targets, mse, message",
     [

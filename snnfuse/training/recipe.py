@@ -6,6 +6,7 @@ import optax
 from flax import nnx
 from jax import Array
 
+from snnfuse.nn.readout import real_steps
 from snnfuse.nn.spiking import Spiking
 
 NORMS = (nnx.BatchNorm, nnx.LayerNorm, nnx.GroupNorm, nnx.InstanceNorm, nnx.RMSNorm)  # ours are among them
@@ -58,7 +59,9 @@ def update_average(average: nnx.Module, model: nnx.Module, decay: float | Array)
     nnx.update(average, nnx.from_flat_state(moved))
 
 
-def temporal_cross_entropy(outs: Array, targets: Array, *, mse: float = 0.0, level: float = 1.0) -> Array:
+def temporal_cross_entropy(
+    outs: Array, targets: Array, *, mse: float = 0.0, level: float = 1.0, lengths: Array | None = None
+) -> Array:
     """The TET loss: the cross-entropy of every step's output, not of their mean; a number.
 
         L = (1 - mse) mean_t CE(outs[t], targets) + mse mean (outs - level)^2
@@ -68,6 +71,8 @@ def temporal_cross_entropy(outs: Array, targets: Array, *, mse: float = 0.0, lev
       targets: [B] integer classes, or [B, classes] probabilities, as of label smoothing or mixup.
       mse: in [0, 1], the share of the second term, which keeps outputs from growing; 0 by default, 0.05 in the paper on CIFAR-10.
       level: what the second term draws outputs to, 1.0 by default, the threshold.
+      lengths: [B], the numbers of steps of sequences that end before T; the means are then over t before the end of each
+        sequence, and over sequences.
 
     Deng et al. 2022, "Temporal efficient training", https://arxiv.org/abs/2202.11946. Errors: ValueError for other shapes
     and for mse outside of [0, 1].
@@ -83,5 +88,8 @@ def temporal_cross_entropy(outs: Array, targets: Array, *, mse: float = 0.0, lev
             f"targets must be [B] integer classes or [B, classes] probabilities, for outs {outs.shape}; "
             f"got {targets.dtype} of shape {targets.shape}"
         )
-    entropy = optax.softmax_cross_entropy(outs, jnp.broadcast_to(targets, outs.shape)).mean()
-    return (1 - mse) * entropy + mse * jnp.square(outs - level).mean()
+    if (real := real_steps(lengths, outs.shape)) is not None:
+        outs = jnp.where(real, outs, 0)  # what follows the end may be infinite
+    entropy = optax.softmax_cross_entropy(outs, jnp.broadcast_to(targets, outs.shape))
+    losses = (1 - mse) * entropy + mse * jnp.square(outs - level).mean(-1)
+    return losses.mean() if real is None else (jnp.where(real[..., 0], losses, 0).sum(0) / real.sum((0, 2))).mean()
