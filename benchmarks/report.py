@@ -178,8 +178,8 @@ MODELLED |= {"lif-stack": ([LayerCost(neurons=8192, flops=0, weights=1, normalis
 
 
 def predicted(r):
-    """The time that the cost model predicts for a row, and its error."""
-    if r["case"] not in MODELLED or r["status"] != "ok":
+    """The time that the cost model of an H100 predicts for a row, and its error."""
+    if r["case"] not in MODELLED or r["status"] != "ok" or "H100" not in r["device"]:
         return "-"
     layers, itemsize = MODELLED[r["case"]]
     mesh = r["mesh"].get("data", 1), r["mesh"].get("time", 1)
@@ -190,15 +190,16 @@ def predicted(r):
 def multi_gpu():
     steps = [r for r in rows("multi_gpu") if "mesh" in r]
     steps.sort(key=lambda r: (r["case"], "time" in r["mesh"], r["T"], r["devices"]))
-    ones = {(r["case"], r["T"], r["B"]): r for r in steps if r["devices"] == 1 and r["status"] == "ok"}
+    card = lambda r: r["device"].split()[1]  # H100 or H200: ratios compare equal cards
+    ones = {(r["case"], r["T"], r["B"], card(r)): r for r in steps if r["devices"] == 1 and r["status"] == "ok"}
     found = []
     for r in steps:
-        how = [r["case"], r["dtype"], "a process per device" if r.get("processes") else ""]
+        how = [r["case"], r["dtype"], card(r), "a process per device" if r.get("processes") else ""]
         how += [f"sums in {r['sums']}" if r.get("sums") else ""]
         row = dict(how=", ".join(filter(None, how)), over="-", predicted=predicted(r))
         row |= dict(on=",".join(f"{axis}={n}" for axis, n in r["mesh"].items()))
         if r["status"] == "ok":
-            same, part = (ones.get((r["case"], r["T"], B)) for B in (r["B"], r["B"] // r["devices"]))
+            same, part = (ones.get((r["case"], r["T"], B, card(r))) for B in (r["B"], r["B"] // r["devices"]))
             over = [f"{same['ms'] / r['ms']:.2f}x"] if same else []
             over += [f"weak {r['samples_per_s'] / part['samples_per_s']:.2f}x"] if part else []
             row |= dict(took=digits(r["ms"]), over=", ".join(over) if r["devices"] > 1 and over else "-")
