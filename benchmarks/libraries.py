@@ -14,11 +14,12 @@ from unittest import mock
 
 
 class Library(NamedTuple):
-    """`lif(way, dtype)` and `readout(way)` give functions of [T, ..., N]."""
+    """`lif(way, dtype)` and `readout(way)` give functions of [T, ..., N], `recurrent(way)` one of [T, B, N] and a weight."""
 
     version: str
     lif: Callable
     readout: Callable | None
+    recurrent: Callable | None = None
 
 
 def not_needed(*names):
@@ -35,8 +36,14 @@ def snnfuse():
     def run(neuron, params, way):
         return lambda xs: sf.unroll(neuron, params, None, xs, implementation=way.partition(" ")[0])[0]
 
+    def recurrent(way):
+        how, _, neuron = way.partition(" ")
+        options = dict(implementation=how, precision="float32" if how == "scan" else "bfloat16x2")
+        made = neurons.NEURONS[neuron or "lif"]
+        return lambda xs, weight: sf.unroll_recurrent(*made, None, xs, weight, **options)[0]
+
     lif = lambda way, dtype: run(*neurons.NEURONS[way.partition(" ")[2] or "lif"], way)
-    return Library(sf.__version__, lif, lambda way: run(sf.LI(), sf.LIParams(0.9), way))
+    return Library(sf.__version__, lif, lambda way: run(sf.LI(), sf.LIParams(0.9), way), recurrent)
 
 
 def spikingjelly():
@@ -48,7 +55,7 @@ def spikingjelly():
     """
     os.environ["SJ_LIF_CUDA_IMPLEMENTATION"] = "triton"  # what the wheel runs; an error if it cannot
     import torch
-    from spikingjelly.activation_based import functional, neuron, surrogate
+    from spikingjelly.activation_based import functional, layer, neuron, surrogate
 
     def multi_step(xs, tau=2.0, threshold=1.0, **options):
         state = torch.zeros_like(xs[0], dtype=torch.float32)  # in the layout of the input
@@ -62,8 +69,19 @@ def spikingjelly():
         return node(xs.float())
 
     lif = lambda way, dtype: run if dtype == "float32" else lambda xs: multi_step(xs)[0]
+    def recurrent(way):
+        one_step = neuron.LIFNode(**options | dict(step_mode="s"), surrogate_function=surrogate.ATan())
+        container = layer.ElementWiseRecurrentContainer(one_step, None, step_mode="m")
+
+        def run(xs, weight):
+            container.reset()
+            container.element_wise_function = lambda spikes, x: x + spikes @ weight
+            return container(xs)
+
+        return run
+
     readout = lambda way: lambda xs: multi_step(xs, tau=10.0, threshold=1e9, store_v_seq=True)[2]
-    return Library(version("spikingjelly"), lif, readout)
+    return Library(version("spikingjelly"), lif, readout, recurrent)
 
 
 def loop(cell, state, xs):
@@ -80,14 +98,27 @@ def loop(cell, state, xs):
 def snntorch():
     """`Leaky`. It spikes at u > threshold and keeps the spike out of the reset's gradient."""
     import snntorch
+    import torch
     from snntorch import surrogate
     from with_torch import ON
 
     leaky = snntorch.Leaky(0.5, spike_grad=surrogate.atan(alpha=2.0), reset_mechanism="zero").to(ON)
     integrator = snntorch.Leaky(0.9, reset_mechanism="none").to(ON)
     membranes = lambda x, membrane: (integrator(x, membrane)[1],) * 2
+
+    def recurrent(way):
+        def run(xs, weight):
+            def cell(x, state):
+                spikes, membrane = leaky(x + state[0] @ weight, state[1])
+                return spikes, (spikes, membrane)
+
+            return loop(cell, (torch.zeros_like(xs[0]),) * 2, xs)
+
+        return run
+
     lif = lambda way, dtype: lambda xs: loop(leaky, leaky.reset_mem(), xs)
-    return Library(snntorch.__version__, lif, lambda way: lambda xs: loop(membranes, integrator.reset_mem(), xs))
+    readout = lambda way: lambda xs: loop(membranes, integrator.reset_mem(), xs)
+    return Library(snntorch.__version__, lif, readout, recurrent)
 
 
 def norse():

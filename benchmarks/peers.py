@@ -30,7 +30,8 @@ from runner import Case, main, question, split
 
 @dataclass(frozen=True)
 class Task:
-    """`shape`: [T, N] for "lif"; [T, B, n] for "linear" (and LIF); [T, B, in, hidden, out] for "shd"; [T, B, size] for "resnet"."""
+    """`shape`: [T, N] for "lif"; [T, B, n] for "linear" (and LIF); [T, B, in, hidden, out] for "shd" and
+    "recurrent" (the same with a recurrent hidden layer); [T, B, size] for "resnet"."""
 
     kind: str
     shape: tuple[int, ...]
@@ -44,17 +45,22 @@ CASES = [  # name, dtype, task; the most important first, because --budget cuts 
     ("resnet18_28", "bfloat16", Task("resnet", (32, 100, 28))),
     ("open_neuromorphic_n512", "tf32", Task("linear", (500, 16, 512))),
     ("shd", "tf32", Task("shd", (256, 256, 700, 128, 20))),
+    ("shd_recurrent", "tf32", Task("recurrent", (100, 256, 700, 512, 20))),
     ("lif_T256_N131072", "float32", Task("lif", (256, 2**17))),
     ("open_neuromorphic_n4096", "tf32", Task("linear", (500, 16, 4096))),
     ("open_neuromorphic_n16384", "tf32", Task("linear", (500, 16, 16384))),
 ]
-TINY = {"lif": (6, 256), "linear": (5, 2, 32), "shd": (6, 4, 700, 16, 20), "resnet": (2, 2, 16)}
+TINY = {"lif": (6, 256), "linear": (5, 2, 32), "shd": (6, 4, 700, 16, 20), "recurrent": (6, 4, 700, 16, 20), "resnet": (2, 2, 16)}
 # The share of spikes that may differ. Rounding a decay changes a few; a matrix product in TF32 changes more.
-FLIPS = {"lif": 1e-5, "linear": 1e-2, "shd": 1e-2}
+FLIPS = {"lif": 1e-5, "linear": 1e-2, "shd": 1e-2, "recurrent": 1e-2}
 LOSS_ERROR = 1e-2
 GRADIENT_ERROR = {"float32": 1e-4, "bfloat16": 3e-2}
 
-RESNET = dict(snnfuse=("pallas",), spikingjelly=("triton", "relu"))  # the ways of the libraries that run it
+# The ways of the libraries that run these tasks; in SpikingJelly a recurrent container runs step by step.
+WAYS = {
+    "resnet": dict(snnfuse=("pallas",), spikingjelly=("triton", "relu")),
+    "recurrent": dict(snnfuse=("triton", "scan"), spikingjelly=("loop",), snntorch=("loop",)),
+}
 FLOAT32_ONLY = ("snntorch", "norse")
 
 
@@ -66,12 +72,13 @@ def peers(args):
             _, neuron, ways = libraries.TABLE[library]
             if dtype == "bfloat16" and library in FLOAT32_ONLY:
                 continue
-            for way in RESNET.get(library, ()) if task.kind == "resnet" else ways:
+            for way in WAYS[task.kind].get(library, ()) if task.kind in WAYS else ways:
                 key = dict(case=name, library=library, implementation=way, dtype=dtype)
                 if task.kind == "resnet":
                     yield Case(key, resnet, (task, dtype, library, "scan" if args.tiny else way), library)
                     continue
-                way = "interpret" if args.tiny and library == "snnfuse" else way
+                if args.tiny and library == "snnfuse":
+                    way = "scan" if task.kind == "recurrent" else "interpret"
                 needs = dict(case=name, dtype=dtype, library=neuron)
                 needs = Case(needs, reference, (task, dtype, neuron), "snnfuse")
                 yield Case(key, measure, (task, dtype, library, way), library, needs)
@@ -130,7 +137,31 @@ def shd(side, lif, readout, shape, dtype):
     return dict(spikes=spikes, loss=float(loss)), step, [(state, side.roll(xs, i), labels) for i in range(2)]
 
 
-KINDS = dict(lif=lif, linear=linear, shd=shd)
+def recurrent(side, layer, readout, shape, dtype):
+    """The same with a recurrent hidden layer. The weights are multiples of 2^-10, which TF32 holds exactly."""
+    T, B, features, hidden, classes = shape
+    near = lambda a: np.round(1024 * a) / np.float32(1024)
+    rng = np.random.default_rng(0)
+    xs = side.array((rng.random((T, B, features), np.float32) < 0.03).astype(np.float32))
+    labels = side.array(rng.integers(0, classes, B))
+    draws = normal(2, features, hidden) * np.float32(0.15), normal(4, hidden, hidden) * np.float32(0.3 * hidden**-0.5)
+    draws = *map(near, draws), normal(3, hidden, classes) * np.float32(0.1)
+
+    def loss_of(weights, xs, labels):
+        spikes = layer(xs @ weights[0], weights[1])
+        return side.cross_entropy(readout(spikes @ weights[2]).mean(0), labels), spikes
+
+    weights = [side.array(w) for w in draws]
+    loss, spikes = side.run_once(loss_of, weights, xs, labels)
+    step, state = side.train(loss_of, weights)
+    return dict(spikes=spikes, loss=float(loss)), step, [(state, side.roll(xs, i), labels) for i in range(2)]
+
+
+KINDS = dict(lif=lif, linear=linear, shd=shd, recurrent=recurrent)
+
+
+def layer_of(lib, task, way, dtype):
+    return lib.recurrent(way) if task.kind == "recurrent" else lib.lif(way, dtype)
 
 
 def reference(task, dtype, neuron):
@@ -140,7 +171,7 @@ def reference(task, dtype, neuron):
     ours, side = opened("snnfuse")
     with jax.default_matmul_precision("highest"):
         way = f"scan {neuron}"
-        found, *_ = KINDS[task.kind](side, ours.lif(way, dtype), ours.readout(way), task.shape, dtype)
+        found, *_ = KINDS[task.kind](side, layer_of(ours, task, way, dtype), ours.readout(way), task.shape, dtype)
     found["spikes"] = np.packbits(np.asarray(found["spikes"] != 0))
     if "gradient" in found:
         found["gradient"] = side.to_numpy(found["gradient"])[:, :: stride(task)]
@@ -155,7 +186,7 @@ def measure(task, dtype, library, way, want):
     lib, side = opened(library)
     dtype = "float32" if dtype == "tf32" else dtype
     kind, readout = KINDS[task.kind], lib.readout and lib.readout(way)
-    found, call, sets = kind(side, lib.lif(way, dtype), readout, task.shape, dtype)
+    found, call, sets = kind(side, layer_of(lib, task, way, dtype), readout, task.shape, dtype)
     row = compare(task, dtype, {k: v if k == "loss" else side.to_numpy(v) for k, v in found.items()}, want)
     del found
     return dict(version=lib.version) | row | ({} if "status" in row else side.measure(call, sets))

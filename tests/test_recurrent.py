@@ -4,6 +4,7 @@ NumPy runs the text of the kernels here, Triton compiles it to PTX if it is inst
 """
 
 import importlib.util
+import threading
 from dataclasses import dataclass
 from functools import partial
 
@@ -22,6 +23,7 @@ from snnfuse import nn
 from snnfuse.nn import monitor
 from snnfuse.nn.recurrent import Recurrent
 from snnfuse.ops import recurrent, recurrent_triton, triton
+from snnfuse.ops.problem import PARTS
 from snnfuse.ops.recurrent import RecurrentState, unroll_recurrent
 
 LANES = (3, 12)
@@ -176,16 +178,15 @@ def test_the_module_refuses_what_does_not_fit():
 # ---- the kernels
 
 
-def kernels(neuron, params, state, xs, weight, precision="float32", out_dtype=None, K=None):
-    """`unroll_recurrent` by the kernels, also where there is no GPU, with chunks of K steps."""
+def kernels(neuron, params, state, xs, weight, precision="float32", out_dtype=None, **sizes):
+    """`unroll_recurrent` by the kernels, also where there is no GPU, with other block sizes."""
     problem, call, *arrays = recurrent.check_call_with_weight(
         neuron, params, state, xs, weight, 0, precision, out_dtype
     )
     assert (why := recurrent_triton.why_not_kernels(problem, call)) is None, why
     blocks = recurrent_triton.blocks
     with pytest.MonkeyPatch.context() as patch:
-        if K is not None:
-            patch.setattr(recurrent_triton, "blocks", lambda *args: blocks(*args)._replace(chunk=min(K, problem.T)))
+        patch.setattr(recurrent_triton, "blocks", lambda *args: blocks(*args)._replace(**sizes))
         outs, final, fed = recurrent_triton.run(problem, call, *arrays)
     return problem.out_tree.unflatten(outs), RecurrentState(problem.step.state_tree.unflatten(final), fed)
 
@@ -229,6 +230,28 @@ def check_kernels(c, weight, state, rtol, **options):
     assert_same_spikes(jax.tree.leaves(got[0])[0], spikes)
     assert_close(got, want, rtol=1e-5)
     assert_close(d_got, d_want, rtol=rtol)
+
+
+SPLIT = dict(size=16, rows=8, chunk=2, slots=2)
+SPLIT_KERNELS = {
+    "masks and a last short chunk": (dict(heads=1, T=5, lanes=(19, 40)), dict(SPLIT, programs=3)),
+    "heads, one group after the other": (dict(heads=2, T=4, lanes=(3, 3, 64)), dict(SPLIT, programs=2)),
+    "no masks": (dict(heads=1, T=4, lanes=(16, 64)), dict(SPLIT, programs=4)),
+}
+
+
+@pytest.mark.parametrize("precision", ["bfloat16", "float32"])
+@pytest.mark.parametrize("which", SPLIT_KERNELS)
+def test_kernels_of_a_split_head_give_what_scan_gives(which, precision, on_numpy):
+    """Programs of 16 neurons run in threads, and wait for each other in each step."""
+    made, sizes = SPLIT_KERNELS[which]
+    c, weight, state = case("adaptive" if "heads" in which else "lif", **made)
+    want, d_want = pull(partial(unroll_scan, precision=precision), c, state, weight)
+    got, d_got = pull(partial(kernels, precision=precision, **sizes), c, state, weight)
+    assert_fires(want[0], high=0.6)
+    assert_same_spikes(got[0], want[0])
+    assert_close(got, want, rtol=1e-5)
+    assert_close(d_got, d_want, rtol=2**-6 if precision == "bfloat16" else 1e-4)
 
 
 def unroll_scan(*args, **options):
@@ -345,8 +368,9 @@ def why_not(neuron, params, H, precision="bfloat16", heads=1):
 
 def test_what_the_kernels_cannot_do_is_said(monkeypatch):
     assert why_not(sf.LIF(), sf.LIFParams(), 256) is None and why_not(sf.LIF(), sf.LIFParams(), 512, heads=2) is None
-    assert "at most 256 neurons a head" in why_not(sf.LIF(), sf.LIFParams(), 257)
-    assert "at most 128 neurons a head" in why_not(sf.LIF(), sf.LIFParams(), 256, "float32")
+    assert all(why_not(sf.LIF(), sf.LIFParams(), 1024, precision) is None for precision in PARTS)
+    assert "a head of 4096 neurons is split over 256 programs" in why_not(sf.LIF(), sf.LIFParams(), 4096)
+    assert "a program would hold 8 neurons" in why_not(sf.LIF(), sf.LIFParams(), 1040, "float32")
     assert "neuron Graded: the output that feeds back is not always 0 or 1" in why_not(Graded(), jnp.float32(0.5), 8)
     c, weight, state = case("lif")
     with pytest.raises(NotImplementedError, match="'triton': it needs a GPU"):
@@ -422,10 +446,10 @@ def compare_on_gpu(c, weight, state, precision, rtol):
 
 @pytest.mark.parametrize("T", [pytest.param(T, marks=ON_GPU) for T in (1, 2, 31, 256)])
 @pytest.mark.parametrize("B", [1, 5, 64, 256, 300])
-@pytest.mark.parametrize("H", [1, 17, 64, 128, 200, 256])
+@pytest.mark.parametrize("H", [1, 17, 64, 128, 200, 256, 384, 512, 1000, 1024])
 def test_contract_on_a_gpu(H, B, T):
     """With decay 1/2, so that no product is rounded: XLA and Triton then agree whichever of them fuses a multiply-add."""
-    precision = "bfloat16" if H > 128 or T == 31 else "float32"
+    precision = "float32" if H <= 128 and T != 31 else "bfloat16x2" if H > 256 and T == 2 else "bfloat16"
     c, weight, state = case("lif", T=T, lanes=(B, H))
     c = c._replace(params=sf.LIFParams(jnp.full(H, 0.5), jnp.ones((B, H))))
     compare_on_gpu(c, weight, state, precision, 2**-5 if precision == "bfloat16" else 1e-4)
@@ -436,3 +460,38 @@ def test_contract_on_a_gpu(H, B, T):
 def test_contract_of_more_neurons_on_a_gpu(name, dtype):
     c, weight, state = case(name, heads=4, T=37, lanes=(3, 7, 400), dtype=dtype)
     compare_on_gpu(c, weight, state, "bfloat16x2", 1e-3 if dtype == jnp.float32 else 2**-6)
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(importlib.util.find_spec("jax_triton") is None, reason="jax-triton is not installed")
+@pytest.mark.parametrize("H", [256, 512, 1024])
+def test_a_split_head_in_float32_on_a_gpu(H):
+    c, weight, state = case("lif", T=37, lanes=(21, H))
+    compare_on_gpu(c, weight, state, "float32", 1e-4)
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(importlib.util.find_spec("jax_triton") is None, reason="jax-triton is not installed")
+def test_a_split_head_runs_beside_other_kernels():
+    """Its programs wait for each other. Some start late, when another stream keeps the GPU busy; none may wait for ever."""
+    torch = pytest.importorskip("torch")
+    c, weight, state = case("lif", T=64, lanes=(256, 1024))
+    run = jax.jit(lambda: pull(partial(fused, precision="bfloat16"), c, state, weight))
+    alone, done = jax.block_until_ready(run()), threading.Event()
+
+    def others():
+        stream, a = torch.cuda.Stream(), torch.randn(4096, 4096, device="cuda")
+        with torch.cuda.stream(stream):
+            while not done.is_set():
+                for _ in range(20):
+                    a @ a
+                stream.synchronize()
+
+    thread = threading.Thread(target=others)
+    thread.start()
+    try:
+        for _ in range(50):
+            jax.tree.map(np.testing.assert_array_equal, run(), alone)
+    finally:
+        done.set()
+        thread.join()

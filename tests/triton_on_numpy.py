@@ -1,12 +1,15 @@
 """The part of Triton that the generated kernels use, in NumPy: it runs one program at a time, with its lanes as an array.
 
-A load or a store outside its array raises an error unless it is masked. A GPU may let it pass unnoticed.
+Programs that wait for each other run in threads. A load or a store outside its array raises an error unless it is masked. A
+GPU may let it pass unnoticed.
 """
 
 import math
 import re
 import sys
+import threading
 import types
+from concurrent.futures import ThreadPoolExecutor
 from inspect import Parameter, Signature
 
 import jax
@@ -42,7 +45,7 @@ class Pointer:
         return np.where(mask, offset, 0), mask
 
 
-def load(pointer, mask=None, other=None):
+def load(pointer, mask=None, other=None, cache_modifier=None):
     offset, mask = pointer.at(mask)
     return lanes(np.where(mask, pointer.array[offset], pointer.array.dtype.type(0) if other is None else other))
 
@@ -61,6 +64,20 @@ def elementwise(f):
     return lambda *args: lanes(np.vectorize(f, otypes=[np.float32])(*args))
 
 
+arrived = threading.Condition()
+
+
+def arrive(pointer):
+    with arrived:
+        pointer.array[pointer.offset] += 1
+        arrived.notify_all()
+
+
+def wait(pointer, count):
+    with arrived:
+        assert arrived.wait_for(lambda: pointer.array[pointer.offset] >= count, timeout=20), "a program waits for ever"
+
+
 language = types.ModuleType("triton.language")
 vars(language).update(
     constexpr=None,
@@ -77,6 +94,8 @@ vars(language).update(
     full=lambda shape, value, dtype: lanes(np.full(shape, value, dtype)),
     zeros=lambda shape, dtype: lanes(np.zeros(shape, dtype)),
     cast=cast,
+    reshape=lambda x, shape: lanes(np.reshape(x, shape)),
+    sum=lambda x, axis: lanes(np.sum(x, axis, dtype=x.dtype)),
     dot=lambda a, b, total: lanes(total + a.astype(np.float32) @ b.astype(np.float32)),
     load=load,
     store=store,
@@ -110,18 +129,31 @@ def module(text):
     exec(code, scope)
     if "get" in scope:  # inline assembly; tests of the PTX and on a GPU cover it
         scope |= dict(get=lambda pointer, mask=None: load(pointer, mask), put=store)
+    if "wait" in scope:
+        scope |= dict(arrive=arrive, wait=wait)
     return scope
 
 
 def run(function, args, out_shapes, grid, constants):
-    """Run a kernel once for each program of its grid."""
+    """Run a kernel once for each program of its grid, all at once if they wait for each other."""
     outs = [np.zeros(s.shape, s.dtype) for s in out_shapes]
     pointers = [a if np.ndim(a) == 0 else Pointer(np.array(a).reshape(-1)) for a in args]
     pointers += [Pointer(o.reshape(-1)) for o in outs]
-    for i in np.ndindex(*grid):
-        language.program_id = lambda axis, i=i: np.int32(i[axis])
+    here = threading.local()
+    language.program_id = lambda axis: np.int32(here.program[axis])
+
+    def program(i):
+        here.program = i
         with np.errstate(all="ignore"):
             function(*pointers, **constants)
+
+    programs = list(np.ndindex(*grid))
+    if "PROGRAMS" not in constants:
+        for i in programs:
+            program(i)
+        return outs
+    with ThreadPoolExecutor(len(programs)) as pool:
+        list(pool.map(program, programs))
     return outs
 
 
@@ -129,7 +161,7 @@ def jax_triton(new, called):
     """A stand-in for jax_triton, 0.4 if `new` else 0.3: `called(kernel, args, shapes, grid, warps, constants)` runs."""
     out, options = ("out_type", "backend_options") if new else ("out_shape", "enable_fp_fusion")
 
-    def triton_call(*args, kernel, grid, name, num_warps, num_stages, compute_capability, **constants):
+    def triton_call(*args, kernel, grid, name, num_warps, num_stages, compute_capability, zeroed_outputs, **constants):
         shapes, fusion = constants.pop(out), constants.pop(options)
         assert (
             re.fullmatch("snn_(recurrent_)?(forward|backward)", name)

@@ -37,3 +37,15 @@ def compute_capability() -> float:
     if (capability := getattr(device, "compute_capability", None)) is not None:
         return float(capability)
     return next((c for name, c in _CAPABILITIES.items() if name in getattr(device, "device_kind", "")), 0.0)
+
+
+# An abstract device does not say. Of several models with one name, this is the smallest.
+_MULTIPROCESSORS = {"A100": 108, "H100": 114, "H200": 132, "B200": 148}
+
+
+def multiprocessors() -> int:
+    """How many multiprocessors the GPU has; for a device that is not known, as many as an H100."""
+    device = _device()
+    if (count := getattr(device, "core_count", None)) is not None and platform() == "gpu":
+        return int(count)
+    return next((n for name, n in _MULTIPROCESSORS.items() if name in getattr(device, "device_kind", "")), 132)

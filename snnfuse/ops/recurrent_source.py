@@ -1,8 +1,16 @@
 """Triton source of a recurrent layer: the loop over time and the product with the weight in one kernel, both ways.
 
-A program owns ROWS samples and all neurons of one head, as a tile [SIZE, ROWS]: SIZE is the number of neurons of a head,
-rounded up to a power of two. It keeps the weight in registers for the whole sequence. Every step multiplies the weight by
-the spikes of the tile, which pass through shared memory, because every warp needs all of them. That is the only exchange.
+A program owns ROWS samples and SIZE neurons of one head, as a tile [SIZE, ROWS]. It keeps its part of the weight, [SIZE,
+WIDTH], for the whole sequence: WIDTH is the number of neurons of a head, rounded up to a power of two.
+
+If a head fits, one program has all of it (SIZE = WIDTH). Every step multiplies the weight by the spikes of the tile, which
+pass through shared memory, because every warp needs all of them. That is the only exchange.
+
+A wider head is split over PROGRAMS programs, a *group*. Each step they store their spikes (backward: d_current), `meet`, and
+load those of the whole group. They meet at a counter in memory: each program adds 1, and waits until all have. The counter
+only grows, so nothing resets it. A program waits for others, so all programs of a launch must run at once: there are at
+most as many as the device has multiprocessors. SLOTS groups run at once, and take one block of samples of one head after
+the other.
 
     forward    back[t] = weight^T s[t-1];  current[t] = x[t] + back[t];  state[t], s[t] = step(params, state[t-1], current[t])
     backward   d_s[t] = d_out[t] + weight d_current[t+1];  then the pullback of the step, which gives d_current[t]
@@ -43,12 +51,17 @@ from snnfuse.ops.triton_source import (
 
 
 class RecurrentBlocks(NamedTuple):
-    """`size` neurons and `rows` samples a program; `warps` run it; `chunk` is K, the steps between two checkpoints."""
+    """`size` neurons and `rows` samples a program; `warps` run it; `chunk` is K, the steps between two checkpoints.
+
+    `programs` share a head; if there are several, up to `slots` such groups run at once.
+    """
 
     size: int
     rows: int
     warps: int
     chunk: int
+    programs: int = 1
+    slots: int = 1
 
     @property
     def tile(self) -> tuple[int, int]:
@@ -147,17 +160,19 @@ def _access(masked):
     )
 
 
-_PRODUCT = """
+_SPLIT = """
 @triton.jit
 def split(value, PARTS: tl.constexpr):
     parts = ()
-    for _ in tl.static_range(PARTS):
+    for i in tl.static_range(PARTS):
         part = value.to(tl.bfloat16)
         parts += (part,)
-        value -= part.to(tl.float32)
+        if i < PARTS - 1:
+            value -= part.to(tl.float32)
     return parts
+"""
 
-
+_PRODUCT = """
 @triton.jit
 def product(weight_at, value_at, SIZE: tl.constexpr, ROWS: tl.constexpr, PARTS: tl.constexpr):
     total = tl.zeros([SIZE, ROWS], tl.float32)
@@ -169,22 +184,63 @@ def product(weight_at, value_at, SIZE: tl.constexpr, ROWS: tl.constexpr, PARTS: 
 
 
 @triton.jit
-def load_weight(weight_ptr, to, source, HEAD: tl.constexpr, PARTS: tl.constexpr, HEADS: tl.constexpr, TURN: tl.constexpr):
+def load_weight(
+    weight_ptr, head, to, source, HEAD: tl.constexpr, PARTS: tl.constexpr, HEADS: tl.constexpr, TURN: tl.constexpr
+):
     weight_at = ()
     for i in tl.static_range(PARTS):
-        first = (i * HEADS + tl.program_id(1)) * HEAD * HEAD
+        first = (i * HEADS + head) * HEAD * HEAD
         {mask}
         weight_at += ({get_weight},)
     return weight_at
 """
 
-_TILE = """
-    row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)[None, :]
-    neuron = tl.arange(0, SIZE)[:, None]
-    lane = row * (HEAD * HEADS) + tl.program_id(1) * HEAD + neuron
+_GROUP = """
+@triton.jit
+def product(
+    weight, value_at, SIZE: tl.constexpr, ROWS: tl.constexpr, PARTS: tl.constexpr, STACK: tl.constexpr,
+    PROGRAMS: tl.constexpr,
+):
+    total = tl.zeros([SIZE * STACK, ROWS], tl.float32)
+    for i in tl.static_range(len(value_at) - 1, -1, -1):  # the smallest products first
+        total = tl.dot(weight, value_at[i], total)
+    return {total}
+
+
+@triton.jit
+def load_weight(weight_ptr, head, to, source, HEAD: tl.constexpr, STACK: tl.constexpr, TURN: tl.constexpr):
+    weight_ptr += head * HEAD * HEAD * STACK
     {mask}
-    {params}
-    weight_at = load_weight(weight_ptr, neuron, tl.arange(0, SIZE)[None, :], HEAD, PARTS, HEADS, {transposed})
+    return {get_weight}
+
+
+@triton.jit
+def arrive(counter_ptr):
+    tl.debug_barrier()
+    tl.atomic_add(counter_ptr, 1, sem="release")
+
+
+@triton.jit
+def wait(counter_ptr, count):  # a difference, because a counter may pass 2^31; an error, if nothing comes for a minute
+    tl.inline_asm_elementwise(
+        "{{ .reg .pred p; .reg .b32 v, n; mov.b32 n, 0; again: ld.acquire.gpu.global.b32 v, [$1]; sub.s32 v, v, $2; "
+        "add.s32 n, n, 1; setp.gt.s32 p, n, 0x8000000; @p trap; setp.lt.s32 p, v, 0; @p bra again; mov.b32 $0, v; }}",
+        "=r,l,r,~{{memory}}", [counter_ptr.to(tl.int64), count], tl.int32, is_pure=False, pack=1,
+    )
+
+
+@triton.jit
+def everyone({arguments}):
+    return {load}
+"""
+
+_TILE = """
+{place}
+row = block * ROWS + tl.arange(0, ROWS)[None, :]
+lane = row * (HEAD * HEADS) + head * HEAD + neuron
+{mask}
+{params}
+{weight}
 """
 
 _LOAD_CHUNK = """
@@ -203,23 +259,28 @@ def forward_chunk({chunk_arguments}):
         current = {x}_at[k].to(tl.float32) + back
         {step}
         {store}
-        back = product(weight_at, split({fed}, 1), SIZE, ROWS, PARTS)
+        {exchange}
+        back = product(weight_at, split({fed}, 1), {shape})
     {give_back}
 
 
 @triton.jit
 def snn_recurrent_forward({arguments}):
-    {tile}
-    {initial}
-    {start}
-    {load_first}
-    for c in range(chunks):
-        {load_ahead}
-        {save}
-        {run}
-        {take_ahead}
-    {last_short_chunk}
-    {store_final}
+    {body}
+"""
+
+_FORWARD_BODY = """
+{tile}
+{initial}
+{start}
+{load_first}
+for c in range(chunks):
+    {load_ahead}
+    {save}
+    {run}
+    {take_ahead}
+{last_short_chunk}
+{store_final}
 """
 
 _BACKWARD = """
@@ -234,48 +295,133 @@ def backward_chunk({chunk_arguments}):
         {pullback}
         {add}
         {store}
-        back = product(weight_at, split({d_current}, PARTS), SIZE, ROWS, PARTS)
+        {exchange}
+        back = product(weight_at, split({d_current}, PARTS), {shape})
     {give_back}
 
 
 @triton.jit
 def snn_recurrent_backward({arguments}):
-    {tile}
-    {zero}
-    {d_final}
-    {last_short_chunk}
-    {load_first}
-    for i in range(chunks):
-        c = chunks - 1 - i
-        {load_ahead}
-        {run}
-        {take_ahead}
-    {store_d_params}
-    {store_d_state}
+    {body}
 """
 
-_CHUNK_CONSTANTS = [f"{name}: tl.constexpr" for name in ("M", "K", "SIZE", "ROWS", "PARTS")]
-_CONSTANTS = [f"{name}: tl.constexpr" for name in ("M", "K", "TAIL", "SIZE", "ROWS", "HEAD", "HEADS", "PARTS")]
-_SHAPE = ["SIZE", "ROWS", "PARTS"]
+_BACKWARD_BODY = """
+{tile}
+{zero}
+{d_final}
+{last_short_chunk}
+{load_first}
+for i in range(chunks):
+    c = chunks - 1 - i
+    {load_ahead}
+    {run}
+    {take_ahead}
+{store_d_params}
+{store_d_state}
+"""
+
+
+def _constants(*names):
+    return [f"{name}: tl.constexpr" for name in names]
+
+
+def _shape(blocks):
+    """The names of the constants that a step needs."""
+    return ["SIZE", "ROWS", "PARTS", *(["STACK", "PROGRAMS"] if blocks.programs > 1 else [])]
 
 
 def _masked(problem, blocks, recurrence):
     """["mask"] if some tile has lanes that do not exist, else []."""
     rows = problem.M // problem.lane_shape[-1]
-    return ["mask"] if problem.lane_shape[-1] // recurrence.heads != blocks.size or rows % blocks.rows else []
+    return ["mask"] if problem.lane_shape[-1] // recurrence.heads % blocks.size or rows % blocks.rows else []
 
 
-def _product(masked):
-    at = "weight_ptr + first + (to * HEAD + source if TURN else source * HEAD + to)"
-    mask = [f"{m} = (to < HEAD) & (source < HEAD)" for m in masked]
-    return fill(_PRODUCT, mask=mask, get_weight=[_get(at, masked)])
+def _head_masked(problem, blocks, recurrence):
+    """["head_mask"] if some tile [WIDTH, ROWS] of a whole head has lanes that do not exist, else []."""
+    head, rows = problem.lane_shape[-1] // recurrence.heads, problem.M // problem.lane_shape[-1]
+    return ["head_mask"] if head & (head - 1) or head < 16 or rows % blocks.rows else []
 
 
-def _tile(problem, names, periods, masked, transposed):
-    lines = _params(problem, names, periods, masked)
-    mask = [f"{m} = (neuron < HEAD) & (row < M // (HEAD * HEADS))" for m in masked]
-    text = fill(_TILE, mask=mask, params=lines, transposed=[str(transposed)])
-    return [line.removeprefix("    ") for line in text.splitlines()]
+def _functions(problem, blocks, recurrence):
+    """The functions that multiply by the weight and, for a split head, exchange."""
+    masked = _head_masked(problem, blocks, recurrence)
+    mask = ["mask"] * len(masked)
+    if blocks.programs == 1:
+        at = "weight_ptr + first + (to * HEAD + source if TURN else source * HEAD + to)"
+        exist = [f"{m} = (to < HEAD) & (source < HEAD)" for m in mask]
+        return _SPLIT + "\n\n" + fill(_PRODUCT, mask=exist, get_weight=[_get(at, mask)])
+    at = "weight_ptr + (to * HEAD + source if TURN else source * (HEAD * STACK) + to)"
+    return _SPLIT + "\n\n" + fill(
+        _GROUP,
+        total=["tl.sum(tl.reshape(total, [SIZE, STACK, ROWS]), 1)" if stack(recurrence) > 1 else "total"],
+        mask=[f"{m} = (to < HEAD * STACK) & (source < HEAD)" for m in mask],
+        get_weight=[_load(at, mask)],
+        arguments=["pointer", *masked],
+        load=[_load("pointer", masked, ', cache_modifier=".cg"')],  # what other programs stored is not in L1
+    )
+
+
+def stack(recurrence):
+    """How many rows of a split head's weight belong to one neuron: the parts, and zeros to make it a power of two."""
+    return 1 << (recurrence.parts - 1).bit_length()
+
+
+def _tile(problem, names, blocks, periods, recurrence, transposed):
+    masked, exist = _masked(problem, blocks, recurrence), "(row < M // (HEAD * HEADS))"
+    mask = [f"{m} = (neuron < HEAD) & {exist}" for m in masked]
+    if blocks.programs == 1:
+        place = ["block, head = tl.program_id(0), tl.program_id(1)", "neuron = tl.arange(0, SIZE)[:, None]"]
+        source = "tl.arange(0, SIZE)[None, :]"
+        weight = f"weight_at = load_weight(weight_ptr, head, neuron, {source}, HEAD, PARTS, HEADS, {transposed})"
+    else:
+        place = [
+            "block, head = group // HEADS, group % HEADS",
+            "neuron = tl.program_id(0) * SIZE + tl.arange(0, SIZE)[:, None]",
+            "source = tl.arange(0, WIDTH)[:, None]",
+        ]
+        mask += ["every = row * (HEAD * HEADS) + head * HEAD + source"]
+        mask += [f"{m} = (source < HEAD) & {exist}" for m in _head_masked(problem, blocks, recurrence)]
+        to = "(tl.program_id(0) * (SIZE * STACK) + tl.arange(0, SIZE * STACK))[:, None]"
+        across = "tl.arange(0, WIDTH)[None, :]"
+        weight = f"weight_at = load_weight(weight_ptr, head, {to}, {across}, HEAD, STACK, {transposed})"
+    return fill(
+        _TILE, place=place, mask=mask, params=_params(problem, names, periods, masked), weight=[weight]
+    ).splitlines()
+
+
+def _body(blocks, text):
+    """The body of a kernel. If a head is split, it runs for one group after the other."""
+    if blocks.programs == 1:
+        return text.splitlines()
+    loop = ["count = 0", "meet_ptr += tl.program_id(1) * 32", "for group in range(tl.program_id(1), GROUPS, SLOTS):"]
+    return [*loop, *("    " + line for line in text.splitlines())]
+
+
+def _exchange(pointer, masked, store, ahead):
+    """The lines that store the results of a step, the first of which is at `pointer`, and load that of the whole head.
+
+    `ahead` loads what the next chunk needs, while this program waits.
+    """
+    meet = ["arrive(meet_ptr)", *store[1:], *ahead, "count += PROGRAMS", "wait(meet_ptr, count)"]
+    return [store[0], *meet, call(["whole"], "everyone", [f"{pointer} + every_at + k * M", *masked])]
+
+
+def _group_arguments(problem, blocks, recurrence):
+    """What a chunk of a split head needs besides: the count that a program waits for comes first."""
+    more = ["count", "meet_ptr", "ahead", "lane", "every_at", *_head_masked(problem, blocks, recurrence)]
+    return more if blocks.programs > 1 else []
+
+
+def _at(problem, blocks, c, suffix):
+    at = offset(c, "K * M", problem)
+    return [f"at{suffix} = {at} + lane"] + [f"every_at{suffix} = {at} + every"] * (blocks.programs > 1)
+
+
+def _kernel_constants(blocks):
+    split = blocks.programs > 1
+    more = ["WIDTH", "STACK", "PROGRAMS", "GROUPS", "SLOTS"] if split else []
+    names = ["M", "K", "TAIL", "SIZE", "ROWS", "HEAD", "HEADS", "PARTS", *more]
+    return ["meet_ptr"] * split + _constants(*names)
 
 
 def _params(problem, names, periods, masked):
@@ -291,6 +437,10 @@ def _params(problem, names, periods, masked):
 
 def _get(where, masked):
     return f"get({', '.join([where, *masked])})"
+
+
+def _load(where, masked, more=""):
+    return f"tl.load({where}{f', mask={masked[0]}, other=0' if masked else ''}{more})"
 
 
 def _put(where, what, masked):
@@ -320,17 +470,25 @@ def _forward(problem, names, blocks, periods, recurrence, save):
     masked = _masked(problem, blocks, recurrence)
     x_ptrs, out_ptrs, saved = pointers(names.xs), pointers(names.outs), ["current_ptr"] if save else []
     load_chunk, loaded = _load_chunk("load_chunk", names.xs, masked)
-    inputs = [*names.params, *names.state, "back", *loaded, "weight_at", *out_ptrs, *saved, "at", *masked]
-    stored = [(o, o) for o in names.outs] + [("current", "current")] * save
+    group = _group_arguments(problem, blocks, recurrence)
+    no_ahead = ["ahead = 0"] * bool(group)
+    own = ["at", "every_at", *loaded]  # what a last short chunk has under a name of its own
+    inputs = [*names.params, *names.state, "back", *loaded, "weight_at", *out_ptrs, *saved, "at", *masked, *group]
+    inputs += x_ptrs if group else []
+    fed = names.outs[recurrence.feedback]
+    stored = [fed, *(o for o in names.outs if o != fed)] + ["current"] * save
+    store = [_put(f"{n}_ptr + at + k * M", f"{n}.to({n}_ptr.dtype.element_ty)", masked) for n in stored]
+    carried = [*names.state, "back", *group[:1], *loaded * bool(group)]
+
 
     def load(c, size="K", suffix=""):
         at = f"{offset(c, 'K * M', problem)} + lane"
         return [call([n + suffix for n in loaded], "load_chunk", x_ptrs, [at], masked, ["M", size])]
 
     def run(c, size="K", suffix=""):
-        given = [n + suffix if n in (*loaded, "at") else n for n in inputs]
-        at = f"at{suffix} = {offset(c, 'K * M', problem)} + lane"
-        return [at, call([*names.state, "back"], "forward_chunk", given, ["M", size], _SHAPE)]
+        given, results = ([n + suffix if n in own else n for n in group] for group in (inputs, carried))
+        at = _at(problem, blocks, c, suffix)
+        return [*at, call(results, "forward_chunk", given, ["M", size], _shape(blocks))]
 
     def checkpoint(c):
         return [_put(f"{s}_saved_ptr + {offset(c, 'M', problem)} + lane", s, masked) for s in names.state if save]
@@ -341,40 +499,48 @@ def _forward(problem, names, blocks, periods, recurrence, save):
         values = zip(names.state, problem.initial, strict=True)
         initial = [f"{s} = tl.full([SIZE, ROWS], {equations.literal(np.float32(v))}, tl.float32)" for s, v in values]
     if recurrence.starts:  # any float32 numbers, in three parts; for spikes, the same bits as after a step
-        start = [f"fed_at = split({_get('fed_start_ptr + lane', masked)}, 3)"]
-        start += [
-            f"back = product(weight_at, (fed_at[{i}],), {', '.join(_SHAPE)}){' + back' * (i < 2)}" for i in (2, 1, 0)
-        ]
+        shape = ", ".join(_shape(blocks))
+        first = _get("fed_start_ptr + lane", masked)
+        if group:
+            first = f"everyone({', '.join(['fed_start_ptr + every', *group[5:]])})"
+        start = [f"fed_at = split({first}, 3)"]
+        start += [f"back = product(weight_at, (fed_at[{i}],), {shape}){' + back' * (i < 2)}" for i in (2, 1, 0)]
     else:
         start = ["back = tl.zeros([SIZE, ROWS], tl.float32)"]
-    text = fill(
-        _FORWARD,
-        chunk_arguments=[*inputs, *_CHUNK_CONSTANTS],
-        x=[names.xs[0]],
-        step=[call([*names.state, *names.outs], "step", names.params, names.state, ["current"], _cast(names.xs[1:]))],
-        store=[_put(f"{p}_ptr + at + k * M", f"{n}.to({p}_ptr.dtype.element_ty)", masked) for p, n in stored],
-        fed=[names.outs[recurrence.feedback]],
-        give_back=returned([*names.state, "back"]),
-        arguments=[
-            *(*pointers(names.params), *pointers(names.state if problem.initial is None else (), "_start")),
-            *(*(["fed_start_ptr"] if recurrence.starts else []), *x_ptrs, "weight_ptr", "chunks"),
-            *(*out_ptrs, *pointers(names.state, "_end"), *saved, *pointers(names.state if save else (), "_saved")),
-            *_CONSTANTS,
-        ],
-        tile=_tile(problem, names, periods, masked, transposed=False),
+    body = fill(
+        _FORWARD_BODY,
+        tile=_tile(problem, names, blocks, periods, recurrence, transposed=False),
         initial=initial,
         start=start,
         load_first=load("0"),
-        load_ahead=["ahead = tl.minimum(c + 1, chunks - 1)", *load("ahead", suffix="_ahead")],
+        load_ahead=["ahead = tl.minimum(c + 1, chunks - 1)", *([] if group else load("ahead", suffix="_ahead"))],
         save=checkpoint("c"),
         run=run("c"),
-        take_ahead=[f"{n} = {n}_ahead" for n in loaded],
-        last_short_chunk=checkpoint("chunks") + load("chunks", "TAIL", "_tail") + run("chunks", "TAIL", "_tail")
+        take_ahead=[f"{n} = {n}_ahead" for n in loaded if not group],
+        last_short_chunk=[*checkpoint("chunks"), *load("chunks", "TAIL", "_tail"), *no_ahead, *run("chunks", "TAIL", "_tail")]
         if T % K
         else [],
         store_final=[_put(f"{s}_end_ptr + lane", s, masked) for s in names.state],
     )
-    return "\n\n".join([_product(masked), load_chunk, text])
+    text = fill(
+        _FORWARD,
+        chunk_arguments=[*inputs, *_constants("M", "K", *_shape(blocks))],
+        x=[names.xs[0]],
+        step=[call([*names.state, *names.outs], "step", names.params, names.state, ["current"], _cast(names.xs[1:]))],
+        store=[] if group else store,
+        exchange=_exchange(f"{fed}_ptr", group[5:], store, ["if k == K - 1:", "    " + load("ahead")[0]]) if group else [],
+        fed=["whole" if group else fed],
+        shape=_shape(blocks),
+        give_back=returned(carried),
+        arguments=[
+            *(*pointers(names.params), *pointers(names.state if problem.initial is None else (), "_start")),
+            *(*(["fed_start_ptr"] if recurrence.starts else []), *x_ptrs, "weight_ptr", "chunks"),
+            *(*out_ptrs, *pointers(names.state, "_end"), *saved, *pointers(names.state if save else (), "_saved")),
+            *_kernel_constants(blocks),
+        ],
+        body=_body(blocks, body),
+    )
+    return "\n\n".join([_functions(problem, blocks, recurrence), load_chunk, text])
 
 
 def _backward(problem, names, blocks, periods, recurrence, wanted, live_outs, live_state, live_fed):
@@ -386,6 +552,8 @@ def _backward(problem, names, blocks, periods, recurrence, wanted, live_outs, li
     d_params, d_state = d_of(pick(names.params, wanted.params)), d_of(names.state)
     wanted_state = pick(d_state, wanted.state) if wanted.state else []
     load_chunk, loaded = _load_chunk("load_chunk_backward", (*sequences, *d_outs), masked)
+    group = _group_arguments(problem, blocks, recurrence)
+    no_ahead = ["ahead = 0"] * bool(group)
     inputs = [
         *names.params,
         *names.state,
@@ -397,11 +565,14 @@ def _backward(problem, names, blocks, periods, recurrence, wanted, live_outs, li
         *pointers(d_xs),
         "at",
         *masked,
+        *group,
+        *([*pointers(names.state, "_saved"), *pointers(sequences), *pointers(d_outs)] if group else []),
     ]
+    own = ["at", "every_at", *names.state, *loaded]
     here = [f"{d}_here" for d in d_params]
     given_d = [d for i, d in enumerate(d_of(names.outs)) if live_outs[i] or i == recurrence.feedback]
     values = [fed if d == fed else f"{d}_at[k].to(tl.float32)" for d in given_d]
-    results = [*d_params, *d_state, "back"]
+    results = [*d_params, *d_state, "back", *group[:1], *(*names.state, *loaded) * bool(group)]
 
     def load(c, size="K", suffix=""):
         at = f"{offset(c, 'M', problem)} + lane"
@@ -410,48 +581,61 @@ def _backward(problem, names, blocks, periods, recurrence, wanted, live_outs, li
         return [*states, call([n + suffix for n in loaded], "load_chunk_backward", *groups)]
 
     def run(c, size="K", suffix=""):
-        at = f"at{suffix} = {offset(c, 'K * M', problem)} + lane"
-        given = [n + suffix if n in (*names.state, *loaded, "at") else n for n in inputs]
-        return [at, call(results, "backward_chunk", given, ["M", size], _SHAPE)]
+        at = _at(problem, blocks, c, suffix)
+        given, to = ([n + suffix if n in own else n for n in group] for group in (inputs, results))
+        return [*at, call(to, "backward_chunk", given, ["M", size], _shape(blocks))]
 
     def final(live, pointer):
         return _get(f"{pointer} + lane", masked) if live else "tl.zeros([SIZE, ROWS], tl.float32)"
 
     before_step = names.params, at_step(names.state), _cast(sequences)
     d_current = d_xs[0]
-    text = fill(
-        _BACKWARD,
-        chunk_arguments=[*inputs, *_CHUNK_CONSTANTS],
-        start=[f"{s}_at = ({s},)" for s in names.state],
-        replay=[call([*names.state, *("_" for _ in names.outs)], "step", *before_step)],
-        keep=[f"{s}_at += ({s},)" for s in names.state],
-        d_fed=[f"{fed} = {fed}_at[k].to(tl.float32) + back" if fed in d_outs else f"{fed} = back"],
-        pullback=[call([*d_state, *here, *d_xs], "pullback", *before_step, d_state, values)],
-        add=[f"{d} += {h}" for d, h in zip(d_params, here, strict=True)],
-        store=[_put(f"{d}_ptr + at + k * M", f"{d}.to({d}_ptr.dtype.element_ty)", masked) for d in d_xs],
-        d_current=[f"tl.where(mask, {d_current}, 0.0)" if masked else d_current],
-        give_back=returned(results),
-        arguments=[
-            *(*pointers(names.params), *pointers(names.state, "_saved"), *pointers(sequences), *pointers(d_outs)),
-            *(*pointers(pick(d_state, live_state), "_end"), *(["d_fed_end_ptr"] if live_fed else [])),
-            *("weight_ptr", "chunks", *pointers(d_params), *pointers(wanted_state, "_start")),
-            *(*(["d_fed_start_ptr"] if recurrence.starts else []), *pointers(d_xs), *_CONSTANTS),
-        ],
-        tile=_tile(problem, names, periods, masked, transposed=True),
+    ahead = ["if k == 0:", *("    " + line for line in load("ahead"))]
+    store = [_put(f"{d}_ptr + at + k * M", f"{d}.to({d}_ptr.dtype.element_ty)", masked) for d in d_xs]
+    if group:
+        multiplied = "whole"
+    else:
+        multiplied = f"tl.where(mask, {d_current}, 0.0)" if masked else d_current
+    body = fill(
+        _BACKWARD_BODY,
+        tile=_tile(problem, names, blocks, periods, recurrence, transposed=True),
         zero=[f"{d} = tl.zeros([SIZE, ROWS], tl.float32)" for d in d_params],
         d_final=[
             *(f"{d} = {final(live, f'{d}_end_ptr')}" for d, live in zip(d_state, live_state, strict=True)),
             f"back = {final(live_fed, 'd_fed_end_ptr')}",
         ],
-        last_short_chunk=load("chunks", "TAIL", "_tail") + run("chunks", "TAIL", "_tail") if T % K else [],
+        last_short_chunk=[*load("chunks", "TAIL", "_tail"), *no_ahead, *run("chunks", "TAIL", "_tail")] if T % K else [],
         load_first=load("(chunks - 1)"),
-        load_ahead=["ahead = tl.maximum(c - 1, 0)", *load("ahead", suffix="_ahead")],
+        load_ahead=["ahead = tl.maximum(c - 1, 0)", *([] if group else load("ahead", suffix="_ahead"))],
         run=run("c"),
-        take_ahead=[f"{n} = {n}_ahead" for n in (*names.state, *loaded)],
+        take_ahead=[f"{n} = {n}_ahead" for n in (*names.state, *loaded) if not group],
         store_d_params=[_put(f"{d}_ptr + lane", d, masked) for d in d_params],
         store_d_state=[
             *(_put(f"{d}_start_ptr + lane", d, masked) for d in wanted_state),
             *([_put("d_fed_start_ptr + lane", "back", masked)] if recurrence.starts else []),
         ],
     )
-    return "\n\n".join([_product(masked), load_chunk, text])
+    text = fill(
+        _BACKWARD,
+        chunk_arguments=[*inputs, *_constants("M", "K", *_shape(blocks))],
+        start=[f"{s}_at = ({s},)" for s in names.state],
+        replay=[call([*names.state, *("_" for _ in names.outs)], "step", *before_step)],
+        keep=[f"{s}_at += ({s},)" for s in names.state],
+        d_fed=[f"{fed} = {fed}_at[k].to(tl.float32) + back" if fed in d_outs else f"{fed} = back"],
+        pullback=[call([*d_state, *here, *d_xs], "pullback", *before_step, d_state, values)],
+        add=[f"{d} += {h}" for d, h in zip(d_params, here, strict=True)],
+        store=[] if group else store,
+        exchange=_exchange(f"{d_current}_ptr", group[5:], store, ahead) if group else [],
+        d_current=[multiplied],
+        shape=_shape(blocks),
+        give_back=returned(results),
+        arguments=[
+            *(*pointers(names.params), *pointers(names.state, "_saved"), *pointers(sequences), *pointers(d_outs)),
+            *(*pointers(pick(d_state, live_state), "_end"), *(["d_fed_end_ptr"] if live_fed else [])),
+            *("weight_ptr", "chunks", *pointers(d_params), *pointers(wanted_state, "_start")),
+            *(["d_fed_start_ptr"] if recurrence.starts else []),
+            *(*pointers(d_xs), *_kernel_constants(blocks)),
+        ],
+        body=_body(blocks, body),
+    )
+    return "\n\n".join([_functions(problem, blocks, recurrence), load_chunk, text])

@@ -13,9 +13,10 @@ import jax
 import jax.numpy as jnp
 from jax.custom_derivatives import SymbolicZero
 from jax.extend import core as jex
+from jax.sharding import NamedSharding, PartitionSpec
 
 from snnfuse.ops import fused, recurrent_source, triton, triton_source
-from snnfuse.ops.device import compute_capability
+from snnfuse.ops.device import compute_capability, multiprocessors
 from snnfuse.ops.fused import Wanted
 from snnfuse.ops.packing import Packed, pack
 from snnfuse.ops.partition import like, on_lanes, periodic, varying
@@ -29,20 +30,26 @@ def why_not(problem: Problem, recurrence: Recurrence) -> str | None:
         return why
     if 0 < (capability := compute_capability()) < 8.0:
         return f"it needs compute capability 8.0, the device has {capability}"
-    return why_not_kernels(problem, recurrence)
+    if (why := why_not_kernels(problem, recurrence)) is not None:
+        return why
+    if (sizes := blocks(problem, recurrence)).programs > 1 and not 9.0 <= capability < 11.0:
+        return f"a head of more than {_most(recurrence)} neurons needs compute capability 9 or 10, the device has {capability}"
+    return None
 
 
 def why_not_kernels(problem: Problem, recurrence: Recurrence) -> str | None:
     """None if kernels can be generated for this call. Triton need not be installed."""
     if (why := triton.why_not_dtypes(problem)) is not None:
         return why
-    head, parts = problem.lane_shape[-1] // recurrence.heads, recurrence.parts
-    if head > (most := 256 if parts == 1 else 128):
+    sizes, head = blocks(problem, recurrence), problem.lane_shape[-1] // recurrence.heads
+    if sizes.programs > 1 and sizes.slots == 0:
         return (
-            f"the weight of a head must stay in the registers of one program: at most {most} neurons a head with "
-            + (f"precision={recurrence.precision!r}; got {head}")
+            f"a head of {head} neurons is split over {sizes.programs} programs, which must run at once; the device has "
+            f"{multiprocessors()} multiprocessors"
         )
-    tile = blocks(problem, recurrence).tile
+    if head > 1024:
+        return f"a program can hold the weights of 64 neurons to at most 1024; a head has {head}"
+    tile = sizes.tile
     if (why := problem.why_not_lanewise(tile) or triton_source.why_not(problem, tile)) is not None:
         return why
     jaxpr = problem.step_jaxpr(tile).jaxpr
@@ -79,9 +86,27 @@ def blocks(problem: Problem, recurrence: Recurrence) -> RecurrentBlocks:
     1.17 + 1.28, 16 warps 1.27 + 1.53, chunks of 8 1.21 + 3.27 (registers spill).
     """
     size = max(16, 1 << (problem.lane_shape[-1] // recurrence.heads - 1).bit_length())
+    if size > _most(recurrence):
+        return _split_blocks(problem, recurrence)
     crowded = size == 256 or recurrence.parts == 3 and size == 128
     chunk = 4 if problem.num_state * (2 if crowded else 1) <= 3 else 2
     return RecurrentBlocks(size, 8, min(8, size // 16), min(chunk, problem.T))
+
+
+def _most(recurrence):
+    """The most neurons of a head whose weight fits into the registers of one program."""
+    return 256 if recurrence.parts == 1 else 128
+
+
+def _split_blocks(problem, recurrence):
+    head, rows = problem.lane_shape[-1] // recurrence.heads, problem.M // problem.lane_shape[-1]
+    size = 64 // recurrent_source.stack(recurrence)
+    programs = -(-head // size)
+    slots = multiprocessors() // programs
+    wanted = -(-rows * recurrence.heads // max(slots, 1))  # samples a program, if all groups run at once
+    rows = 16 if recurrence.parts > 1 else min(32, max(16, 1 << (wanted - 1).bit_length()))
+    chunk = 2 if problem.num_state == 1 else 1
+    return RecurrentBlocks(size, rows, 8 if recurrence.parts > 1 else 4, min(chunk, problem.T), programs, slots)
 
 
 def source(problem: Problem, recurrence: Recurrence) -> str:
@@ -102,7 +127,7 @@ def source(problem: Problem, recurrence: Recurrence) -> str:
 
 @dataclass(frozen=True)
 class RecurrentKernels:
-    """The two kernels over flat lanes, as `fused.Kernels` has them, with the weight in bfloat16 parts [parts, heads, H, H]."""
+    """The two kernels over flat lanes, as `fused.Kernels` has them, with the bfloat16 parts of the weight."""
 
     problem: Problem
     recurrence: Recurrence
@@ -133,8 +158,9 @@ class RecurrentKernels:
         live_fed = d_fed[0] is not None
         arrays = (*params, *checkpoints, *xs, *d_outs, *d_state, *d_fed, weight)
         lanes = self._float(problem.M)
-        exact = self.recurrence.parts > 1  # then d_current is not rounded before the product that gives d_weight
-        dtypes = (jnp.float32 if exact else problem.x_dtypes[0], *problem.x_dtypes[1:])
+        # d_current in bfloat16 is what the products with it round it to, if the weight has one part
+        narrow = self.recurrence.parts == 1 and problem.x_dtypes[0] == jnp.bfloat16
+        dtypes = (jnp.bfloat16 if narrow else jnp.float32, *problem.x_dtypes[1:])
         sizes = sum(wanted.params), sum(wanted.state), int(self.recurrence.starts)
         results = self._call(
             "snn_recurrent_backward",
@@ -164,11 +190,18 @@ class RecurrentKernels:
 
     def _call(self, name, text, args, out_shape):
         T, M, width, heads = self.problem.T, self.problem.M, self.problem.lane_shape[-1], self.recurrence.heads
-        size, rows, warps, K = self.blocks
+        size, rows, warps, K, programs, slots = self.blocks
         constants = dict(M=M, K=K, TAIL=T % K, SIZE=size, ROWS=rows, HEAD=width // heads, HEADS=heads)
         constants["PARTS"] = self.recurrence.parts
-        grid = (-(-M // width // rows), heads)
-        return triton.triton_call(name, text, (*args, T // K), out_shape, grid, warps, constants)
+        grid, zeroed = (-(-M // width // rows), heads), ()
+        if programs > 1:
+            groups = grid[0] * heads
+            grid, zeroed = (programs, min(groups, slots)), (len(out_shape),)
+            out_shape = [*out_shape, jax.ShapeDtypeStruct((32 * grid[1],), jnp.int32)]  # where programs meet
+            constants |= dict(WIDTH=1 << (width // heads - 1).bit_length(), STACK=recurrent_source.stack(self.recurrence))
+            constants |= dict(PROGRAMS=programs, GROUPS=groups, SLOTS=grid[1])
+        results = triton.triton_call(name, text, (*args, T // K), out_shape, grid, warps, constants, zeroed)
+        return results[:-1] if zeroed else results
 
 
 def _put(values, wanted):
@@ -193,7 +226,7 @@ def _run(kernels, params, state, fed, xs, weight):
 
 
 def _forward(kernels, params, state, fed, xs, weight, save):
-    shared = (jnp.stack(split(weight, kernels.recurrence.parts)),)
+    shared = (_parts(kernels, weight, axis=3),)
     results = on_lanes("forward", kernels, params, state, fed, xs, shared=shared, save=save)
     outs, final, current, checkpoints = results
     last = outs[kernels.recurrence.feedback][-1].astype(jnp.float32)
@@ -222,7 +255,7 @@ def _run_backward(kernels, residuals, cotangents):
         lambda d: None if isinstance(d, SymbolicZero) else d, cotangents, is_leaf=lambda d: isinstance(d, SymbolicZero)
     )
     d_outs = tuple(d if live else None for d, live in zip(d_outs, kernels.problem.differentiable, strict=True))
-    shared = (jnp.stack(split(weight, kernels.recurrence.parts)),)
+    shared = (_parts(kernels, weight, axis=2),)
     inner = replace(wanted, xs=(True, *wanted.xs[1:]))
     groups = checkpoints, d_outs, d_state, (d_last,), xs
     d_params, d_state, d_fed, d_xs = on_lanes("backward", kernels, params, *groups, shared=shared, wanted=inner)
@@ -251,17 +284,28 @@ def split(value, parts: int) -> list[jax.Array]:
     return found
 
 
+def _parts(kernels, weight, axis):
+    """The parts of the weight [heads, H, H]: [parts, heads, H, H], or for split heads beside each other along the new `axis`."""
+    parts = split(weight, kernels.recurrence.parts)
+    if kernels.blocks.programs == 1:
+        return jnp.stack(parts)
+    zeros = recurrent_source.stack(kernels.recurrence) - len(parts)
+    return jnp.stack(parts + [jnp.zeros_like(parts[0])] * zeros, axis)
+
+
 def _weight_gradient(recurrence, spikes, fed, d_current, weight):
     heads, size, _ = weight.shape
+    mesh = jax.typeof(d_current).sharding.mesh
+    whole = NamedSharding(mesh, PartitionSpec()) if mesh.explicit_axes else None  # the sum over samples is on every device
 
     def product(s, d, **options):
         s, d = (a.reshape(*a.shape[:-1], heads, size) for a in (s, d))
         others = tuple(range(s.ndim - 2))
         dims = ((others, others), ((s.ndim - 2,), (s.ndim - 2,)))
-        return jax.lax.dot_general(s, d, dims, preferred_element_type=jnp.float32, **options)
+        return jax.lax.dot_general(s, d, dims, preferred_element_type=jnp.float32, out_sharding=whole, **options)
 
     before = spikes[:-1].astype(jnp.bfloat16)
     found = sum(product(before, part) for part in split(d_current[1:], recurrence.parts))
     for s in fed:
         found += product(s, d_current[0].astype(jnp.float32), precision="highest")
-    return found.astype(weight.dtype)
+    return like(found, weight)

@@ -130,8 +130,8 @@ class TritonKernels:
         return triton_call(name, text, (*args, T // K), out_shape, grid, self.blocks.warps, constants)
 
 
-def triton_call(name, text, args, out_shape, grid, warps, constants):
-    """Run the kernel `name` of a module's text through jax-triton."""
+def triton_call(name, text, args, out_shape, grid, warps, constants, zeroed=()):
+    """Run the kernel `name` of a module's text through jax-triton. The outputs `zeroed` are zeros when it starts."""
     import jax_triton
 
     known = inspect.signature(jax_triton.triton_call).parameters
@@ -144,6 +144,7 @@ def triton_call(name, text, args, out_shape, grid, warps, constants):
         num_warps=warps,
         num_stages=1,
         compute_capability=round(10 * compute_capability()) or None,
+        zeroed_outputs=zeroed,
         **constants,
         **{"out_type" if "out_type" in known else "out_shape": out_shape},
         **({"backend_options": fusion} if "backend_options" in known else fusion),
