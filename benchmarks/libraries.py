@@ -69,14 +69,11 @@ def spikingjelly():
         return node(xs.float())
 
     lif = lambda way, dtype: run if dtype == "float32" else lambda xs: multi_step(xs)[0]
-    def recurrent(way):
-        one_step = neuron.LIFNode(**options | dict(step_mode="s"), surrogate_function=surrogate.ATan())
-        container = layer.ElementWiseRecurrentContainer(one_step, None, step_mode="m")
 
+    def recurrent(way):
         def run(xs, weight):
-            container.reset()
-            container.element_wise_function = lambda spikes, x: x + spikes @ weight
-            return container(xs)
+            one_step = neuron.LIFNode(**options | dict(step_mode="s"), surrogate_function=surrogate.ATan())
+            return layer.ElementWiseRecurrentContainer(one_step, lambda s, x: x + s @ weight, step_mode="m")(xs)
 
         return run
 

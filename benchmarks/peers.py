@@ -50,7 +50,13 @@ CASES = [  # name, dtype, task; the most important first, because --budget cuts 
     ("open_neuromorphic_n4096", "tf32", Task("linear", (500, 16, 4096))),
     ("open_neuromorphic_n16384", "tf32", Task("linear", (500, 16, 16384))),
 ]
-TINY = {"lif": (6, 256), "linear": (5, 2, 32), "shd": (6, 4, 700, 16, 20), "recurrent": (6, 4, 700, 16, 20), "resnet": (2, 2, 16)}
+TINY = {
+    "lif": (6, 256),
+    "linear": (5, 2, 32),
+    "shd": (6, 4, 700, 16, 20),
+    "recurrent": (6, 4, 700, 16, 20),
+    "resnet": (2, 2, 16),
+}
 # The share of spikes that may differ. Rounding a decay changes a few; a matrix product in TF32 changes more.
 FLIPS = {"lif": 1e-5, "linear": 1e-2, "shd": 1e-2, "recurrent": 1e-2}
 LOSS_ERROR = 1e-2

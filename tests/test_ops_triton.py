@@ -381,7 +381,9 @@ def structs(name, T, lanes, dtype=f32):
     return neuron, params, jax.tree.map(lambda _: jax.ShapeDtypeStruct((T, *lanes), dtype), xs)
 
 
-TYPES = dict(float32="fp32", bfloat16="bf16", float16="fp16", int8="i8", uint8="u8", uint32="u32", bool="i1")
+TYPES = dict(
+    float32="fp32", bfloat16="bf16", float16="fp16", int8="i8", uint8="u8", int32="i32", uint32="u32", bool="i1"
+)
 
 
 def to_ptx(kernel, args, shapes, warps, constants, capability):

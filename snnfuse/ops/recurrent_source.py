@@ -351,13 +351,17 @@ def _functions(problem, blocks, recurrence):
         exist = [f"{m} = (to < HEAD) & (source < HEAD)" for m in mask]
         return _SPLIT + "\n\n" + fill(_PRODUCT, mask=exist, get_weight=[_get(at, mask)])
     at = "weight_ptr + (to * HEAD + source if TURN else source * (HEAD * STACK) + to)"
-    return _SPLIT + "\n\n" + fill(
-        _GROUP,
-        total=["tl.sum(tl.reshape(total, [SIZE, STACK, ROWS]), 1)" if stack(recurrence) > 1 else "total"],
-        mask=[f"{m} = (to < HEAD * STACK) & (source < HEAD)" for m in mask],
-        get_weight=[_load(at, mask)],
-        arguments=["pointer", *masked],
-        load=[_load("pointer", masked, ', cache_modifier=".cg"')],  # what other programs stored is not in L1
+    return (
+        _SPLIT
+        + "\n\n"
+        + fill(
+            _GROUP,
+            total=["tl.sum(tl.reshape(total, [SIZE, STACK, ROWS]), 1)" if stack(recurrence) > 1 else "total"],
+            mask=[f"{m} = (to < HEAD * STACK) & (source < HEAD)" for m in mask],
+            get_weight=[_load(at, mask)],
+            arguments=["pointer", *masked],
+            load=[_load("pointer", masked, ', cache_modifier=".cg"')],  # what other programs stored is not in L1
+        )
     )
 
 
@@ -480,7 +484,6 @@ def _forward(problem, names, blocks, periods, recurrence, save):
     store = [_put(f"{n}_ptr + at + k * M", f"{n}.to({n}_ptr.dtype.element_ty)", masked) for n in stored]
     carried = [*names.state, "back", *group[:1], *loaded * bool(group)]
 
-
     def load(c, size="K", suffix=""):
         at = f"{offset(c, 'K * M', problem)} + lane"
         return [call([n + suffix for n in loaded], "load_chunk", x_ptrs, [at], masked, ["M", size])]
@@ -517,7 +520,12 @@ def _forward(problem, names, blocks, periods, recurrence, save):
         save=checkpoint("c"),
         run=run("c"),
         take_ahead=[f"{n} = {n}_ahead" for n in loaded if not group],
-        last_short_chunk=[*checkpoint("chunks"), *load("chunks", "TAIL", "_tail"), *no_ahead, *run("chunks", "TAIL", "_tail")]
+        last_short_chunk=[
+            *checkpoint("chunks"),
+            *load("chunks", "TAIL", "_tail"),
+            *no_ahead,
+            *run("chunks", "TAIL", "_tail"),
+        ]
         if T % K
         else [],
         store_final=[_put(f"{s}_end_ptr + lane", s, masked) for s in names.state],
@@ -528,7 +536,9 @@ def _forward(problem, names, blocks, periods, recurrence, save):
         x=[names.xs[0]],
         step=[call([*names.state, *names.outs], "step", names.params, names.state, ["current"], _cast(names.xs[1:]))],
         store=[] if group else store,
-        exchange=_exchange(f"{fed}_ptr", group[5:], store, ["if k == K - 1:", "    " + load("ahead")[0]]) if group else [],
+        exchange=_exchange(f"{fed}_ptr", group[5:], store, ["if k == K - 1:", "    " + load("ahead")[0]])
+        if group
+        else [],
         fed=["whole" if group else fed],
         shape=_shape(blocks),
         give_back=returned(carried),
@@ -604,7 +614,9 @@ def _backward(problem, names, blocks, periods, recurrence, wanted, live_outs, li
             *(f"{d} = {final(live, f'{d}_end_ptr')}" for d, live in zip(d_state, live_state, strict=True)),
             f"back = {final(live_fed, 'd_fed_end_ptr')}",
         ],
-        last_short_chunk=[*load("chunks", "TAIL", "_tail"), *no_ahead, *run("chunks", "TAIL", "_tail")] if T % K else [],
+        last_short_chunk=[*load("chunks", "TAIL", "_tail"), *no_ahead, *run("chunks", "TAIL", "_tail")]
+        if T % K
+        else [],
         load_first=load("(chunks - 1)"),
         load_ahead=["ahead = tl.maximum(c - 1, 0)", *([] if group else load("ahead", suffix="_ahead"))],
         run=run("c"),

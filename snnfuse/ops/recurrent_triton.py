@@ -47,8 +47,8 @@ def why_not_kernels(problem: Problem, recurrence: Recurrence) -> str | None:
             f"a head of {head} neurons is split over {sizes.programs} programs, which must run at once; the device has "
             f"{multiprocessors()} multiprocessors"
         )
-    if head > 1024:
-        return f"a program can hold the weights of 64 neurons to at most 1024; a head has {head}"
+    if head > (most := 512 if recurrence.parts == 3 else 1024):
+        return f"it runs at most {most} neurons a head with precision={recurrence.precision!r}; got {head}"
     tile = sizes.tile
     if (why := problem.why_not_lanewise(tile) or triton_source.why_not(problem, tile)) is not None:
         return why
@@ -99,14 +99,21 @@ def _most(recurrence):
 
 
 def _split_blocks(problem, recurrence):
+    """At least 64 rows of the weight a program, which are stacked parts, and 16 samples: what wgmma takes.
+
+    LIF on an H200, T = 250, bfloat16, ms forward + backward. B = 256, H = 1024: 4 warps 2.55, 8 warps 2.83, 16 rows 3.18.
+    H = 512: 4 warps 1.23, 8 warps 1.34, chunks of 4 1.21. The product in parts over warps, with the weight in registers, took
+    four times as long forward (1.87 and 0.50, H = 512), and spikes sent as bits 1.3 times.
+    """
     head, rows = problem.lane_shape[-1] // recurrence.heads, problem.M // problem.lane_shape[-1]
-    size = 64 // recurrent_source.stack(recurrence)
+    one = recurrence.parts == 1
+    size = (64 if one or head > 512 else 128) // recurrent_source.stack(recurrence)
     programs = -(-head // size)
     slots = multiprocessors() // programs
     wanted = -(-rows * recurrence.heads // max(slots, 1))  # samples a program, if all groups run at once
-    rows = 16 if recurrence.parts > 1 else min(32, max(16, 1 << (wanted - 1).bit_length()))
-    chunk = 2 if problem.num_state == 1 else 1
-    return RecurrentBlocks(size, rows, 8 if recurrence.parts > 1 else 4, min(chunk, problem.T), programs, slots)
+    rows = min(32 if one else 16, max(16, 1 << (wanted - 1).bit_length()))
+    chunk = 2 if problem.num_state <= 2 else 1
+    return RecurrentBlocks(size, rows, 4 if one else 8, min(chunk, problem.T), programs, slots)
 
 
 def source(problem: Problem, recurrence: Recurrence) -> str:
@@ -198,7 +205,9 @@ class RecurrentKernels:
             groups = grid[0] * heads
             grid, zeroed = (programs, min(groups, slots)), (len(out_shape),)
             out_shape = [*out_shape, jax.ShapeDtypeStruct((32 * grid[1],), jnp.int32)]  # where programs meet
-            constants |= dict(WIDTH=1 << (width // heads - 1).bit_length(), STACK=recurrent_source.stack(self.recurrence))
+            constants |= dict(
+                WIDTH=1 << (width // heads - 1).bit_length(), STACK=recurrent_source.stack(self.recurrence)
+            )
             constants |= dict(PROGRAMS=programs, GROUPS=groups, SLOTS=grid[1])
         results = triton.triton_call(name, text, (*args, T // K), out_shape, grid, warps, constants, zeroed)
         return results[:-1] if zeroed else results
@@ -296,7 +305,9 @@ def _parts(kernels, weight, axis):
 def _weight_gradient(recurrence, spikes, fed, d_current, weight):
     heads, size, _ = weight.shape
     mesh = jax.typeof(d_current).sharding.mesh
-    whole = NamedSharding(mesh, PartitionSpec()) if mesh.explicit_axes else None  # the sum over samples is on every device
+    whole = (
+        NamedSharding(mesh, PartitionSpec()) if mesh.explicit_axes else None
+    )  # the sum over samples is on every device
 
     def product(s, d, **options):
         s, d = (a.reshape(*a.shape[:-1], heads, size) for a in (s, d))
