@@ -32,7 +32,7 @@ def why_not(problem: Problem, recurrence: Recurrence) -> str | None:
         return f"it needs compute capability 8.0, the device has {capability}"
     if (why := why_not_kernels(problem, recurrence)) is not None:
         return why
-    if (sizes := blocks(problem, recurrence)).programs > 1 and not 9.0 <= capability < 11.0:
+    if blocks(problem, recurrence).programs > 1 and not 9.0 <= capability < 11.0:
         return f"a head of more than {_most(recurrence)} neurons needs compute capability 9 or 10, the device has {capability}"
     return None
 
