@@ -55,7 +55,7 @@ NEURONS = {  # name: (neuron, params); arrays among the params get gradients
     "above, super": (sf.LIF(surrogate=sf.FastSigmoid(1.0)), sf.LIFParams(threshold=ABOVE)),
     "late": (Late(), ()),
 }
-PAPERS = "AdLIF SEAdLIF RF BRF TCLIF GLIF CLIF KLIF QuadraticIF".split()
+PAPERS = "AdLIF SEAdLIF RF BRF TCLIF GLIF CLIF KLIF QuadraticIF ILIF TernaryLIF".split()
 NEURONS |= {name: (getattr(papers, name)(), getattr(papers, f"{name}Params")()) for name in PAPERS}
 SCALE = dict(
     izhikevich=20.0, AdLIF=12.0, SEAdLIF=12.0, RF=25.0, BRF=100.0, TCLIF=0.4, KLIF=2.5, QuadraticIF=2.0

@@ -411,3 +411,80 @@ class QuadraticIF:
         u = v + (1 - params.decay) * (x + params.a * v * (v - params.v_critical))
         s = spike(u - params.threshold, self.surrogate)
         return QuadraticIFState(self.reset(u, s, params.threshold)), s
+
+
+class ILIFParams(NamedTuple):
+    decay: Param = 0.25
+    threshold: Param = 1.0
+
+
+class ILIFState(NamedTuple):
+    v: Array
+
+
+@dataclass(frozen=True)
+class ILIF:
+    """Integer LIF: graded spikes of 0, 1, ... `levels`, which stand for that many binary spikes of the deployed network.
+
+        u[t] = decay v[t-1] + x[t];   s[t] = min(max(floor(u[t] / threshold + 1/2), 0), levels);   v[t] = u[t] - s[t] threshold
+
+    The gradient of s for u is 1 / threshold where 0 <= u <= levels threshold, and 0 elsewhere.
+
+    Params and their defaults: decay = 0.25, threshold = 1.0.
+
+    Args:
+      levels: the largest spike, D in the paper; a whole number.
+
+    Luo et al. 2024, https://arxiv.org/abs/2407.20708.
+    """
+
+    levels: int = 4
+
+    def __post_init__(self):
+        above_zero(self, "levels")
+        if self.levels != int(self.levels):
+            raise ValueError(f"ILIF: levels must be a whole number; got {self.levels}")
+
+    def init_state(self, shape):
+        return _zeros(ILIFState, shape)
+
+    def step(self, params: ILIFParams, state: ILIFState, x: Array):
+        u = params.decay * state.v + x
+        z = u / params.threshold
+        z = jnp.where(z < 0, 0.0, jnp.where(z > self.levels, float(self.levels), z))
+        s = z + jax.lax.stop_gradient(jnp.floor(z + 0.5) - z)
+        return ILIFState(u - s * params.threshold), s
+
+
+class TernaryLIFParams(NamedTuple):
+    decay: Param = 0.25
+    threshold: Param = 1.0
+
+
+class TernaryLIFState(NamedTuple):
+    v: Array
+
+
+@dataclass(frozen=True)
+class TernaryLIF:
+    """LIF with spikes of -1, 0 and 1.
+
+        u[t] = decay v[t-1] + x[t];   s[t] = (u[t] >= threshold) - (-u[t] >= threshold);   v[t] = (1 - |s[t]|) u[t]
+
+    Params and their defaults: decay = 0.25, threshold = 1.0.
+
+    Args:
+      surrogate: the derivative of each of the two spikes that the backward pass uses, such as `ATan`.
+
+    Guo et al. 2024, https://arxiv.org/abs/2312.06372.
+    """
+
+    surrogate: Surrogate = ATan()
+
+    def init_state(self, shape):
+        return _zeros(TernaryLIFState, shape)
+
+    def step(self, params: TernaryLIFParams, state: TernaryLIFState, x: Array):
+        u = params.decay * state.v + x
+        up, down = (spike(z - params.threshold, self.surrogate) for z in (u, -u))
+        return TernaryLIFState((1 - up - down) * u), up - down
