@@ -40,7 +40,7 @@ COLUMNS = {  # of each table: head={format of a row's fields}
     "multi_gpu": "case={how}; devices={devices}; mesh={on}; T={T}; batch={B}; ms per step={took}; "
     "samples/s={samples_per_s:,.0f}; peak MB per device={peak_mb:,.0f}; over one device={over}; predicted ms={predicted}",
     "recurrent": "layer={case}; T={T}; B={B}; H={size}; run by={how}; precision={exact}; ms={ms:.3g}; forward ms={forward_ms:.3g}; "
-    "us per step={us_per_step:.3g}",
+    "us per step={us_per_step:.3g}; peak MB={peak_mb:.0f}; GPU={gpu}",
     "loader": "case={case}; workers={workers}; on the device, ms={resident_ms:.2f}; fed by the loader, ms={fed_ms:.2f}; "
     "ratio={fed_over_resident:.3f}",
     "contract": "implementation={implementation}; tests=`{tests}`; passed={passed}; failed={failed}; commit={commit}",
@@ -242,7 +242,8 @@ def gains():
 
 def recurrent():
     way = lambda r: r.get("implementation", "PyTorch").replace("triton", "fused").replace("scan", "`lax.scan`")
-    found = [r | dict(how=way(r), exact=r.get("note", r["dtype"])) for r in rows("recurrent")]
+    named = lambda r: dict(how=way(r), exact=r.get("note", r["dtype"]), gpu=r["device"].split()[1])
+    found = [r | named(r) for r in rows("recurrent")]
     return table("recurrent", sorted(found, key=lambda r: (-r["B"], r["size"], r["ms"])))
 
 

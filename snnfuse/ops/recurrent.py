@@ -55,8 +55,9 @@ def unroll_recurrent(
         of the weight before rounding. In the backward pass "triton" rounds d_current, the gradient of x[t] + s[t-1] @
         weight, to as many bfloat16 numbers before it multiplies it; "scan" does not round it.
       implementation: "triton" (one fused GPU kernel forward, one backward, through jax-triton) or "scan" (`jax.lax.scan`).
-        "triton" runs up to 256 neurons a head with "bfloat16" and 128 otherwise, for a neuron whose fed-back output is 0 or
-        1. A named one runs or raises. None picks "triton" if it can run, else "scan"; `snnfuse.explain` says why.
+        "triton" runs up to 1024 neurons a head (512 with "float32"), for a neuron whose fed-back output is 0 or 1; a head
+        of more than 256 neurons (128 without "bfloat16") needs compute capability 9 or 10. A named one runs or raises. None
+        picks "triton" if it can run, else "scan"; `snnfuse.explain` says why.
 
     Returns:
       (outs, state): outs is a tree of [T, *B, H]; state is the `RecurrentState` after the last step.

@@ -99,11 +99,10 @@ def _most(recurrence):
 
 
 def _split_blocks(problem, recurrence):
-    """At least 64 rows of the weight a program, which are stacked parts, and 16 samples: what wgmma takes.
+    """At least 64 rows of the weight (neurons times stacked parts) and 16 samples a program, which wgmma needs.
 
-    LIF on an H200, T = 250, bfloat16, ms forward + backward. B = 256, H = 1024: 4 warps 2.55, 8 warps 2.83, 16 rows 3.18.
-    H = 512: 4 warps 1.23, 8 warps 1.34, chunks of 4 1.21. The product in parts over warps, with the weight in registers, took
-    four times as long forward (1.87 and 0.50, H = 512), and spikes sent as bits 1.3 times.
+    Tried on an H200, and slower: 8 warps in bfloat16; fewer samples a program, which take more rounds; a product whose terms are
+    split over the warps, without wgmma; spikes that travel as bits.
     """
     head, rows = problem.lane_shape[-1] // recurrence.heads, problem.M // problem.lane_shape[-1]
     one = recurrence.parts == 1
