@@ -91,7 +91,7 @@ def test_none_takes_the_fused_kernel_on_a_gpu_and_scan_for_a_neuron_that_mixes_l
         said = sf.explain(SumsLanes(neuron), *struct(args))
         assert said.implementation == "scan" and "`reduce_sum`" in said.why_not["pallas"]
         said = sf.explain(neuron, *struct(args))
-        assert said.implementation == "pallas" and said.blocks.lanes == 32
+        assert said.implementation == "pallas" and said.blocks.lanes == 256
 
 
 @pytest.mark.parametrize("gradient", [False, True])

@@ -56,6 +56,16 @@ def store(pointer, value, mask=None):
     pointer.array[offset[mask]] = np.asarray(value)[mask]
 
 
+def multiple_of(x, n):
+    assert (x[::n] % n == 0).all()
+    return x
+
+
+def max_contiguous(x, n):
+    assert len(x) % n == 0 and (np.diff(x.reshape(-1, n)) == 1).all()
+    return x
+
+
 def where(condition, a, b):
     return lanes(np.where(condition, *(np.float32(v) if isinstance(v, float) else v for v in (a, b))))
 
@@ -100,6 +110,8 @@ vars(language).update(
     load=load,
     store=store,
     where=where,
+    multiple_of=multiple_of,
+    max_contiguous=max_contiguous,
     abs=np.abs,
     floor=np.floor,
     ceil=np.ceil,
@@ -163,6 +175,8 @@ def jax_triton(new, called):
 
     def triton_call(*args, kernel, grid, name, num_warps, num_stages, compute_capability, zeroed_outputs, **constants):
         shapes, fusion = constants.pop(out), constants.pop(options)
+        for i, o in constants.pop("input_output_aliases").items():
+            assert (args[i].shape, args[i].dtype) == (shapes[o].shape, shapes[o].dtype)
         assert (
             re.fullmatch("snn_(recurrent_)?(forward|backward)", name)
             and num_stages == 1

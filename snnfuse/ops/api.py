@@ -34,7 +34,7 @@ def unroll(
         run; `snnfuse.explain` says which, and why.
       out_dtype: the dtype of the outputs, one for all or a tree like the outputs. None means that of xs (float32 if its
         leaves differ). Outputs in an integer dtype or bool carry no gradient.
-      reuse_cotangents: "pallas" may write the gradient of an input into the buffer of an output's cotangent, if the two
+      reuse_cotangents: "pallas" and "triton" may write the gradient of an input into the buffer of an output's cotangent, if the two
         have one dtype. Where something else needs that cotangent, XLA copies it first.
 
     Returns:

@@ -77,7 +77,7 @@ def triton_candidates(problem: Problem) -> list[Blocks]:
 def _triton_heuristic(problem):
     size = len(problem.full_pullback_jaxpr((32,)).jaxpr.eqns)  # 20 for LIF, 32 for adaptive LIF, 55 for Izhikevich
     fit = lambda most, room: _chunk(problem, max(1, min(most, room // size)))
-    if problem.M < 2**16:
+    if problem.M < 2**16 and problem.T > 64:
         # LIF, T = 500, M = 8192, us and seconds to compile: 65 and 4.8; without the prefetch 90 and 3.0; chunks of 10: 85
         # and 1.2, of 16 (and one of 4): 71 and 4.4, of 25: 56 and 8.0. Latency counts here, not bandwidth.
         return Blocks(32, 1, fit(20, 768), prefetch=True)

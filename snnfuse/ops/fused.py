@@ -184,6 +184,25 @@ def shapes_of_backward(problem: Problem, xs: Leaves, wanted: Wanted, groups: int
     return d_params + [lanes(problem.M)] * sum(wanted.state) + d_xs
 
 
+def given(leaves) -> Leaves:
+    """The leaves that are not None."""
+    return tuple(leaf for leaf in leaves if leaf is not None)
+
+
+def reused(problem: Problem, inputs, out_shape) -> dict[int, int]:
+    """{argument: result} of a backward kernel: with `reuse_cotangents` one d_x is written over one cotangent.
+
+    That is safe because a kernel reads a chunk before it writes it. `inputs`: the groups of arguments; the fifth holds the
+    cotangents of the outputs.
+    """
+    if not problem.reuse_cotangents:
+        return {}
+    like = lambda a: (a.shape, a.dtype)
+    first = sum(map(len, inputs[:4]))
+    pairs = [(first + i, o) for i, d in enumerate(inputs[4]) for o, a in enumerate(out_shape) if like(a) == like(d)]
+    return dict(pairs[:1])
+
+
 def results_of_backward(results, wanted: Wanted):
     """(d_params, d_state, d_xs) from the flat results of a backward kernel, with None for every gradient not wanted."""
     results = iter(results)

@@ -129,7 +129,7 @@ class PallasKernels:
         live_outs = tuple(d is not None for d in d_outs)
         live_state = tuple(d is not None for d in d_state)
         pullback = problem.pullback_jaxpr((self.blocks.lanes,), wanted.params, wanted.xs, live_outs)
-        inputs = (params, state, checkpoints, xs, _compact(d_outs), _compact(d_state))
+        inputs = (params, state, checkpoints, xs, fused.given(d_outs), fused.given(d_state))
         groups = param_groups(problem, self.blocks, (*(p.shape[0] for p in params), *periods) if periods else ())
 
         def kernel(*refs):
@@ -178,17 +178,9 @@ class PallasKernels:
                 self._store(ref.at[:], leaf, mask=mask)
 
         out_shape = fused.shapes_of_backward(problem, xs, wanted, groups)
-        reused = self._reused(inputs, out_shape) if problem.reuse_cotangents else {}
+        reused = fused.reused(problem, inputs, out_shape)
         results = self._call(kernel, "snn_backward", sum(inputs, ()), len(params), out_shape, reused, groups)
         return fused.results_of_backward(results, wanted)
-
-    @staticmethod
-    def _reused(inputs, out_shape):
-        """{argument: result}: one d_x is written over one cotangent. That is safe because a chunk is read before it is written."""
-        like = lambda a: (a.shape, a.dtype)
-        first = sum(map(len, inputs[:4]))
-        pairs = [(first + i, o) for i, d in enumerate(inputs[4]) for o, a in enumerate(out_shape) if like(a) == like(d)]
-        return dict(pairs[:1])
 
     def _float(self, *shape):
         return jax.ShapeDtypeStruct(shape, self.problem.dtype)
@@ -311,7 +303,3 @@ class _Group:
 
     def __getitem__(self, t):
         return self.ref.at[self.g if isinstance(t, slice) else t * self.groups + self.g]
-
-
-def _compact(leaves):
-    return tuple(leaf for leaf in leaves if leaf is not None)

@@ -100,7 +100,8 @@ class TritonKernels:
         results = self._call(
             "snn_forward",
             triton_source.forward_text(problem, self.blocks, _periods(params), save),
-            (*params, *state, *xs),
+            params,
+            (*state, *xs),
             [problem.out_struct(d, problem.M) for d in problem.out_dtypes]
             + [self._float(problem.M)] * problem.num_state
             + [self._float(self.blocks.checkpoints(T), problem.M)] * (problem.num_state if save and T > K else 0),
@@ -109,13 +110,16 @@ class TritonKernels:
 
     def backward(self, params, state, checkpoints, xs, d_outs, d_state, *, wanted: Wanted, periods):
         live_outs, live_state = (tuple(d is not None for d in group) for group in (d_outs, d_state))
-        arrays = (*params, *state, *checkpoints, *xs, *d_outs, *d_state)
+        inputs = (params, state, checkpoints, xs, fused.given(d_outs), fused.given(d_state))
         groups = param_groups(self.problem, self.blocks, (*_periods(params), *periods) if periods else ())
+        out_shape = fused.shapes_of_backward(self.problem, xs, wanted, groups)
         results = self._call(
             "snn_backward",
             triton_source.backward_text(self.problem, self.blocks, _periods(params), wanted, live_outs, live_state),
-            [a for a in arrays if a is not None],
-            fused.shapes_of_backward(self.problem, xs, wanted, groups),
+            params,
+            sum(inputs[1:], ()),
+            out_shape,
+            fused.reused(self.problem, inputs, out_shape),
             GROUPS=groups,
         )
         return fused.results_of_backward(results, wanted)
@@ -123,15 +127,23 @@ class TritonKernels:
     def _float(self, *shape):
         return jax.ShapeDtypeStruct(shape, self.problem.dtype)
 
-    def _call(self, name, text, args, out_shape, **constants):
+    def _call(self, name, text, params, args, out_shape, reused=None, **constants):
         lanes, K, T, M = self.blocks.lanes, self.blocks.chunk, self.problem.T, self.problem.M
-        grid = (math.ceil(M // constants.get("GROUPS", 1) / lanes),)
-        constants |= dict(M=M, K=K, TAIL=T % K, BLOCK=lanes)
-        return triton_call(name, text, (*args, T // K), out_shape, grid, self.blocks.warps, constants)
+        part = M // constants.get("GROUPS", 1)
+        unit = math.gcd(part, lanes)
+        constants |= dict(UNIT=unit, K=K, TAIL=T % K, BLOCK=lanes)
+        wraps = [period - 1 for period in triton_source.wraps(self.problem, _periods(params))]
+        args = (*params, *args, T // K, part // unit, *wraps)
+        return triton_call(
+            name, text, args, out_shape, (math.ceil(part / lanes),), self.blocks.warps, constants, reused=reused
+        )
 
 
-def triton_call(name, text, args, out_shape, grid, warps, constants, zeroed=()):
-    """Run the kernel `name` of a module's text through jax-triton. The outputs `zeroed` are zeros when it starts."""
+def triton_call(name, text, args, out_shape, grid, warps, constants, zeroed=(), reused=None):
+    """Run the kernel `name` of a module's text through jax-triton.
+
+    The outputs `zeroed` are zeros when it starts. `reused` is {argument: result that is written over it}.
+    """
     import jax_triton
 
     known = inspect.signature(jax_triton.triton_call).parameters
@@ -145,6 +157,7 @@ def triton_call(name, text, args, out_shape, grid, warps, constants, zeroed=()):
         num_stages=1,
         compute_capability=round(10 * compute_capability()) or None,
         zeroed_outputs=zeroed,
+        input_output_aliases=reused or {},
         **constants,
         **{"out_type" if "out_type" in known else "out_shape": out_shape},
         **({"backend_options": fusion} if "backend_options" in known else fusion),

@@ -58,7 +58,8 @@ _COMPUTED, _ROUNDED = (
 )  # the dtypes of lanes, and those that a step may round to
 RESERVED = frozenset(
     """ahead at at_tail bit c chunks first group i k lane mask step pullback load_chunk load_chunk_backward forward_chunk backward_chunk snn_forward snn_backward M K TAIL
-    BLOCK GROUPS
+    BLOCK GROUPS UNIT units part wrap0 wrap1 wrap2 wrap3 wrap4 wrap5 wrap6 wrap7
+    at_wrap0 at_wrap1 at_wrap2 at_wrap3 at_wrap4 at_wrap5 at_wrap6 at_wrap7
     row neuron current back weight_at fed_at get put split product load_weight snn_recurrent_forward snn_recurrent_backward
     SIZE ROWS HEAD HEADS PARTS tl triton
     libdevice float range and as assert break class continue def del elif else except finally for from global if import in

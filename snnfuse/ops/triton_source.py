@@ -7,6 +7,9 @@ The text has four kinds of function:
     forward_chunk, backward_chunk    run them
     snn_forward, snn_backward        the kernels; `snnfuse.ops.fused` says what they do
 
+The number of lanes, the number of chunks and most numbers of channels are arguments of a kernel, so layers of other sizes
+share it: the 34 kernels of a ResNet-18 are 14 to compile.
+
 This file needs no Triton. `snnfuse.ops.triton` compiles the text.
 """
 
@@ -163,6 +166,7 @@ def forward_chunk({chunk_arguments}):
 
 @triton.jit
 def snn_forward({arguments}):
+    M = {units} * UNIT
     lane = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     {mask}
     {params}
@@ -194,10 +198,12 @@ def backward_chunk({chunk_arguments}):
 
 @triton.jit
 def snn_backward({arguments}):
+    part = {units} * UNIT
+    M = part * GROUPS
     first = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     {zero}
     for group in range(GROUPS):  # blocks of lanes that share their params
-        lane = group * (M // GROUPS) + first
+        lane = group * part + first
         {mask}
         {params}
         {d_final}
@@ -231,17 +237,17 @@ def _forward(problem, names, blocks, periods, save):
 
     def checkpoint(c, *conditions):
         mask = [" & ".join([*masked, *conditions])] if masked or conditions else []
-        where = f"{offset(f'({c} - 1)', 'M', problem)} + lane"
+        where = f"({c} - 1) * M + lane"
         return [_store(f"{s}_saved_ptr + {where}", s, mask) for s in names.state if save]
 
     def load(c, size="K", suffix=""):
-        at = f"{offset(c, 'K * M', problem)} + lane"
+        at = f"{c} * K * M + lane"
         return [call([n + suffix for n in loaded], "load_chunk", x_ptrs, [at], masked, ["M", size])]
 
     def run(c, size="K", suffix=""):
         at_here = [n + suffix for n in at]
-        strides = ["K * M", *(f"(K // {d.steps}) * M" for d in packed.values())]
-        lines = [f"{n} = {offset(c, stride, problem)} + lane" for n, stride in zip(at_here, strides, strict=True)]
+        rows = ["K", *(f"(K // {d.steps})" for d in packed.values())]
+        lines = [f"{n} = {c} * {row} * M + lane" for n, row in zip(at_here, rows, strict=True)]
         groups = names.params, names.state, [n + suffix for n in loaded], out_ptrs, at_here, masked, ["M", size]
         return [*lines, call(names.state, "forward_chunk", *groups)]
 
@@ -253,9 +259,10 @@ def _forward(problem, names, blocks, periods, save):
         store=[line for o in names.outs for line in store(o)],
         give_back=returned(names.state),
         arguments=[
-            *(*pointers(names.params), *_start(problem, names), *x_ptrs, "chunks"),
+            *(*pointers(names.params), *_start(problem, names), *x_ptrs, *_scalars(problem, periods)),
             *(*out_ptrs, *pointers(names.state, "_end"), *pointers(names.state if save else (), "_saved"), *_CONSTANTS),
         ],
+        units=[_units(problem)],
         mask=[f"{mask} = lane < M" for mask in masked],
         params=_load_params(problem, names, periods, masked),
         initial=_initial(problem, names, masked),
@@ -303,12 +310,12 @@ def _backward(problem, names, blocks, periods, wanted, live_outs, live_state):
         for s, state in zip(names.state, states, strict=True) if saved else ():
             conditions = [*masked, *([f"({c} > 0)"] if first else [])]
             masking = f", mask={' & '.join(conditions)}, other={state if first else 0.0}" if conditions else ""
-            lines += [f"{state} = tl.load({s}_saved_ptr + {offset(f'({c} - 1)', 'M', problem)} + lane{masking})"]
-        groups = pointers(names.xs), pointers(d_outs), [f"{offset(c, 'K * M', problem)} + lane"], masked, ["M", size]
+            lines += [f"{state} = tl.load({s}_saved_ptr + ({c} - 1) * M + lane{masking})"]
+        groups = pointers(names.xs), pointers(d_outs), [f"{c} * K * M + lane"], masked, ["M", size]
         return [*lines, call([n + suffix for n in loaded], "load_chunk_backward", *groups)]
 
     def run(c, size="K", suffix=""):
-        at = f"at{suffix} = {offset(c, 'K * M', problem)} + lane"
+        at = f"at{suffix} = {c} * K * M + lane"
         given = [n + suffix if n in (*names.state, *loaded, "at") else n for n in inputs]
         return [at, call([*d_params, *d_state], "backward_chunk", given, ["M", size])]
 
@@ -328,7 +335,8 @@ def _backward(problem, names, blocks, periods, wanted, live_outs, live_state):
         give_back=returned([*d_params, *d_state]),
         arguments=[
             *(*pointers(names.params), *_start(problem, names), *pointers(names.state if saved else (), "_saved")),
-            *(*pointers(names.xs), *pointers(d_outs), *pointers(pick(d_state, live_state), "_end"), "chunks"),
+            *(*pointers(names.xs), *pointers(d_outs), *pointers(pick(d_state, live_state), "_end")),
+            *_scalars(problem, periods),
             *(
                 *pointers(d_params),
                 *pointers(wanted_state, "_start"),
@@ -339,6 +347,7 @@ def _backward(problem, names, blocks, periods, wanted, live_outs, live_state):
         ],
         mask=[f"{mask} = lane < M" for mask in masked],
         params=_load_params(problem, names, periods, masked),
+        units=[_units(problem)],
         zero=[zero_or(False, d) for d in d_params],
         d_final=[zero_or(live, d) for d, live in zip(d_state, live_state, strict=True)],
         last_short_chunk=load("chunks", "TAIL", "_tail", first=False) + run("chunks", "TAIL", "_tail") if T % K else [],
@@ -354,8 +363,22 @@ def _backward(problem, names, blocks, periods, wanted, live_outs, live_state):
 
 
 _AHEAD = "ahead = {}  # loaded while chunk c is computed"
-_CHUNK_CONSTANTS = ["M: tl.constexpr", "K: tl.constexpr"]
-_CONSTANTS = [f"{name}: tl.constexpr" for name in ("M", "K", "TAIL", "BLOCK")]
+_CHUNK_CONSTANTS = ["M", "K: tl.constexpr"]
+_CONSTANTS = [f"{name}: tl.constexpr" for name in ("UNIT", "K", "TAIL", "BLOCK")]
+
+
+def _units(problem):
+    """How often UNIT goes into the lanes of a group; in 64 bits if 32 are too few for an offset."""
+    return "tl.cast(units, tl.int64)" if problem.T * problem.M >= 2**31 else "units"
+
+
+def wraps(problem: Problem, periods: Periods) -> list[int]:
+    """The periods that a kernel gets as an argument: powers of two, because `lane & (period - 1)` is cheap."""
+    return sorted({p for p in periods if 16 <= p < problem.M and p.bit_count() == 1})
+
+
+def _scalars(problem, periods):
+    return ["chunks", "units", *(f"wrap{i}" for i in range(len(wraps(problem, periods))))]
 
 
 def _masked(problem, blocks):
@@ -369,12 +392,15 @@ def offset(index, stride, problem):
 
 
 def _load_params(problem, names, periods, masked):
-    lines = []
+    lines, shared = [], wraps(problem, periods)
+    for i in range(len(shared)):
+        lines.append(f"at_wrap{i} = tl.max_contiguous(tl.multiple_of(lane & wrap{i}, 16), 16)  # lane % period")
     for name, period in zip(names.params, periods, strict=True):
         if period == 1:
             lines.append(f"{name} = tl.full([BLOCK], tl.load({name}_ptr).to(tl.float32), tl.float32)")
         else:
             where = "lane" if period == problem.M else f"lane % {period}"
+            where = f"at_wrap{shared.index(period)}" if period in shared else where
             lines.append(f"{name} = {_load(f'{name}_ptr + {where}', masked)}.to(tl.float32)")
     return lines
 
