@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 from jax.sharding import PartitionSpec as P
 
 import snnfuse as sf
-from snnfuse.ops import blocks, fused, implementations
+from snnfuse.ops import blocks, fused, implementations, triton
 from snnfuse.ops.blocks import Blocks, param_groups
 from snnfuse.ops.check import check_call
 from snnfuse.ops.pallas_triton import PallasKernels
@@ -83,7 +83,17 @@ def test_lowers_for_cuda_in_a_shard_map_that_checks_what_varies(implementation):
     assert text.count("all_reduce") == len(jax.tree.leaves(args[0]))
 
 
-def test_none_takes_the_fused_kernel_on_a_gpu_and_scan_for_a_neuron_that_mixes_lanes():
+@pytest.mark.parametrize("here", [None, "it needs jax-triton"])
+@pytest.mark.parametrize("T, names", [(1, ["scan"] * 2), (8, ["pallas"] * 2), (9, ["triton", "pallas"])])
+def test_none_takes_the_fastest(T, names, here, monkeypatch):
+    monkeypatch.setattr(triton, "why_not_here", lambda: here)
+    neuron, *args, _ = cases.make("lif", T=T)
+    with h100():
+        assert sf.explain(neuron, *struct(args)).implementation == names[here is not None]
+
+
+def test_none_takes_the_fused_kernel_on_a_gpu_and_scan_for_a_neuron_that_mixes_lanes(monkeypatch):
+    monkeypatch.setattr(triton, "why_not_here", lambda: "it needs jax-triton")
     neuron, *args, _ = cases.make("lif")
     assert kernels(partial(sf.unroll, neuron), *args) == [LOWERED["pallas"]]
     assert kernels(partial(sf.unroll, SumsLanes(neuron)), *args) == []
@@ -91,7 +101,7 @@ def test_none_takes_the_fused_kernel_on_a_gpu_and_scan_for_a_neuron_that_mixes_l
         said = sf.explain(SumsLanes(neuron), *struct(args))
         assert said.implementation == "scan" and "`reduce_sum`" in said.why_not["pallas"]
         said = sf.explain(neuron, *struct(args))
-        assert said.implementation == "pallas" and said.blocks.lanes == 256
+        assert said.implementation == "pallas" and said.blocks.lanes == 64
 
 
 @pytest.mark.parametrize("gradient", [False, True])
@@ -186,7 +196,7 @@ def test_a_run_for_the_state_alone(name):
 
 def test_what_nobody_asks_for_is_not_computed():
     """First layer of a network: no gradient of xs, a constant state, no use of the final state."""
-    neuron, params, _, xs, _ = cases.make("lif", T=16, lanes=(512,))
+    neuron, params, _, xs, _ = cases.make("lif", T=8, lanes=(512,))
 
     def loss(params, xs):
         return (sf.unroll(neuron, params, None, xs, implementation="pallas")[0] * xs).sum()
@@ -199,7 +209,7 @@ def test_what_nobody_asks_for_is_not_computed():
         4,
     ]  # params and xs; the backward kernel also gets the cotangent of the spikes
     assert [o.count("tensor") for o in outs] == [2, 2]  # spikes and final state; the gradients of the params
-    assert "16x512" in outs[0] and "16x512" not in outs[1]
+    assert "8x512" in outs[0] and "8x512" not in outs[1]
 
 
 class SumsLanes:

@@ -316,6 +316,29 @@ def test_equal_texts_are_one_kernel():
     assert triton.kernel(lif_text(), "snn_forward") is triton.kernel(lif_text(), "snn_forward")
 
 
+def test_layers_of_other_sizes_share_their_kernels_and_their_jaxprs(monkeypatch):
+    calls, problems = [], []
+
+    def called(kernel, args, shapes, grid, warps, constants):
+        calls.append((*kernel, warps, tuple(constants.items())))
+        return [jnp.zeros(s.shape, s.dtype) for s in shapes]
+
+    triton_on_numpy.install(monkeypatch, called=called)
+    monkeypatch.setattr(triton, "kernel", lambda text, name: (name, text))
+    for T, lanes in ((32, (100, 7, 64)), (64, (30, 256))):
+        neuron, params, xs = structs("lif", T, lanes)
+
+        def loss(params, xs):
+            problem, *leaves = check_call(neuron, params, None, xs, None)
+            problems.append(problem)
+            kernels = triton.TritonKernels(problem, Blocks(64, 2, 8, prefetch=True))
+            return fused.run(fused.KernelPasses(kernels), *leaves)[0][0].sum()
+
+        jax.eval_shape(jax.grad(loss, (0, 1)), params, xs)
+    assert {name for name, *_ in calls} == {"snn_forward", "snn_backward"} and len(calls) == 2 * len(set(calls))
+    assert problems[0].step_jaxpr((64,)) is problems[-1].step_jaxpr((64,)) and problems[0] != problems[-1]
+
+
 # ---- PTX
 
 COMPILED = {
@@ -394,7 +417,8 @@ def to_ptx(kernel, args, shapes, warps, constants, capability):
 
     types = ["i32" if isinstance(a, int) else "*" + TYPES[str(a.dtype)] for a in (*args, *shapes)]
     signature = dict(zip(kernel.arg_names, types, strict=False)) | dict.fromkeys(constants, "constexpr")
-    assert list(signature) == kernel.arg_names
+    assert signature.keys() == set(kernel.arg_names)
+    signature = {name: signature[name] for name in kernel.arg_names}
     attrs = {(i,): [["tt.divisibility", 16]] for i, t in enumerate(types) if t != "i32"}
     source = ASTSource(kernel, signature, constexprs=constants, attrs=attrs)
     target = GPUTarget("cuda", capability, 32)

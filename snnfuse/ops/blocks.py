@@ -77,10 +77,12 @@ def triton_candidates(problem: Problem) -> list[Blocks]:
 def _triton_heuristic(problem):
     size = len(problem.full_pullback_jaxpr((32,)).jaxpr.eqns)  # 20 for LIF, 32 for adaptive LIF, 55 for Izhikevich
     fit = lambda most, room: _chunk(problem, max(1, min(most, room // size)))
-    if problem.M < 2**16 and problem.T > 64:
+    if is_long(problem):
         # LIF, T = 500, M = 8192, us and seconds to compile: 65 and 4.8; without the prefetch 90 and 3.0; chunks of 10: 85
         # and 1.2, of 16 (and one of 4): 71 and 4.4, of 25: 56 and 8.0. Latency counts here, not bandwidth.
         return Blocks(32, 1, fit(20, 768), prefetch=True)
+    if problem.M < 2**15:
+        return Blocks(64, 2, fit(8, 512), prefetch=True)
     if all(jnp.dtype(d).itemsize == 2 for d in problem.x_dtypes):
         # LIF, T = 32, us: (256, 2, 8), then these with the prefetch. M = 2^24: 2010, 2043; 2^22 (T = 8): 126.3, 126.6;
         # 2^20: 138, 133; 2^17: 46, (128, 1) 38, (128, 2) 24; T = 256, 2^17: 162, 139.
@@ -90,6 +92,15 @@ def _triton_heuristic(problem):
     # LIF: best or within 1 % of it at T = 32 and 256, M = 2^17 to 2^24. Chunks of 32 are not faster; with 8 lanes
     # a thread they are half as fast or less. Adaptive LIF is measured with chunks of 8.
     return Blocks(256, 4, fit(16, 500))
+
+
+def is_long(problem: Problem) -> bool:
+    """Whether a call takes many steps on few lanes, so that latency counts and not bandwidth.
+
+    Chunks of 16 with a prefetch take 7 times as long to compile as chunks of 8. With T = 32, where they are not faster in a
+    ResNet-18, its last layers took most of the time to compile.
+    """
+    return problem.M < 2**16 and problem.T > 64
 
 
 def interpreter_blocks(problem: Problem) -> Blocks:

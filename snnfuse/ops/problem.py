@@ -89,17 +89,27 @@ class Problem:
         struct = jax.ShapeDtypeStruct(shape, self.dtype)
         return tuple((struct,) * n for n in (len(self.param_shapes), self.num_state, len(self.x_dtypes)))
 
-    @lru_cache(maxsize=128)  # noqa: B019  a Problem is a value
     def step_jaxpr(self, shape) -> Closed:
         """(*params, *state, *x) -> (*state, *outs), every leaf of `shape`."""
-        return _flat_jaxpr(self.step, *self._structs(shape))
+        return self._of_any_size()._step_jaxpr(shape)
 
-    @lru_cache(maxsize=128)  # noqa: B019
     def pullback_jaxpr(self, shape, wanted_params, wanted_xs, live_outs) -> Closed:
         """(*params, *state, *x, *d_state, *d_outs) -> (*d_state, *d_params, *d_x), every leaf of `shape`.
 
         The tuples of bools say which outputs have a cotangent, and which gradients are returned. d_state always is.
         """
+        return self._of_any_size()._pullback_jaxpr(shape, wanted_params, wanted_xs, live_outs)
+
+    def _of_any_size(self) -> "Problem":
+        """This problem without its sizes, which its jaxprs do not depend on: layers of other sizes are traced once."""
+        return replace(self, T=1, lane_shape=(), param_shapes=((),) * len(self.param_shapes), initial=None)
+
+    @lru_cache(maxsize=128)  # noqa: B019  a Problem is a value
+    def _step_jaxpr(self, shape):
+        return _flat_jaxpr(self.step, *self._structs(shape))
+
+    @lru_cache(maxsize=128)  # noqa: B019
+    def _pullback_jaxpr(self, shape, wanted_params, wanted_xs, live_outs):
         params, state, x = self._structs(shape)
 
         def pullback(params, state, x, d_state, d_outs):

@@ -8,7 +8,7 @@ The text has four kinds of function:
     snn_forward, snn_backward        the kernels; `snnfuse.ops.fused` says what they do
 
 The number of lanes, the number of chunks and most numbers of channels are arguments of a kernel, so layers of other sizes
-share it: the 34 kernels of a ResNet-18 are 14 to compile.
+share it: the 34 kernels of a ResNet-18 are 8 to compile.
 
 This file needs no Triton. `snnfuse.ops.triton` compiles the text.
 """
@@ -201,11 +201,11 @@ def snn_backward({arguments}):
     part = {units} * UNIT
     M = part * GROUPS
     first = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    {mask}
+    {params}
     {zero}
     for group in range(GROUPS):  # blocks of lanes that share their params
         lane = group * part + first
-        {mask}
-        {params}
         {d_final}
         {last_short_chunk}
         {load_first}
@@ -345,8 +345,8 @@ def _backward(problem, names, blocks, periods, wanted, live_outs, live_state):
                 "GROUPS: tl.constexpr",
             ),
         ],
-        mask=[f"{mask} = lane < M" for mask in masked],
-        params=_load_params(problem, names, periods, masked),
+        mask=[f"{mask} = first < M" for mask in masked],  # then GROUPS is 1
+        params=_load_params(problem, names, periods, masked, "first"),
         units=[_units(problem)],
         zero=[zero_or(False, d) for d in d_params],
         d_final=[zero_or(live, d) for d, live in zip(d_state, live_state, strict=True)],
@@ -391,15 +391,15 @@ def offset(index, stride, problem):
     return f"tl.cast({index}, tl.int64) * {stride}" if problem.T * problem.M >= 2**31 else f"{index} * {stride}"
 
 
-def _load_params(problem, names, periods, masked):
+def _load_params(problem, names, periods, masked, lane="lane"):
     lines, shared = [], wraps(problem, periods)
     for i in range(len(shared)):
-        lines.append(f"at_wrap{i} = tl.max_contiguous(tl.multiple_of(lane & wrap{i}, 16), 16)  # lane % period")
+        lines.append(f"at_wrap{i} = tl.max_contiguous(tl.multiple_of({lane} & wrap{i}, 16), 16)  # lane % period")
     for name, period in zip(names.params, periods, strict=True):
         if period == 1:
             lines.append(f"{name} = tl.full([BLOCK], tl.load({name}_ptr).to(tl.float32), tl.float32)")
         else:
-            where = "lane" if period == problem.M else f"lane % {period}"
+            where = lane if period == problem.M else f"{lane} % {period}"
             where = f"at_wrap{shared.index(period)}" if period in shared else where
             lines.append(f"{name} = {_load(f'{name}_ptr + {where}', masked)}.to(tl.float32)")
     return lines
