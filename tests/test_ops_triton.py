@@ -328,7 +328,7 @@ def test_layers_of_other_sizes_share_their_kernels_and_their_jaxprs(monkeypatch)
     for T, lanes in ((32, (100, 7, 64)), (64, (30, 256))):
         neuron, params, xs = structs("lif", T, lanes)
 
-        def loss(params, xs):
+        def loss(params, xs, neuron=neuron):
             problem, *leaves = check_call(neuron, params, None, xs, None)
             problems.append(problem)
             kernels = triton.TritonKernels(problem, Blocks(64, 2, 8, prefetch=True))
