@@ -64,20 +64,18 @@ def pulled_back(neuron, implementation):
 
 
 @cache
-def reference(name):
-    case = cases.make(name, T=6, lanes=LANES)
+def reference(name, T=6, lanes=LANES):
+    """The case, the cotangents of its outputs and final state, and what scan gives on one device."""
+    case = cases.make(name, T=T, lanes=lanes)
     args = case.params, case.state, case.xs
-    cotangents = cases.cotangents(jax.eval_shape(partial(sf.unroll, case.neuron), *args))
-    return jax.jit(pulled_back(case.neuron, "scan"))(*args, cotangents)
+    cotangents = cases.cotangents(jax.eval_shape(partial(sf.unroll, case.neuron, implementation="scan"), *args))
+    return case, cotangents, jax.jit(pulled_back(case.neuron, "scan"))(*args, cotangents)
 
 
 @pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
 @pytest.mark.parametrize("name, spec, kind", SPLITS, ids=str)
 def test_jit_splits_lanes_without_moving_them(name, implementation, spec, kind):
-    case = cases.make(name, T=6, lanes=LANES)
-    args = case.params, case.state, case.xs
-    cotangents = cases.cotangents(jax.eval_shape(partial(sf.unroll, case.neuron), *args))
-    want = reference(name)
+    case, cotangents, want = reference(name)
     assert_fires(want[0][0])
 
     mesh = jax.make_mesh((4, 2), ("a", "b"), axis_types=(kind,) * 2)
@@ -315,12 +313,9 @@ def with_gradients(f, args, cotangents):
 @pytest.mark.parametrize("name, lanes", [("adaptive", (8, 3)), ("outputs", (4, 2, 5)), ("affine", (6,))])
 def test_time_over_devices_is_unroll(name, lanes, G, implementation):
     """Every output and gradient, with an initial state, parameters of every shape, and cotangents of the final state."""
-    case = cases.make(name, T=16, lanes=lanes)
+    case, cotangents, want = reference(name, 16, lanes)
     args = case.params, case.state, case.xs
-    scan = partial(sf.unroll, case.neuron, implementation="scan")
-    cotangents = cases.cotangents(jax.eval_shape(scan, *args))
     got = with_gradients(over_time(G, case.neuron, implementation=implementation), args, cotangents)
-    want = with_gradients(scan, args, cotangents)
     spikes = jax.tree.leaves(want[0][0])[0]
     assert_fires(spikes)
     assert_same_spikes(jax.tree.leaves(got[0][0])[0], spikes)
@@ -329,12 +324,10 @@ def test_time_over_devices_is_unroll(name, lanes, G, implementation):
 
 def test_time_over_devices_in_a_shard_map_with_its_checks():
     """The checks of `shard_map` are on. The interpreter of Pallas does not pass them, so scan runs."""
-    case = cases.make("adaptive", T=16, lanes=(8, 3))
+    case, cotangents, want = reference("adaptive", 16, (8, 3))
     args = case.params, case.state, case.xs
-    scan = partial(sf.unroll, case.neuron, implementation="scan")
-    cotangents = cases.cotangents(jax.eval_shape(scan, *args))
     got = with_gradients(over_time(4, case.neuron, check_vma=True, implementation="scan"), args, cotangents)
-    assert_close(got, with_gradients(scan, args, cotangents), rtol=case.rtol)
+    assert_close(got, want, rtol=case.rtol)
 
 
 @pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
@@ -452,7 +445,7 @@ def test_statistics_on_a_mesh_with_explicit_axes():
     mesh = jax.make_mesh((8,), ("data",), axis_types=(EXPLICIT,))
     norm = nn.BatchNorm(3, rngs=nnx.Rngs(0))
     gradient = lambda xs: jax.grad(lambda xs: (nnx.clone(norm)(xs) ** 3).mean())(xs)
-    want = gradient(xs)
+    want = jax.jit(gradient)(xs)
     with jax.set_mesh(mesh):
         got = jax.jit(gradient)(jax.device_put(xs, NamedSharding(mesh, P(None, "data"))))
     assert_close(jax.device_get(got), want, rtol=1e-4)
@@ -478,10 +471,9 @@ def test_statistics_of_each_device_are_averaged():
     step, state = on_mesh("data=4", synchronised=False)
     xs, labels = images()
     new, _ = step(state, (xs, labels))
-    parts = [
-        train_step(network()[0], nn.membrane_mean, network()[1], (xs[:, i : i + 4], labels[i : i + 4]))[0]
-        for i in range(0, 16, 4)
-    ]
+    graphdef, alone = network()
+    one = jax.jit(partial(without_grads, graphdef, nn.membrane_mean))
+    parts = [one(alone, (xs[:, i : i + 4], labels[i : i + 4]))[0] for i in range(0, 16, 4)]
     want = jax.tree.map(lambda *s: sum(s) / 4, *[nnx.filter_state(p, nnx.BatchStat) for p in parts])
     assert_close(nnx.filter_state(new, nnx.BatchStat), want, rtol=1e-5)
 

