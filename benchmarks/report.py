@@ -26,14 +26,20 @@ EXPECTED = [  # (results file, fields of the failed row, what a table says in pl
 ]
 NAMES = {"snnfuse": "snnfuse", "spikingjelly": "SpikingJelly", "snntorch": "snnTorch", "norse": "Norse"}
 NAMES |= {"spyx": "Spyx", "jaxpike": "jaxpike", "sparx": "sparx"}
-KINDS = {"pallas": "fused", "scan": "`lax.scan`", "relu": "ReLU for neurons"}
+KINDS = {
+    "pallas": "fused",
+    "triton": "fused, triton",
+    "mosaic": "fused, mosaic",
+    "scan": "`lax.scan`",
+    "relu": "ReLU for neurons",
+}
 COLUMNS = {  # of each table: head={format of a row's fields}
     "core": "neuron={case}; T={T}; lanes={lanes}; dtype={dtype}; `lax.scan` ms={scan:.2f}; fused ms={ms:.3f}; "
     "speed-up={over_scan:.1f}x; share of the copy rate={of_copy_rate:.2f}; memory of scan={units:.1f}; "
     "fused={peak_units:.2f}",
     "flips": "input={case}; implementation=`{implementation}`; spikes compared={slots:,}; that differ={differ}",
     "resnet": "network={case}; input={B} x 3 x {size} x {size}; precision={dtype}; neurons={kind}; memory option={kept}; "
-    "ms per step={ms:.2f}; speed-up={over:.1f}x; peak MB={peak_mb:.0f}",
+    "ms per step={ms:.2f}; speed-up={over:.1f}x; peak MB={peak_mb:.0f}; s to compile={compile_s:.0f}; GPU={gpu}",
     "largest_T": "library={of}; dtype={dtype}; memory option={kept}; T={T:,}; peak GB={gb:.1f}; ms per step={ms:.0f}",
     "accuracy": "run={case}; implementation=`{implementation}`; mesh={mesh}; steps={steps}; "
     "held-out accuracy={held_out_accuracy:.1%}; final loss={final_loss:.4f}; seconds={seconds:.0f}",
@@ -119,11 +125,11 @@ def compile_time():
 
 
 def resnet():
-    key = lambda r: (r["size"], r["case"], r["dtype"])
+    key = lambda r: (r["size"], r["case"], r["dtype"], r["device"])
     found = sorted(rows("resnet"), key=key)
     scans = {key(r): r["ms"] for r in found if r["implementation"] == "scan"}
     faster = lambda r: dict(over=scans[key(r)] / r["ms"]) if r["implementation"] == "pallas" and key(r) in scans else {}
-    named = lambda r: dict(kind=KINDS[r["implementation"]], kept=r["memory"] or "")
+    named = lambda r: dict(kind=KINDS[r["implementation"]], kept=r["memory"] or "", gpu=r["device"].split()[1])
     return table("resnet", [r | faster(r) | named(r) for r in found])
 
 
