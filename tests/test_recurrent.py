@@ -7,6 +7,7 @@ import importlib.util
 import threading
 from dataclasses import dataclass
 from functools import partial
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -251,6 +252,40 @@ def test_kernels_of_a_split_head_give_what_scan_gives(which, precision, on_numpy
     assert_same_spikes(got[0], want[0])
     assert_close(got, want, rtol=1e-5)
     assert_close(d_got, d_want, rtol=2**-6 if precision == "bfloat16" else 1e-4)
+
+
+class Weighted(NamedTuple):
+    weight: jax.Array
+    fed: jax.Array
+
+
+class Counted(NamedTuple):
+    count: jax.Array
+    head: jax.Array
+
+
+@dataclass(frozen=True)
+class Odd:
+    """Its leaves have the names of variables of the kernels."""
+
+    def init_state(self, shape):
+        return Counted(jnp.zeros(shape), jnp.zeros(shape))
+
+    def step(self, params, state, x):
+        count = params.weight * state.count + x
+        s = sf.LIF().step(sf.LIFParams(params.fed, 1.0), sf.LIFState(state.head), count)[1]
+        return Counted(count, params.fed * state.head * (1 - s) + s), s
+
+
+@pytest.mark.parametrize("sizes", [{}, dict(SPLIT, programs=3)])
+def test_a_neuron_may_use_the_names_of_the_kernels(sizes, on_numpy):
+    c, weight, _ = case("lif", T=4, lanes=(3, 40))
+    c = c._replace(neuron=Odd(), params=Weighted(jnp.full(40, 0.5), jnp.full(40, 0.25)))
+    state = RecurrentState(Counted(jnp.zeros((3, 40)), jnp.full((3, 40), 0.1)), jnp.zeros((3, 40)))
+    want, d_want = pull(unroll_scan, c, state, weight)
+    got, d_got = pull(partial(kernels, **sizes), c, state, weight)
+    assert_same_spikes(got[0], want[0])
+    assert_close(d_got, d_want, 1e-4)
 
 
 def unroll_scan(*args, **options):
