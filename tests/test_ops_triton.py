@@ -423,4 +423,6 @@ def to_ptx(kernel, args, shapes, warps, constants, capability):
     source = ASTSource(kernel, signature, constexprs=constants, attrs=attrs)
     target = GPUTarget("cuda", capability, 32)
     options = dict(num_warps=warps, num_stages=1, enable_fp_fusion=True)
-    return compile(source, target=target, options=options).asm["ptx"]
+    made = compile(source, target=target, options=options)
+    assert made.metadata.shared <= 227 * 1024, "more shared memory than an H100 has"
+    return made.asm["ptx"]

@@ -325,19 +325,23 @@ def test_three_parts_are_float32_and_two_have_16_bits():
         np.testing.assert_array_equal(total(parts), recurrent.rounded(w, precision))
 
 
-def test_kernels_in_pieces_equal_the_whole_to_the_last_bit(on_numpy):
-    c, weight, state = case("adaptive")
+@pytest.mark.parametrize("lanes, sizes", [(LANES, {}), ((3, 40), dict(size=16, rows=8, programs=3))])
+def test_kernels_in_pieces_equal_the_whole_to_the_last_bit(lanes, sizes, on_numpy):
+    c, weight, state = case("adaptive", lanes=lanes)
     weight = weight + 1e-3 * jax.random.normal(jax.random.key(5), weight.shape)
-    whole, end = kernels(c.neuron, c.params, state, c.xs, weight)
-    first, middle = kernels(c.neuron, c.params, state, c.xs[:4], weight)
-    second, last = kernels(c.neuron, c.params, middle, c.xs[4:], weight)
+    whole, end = kernels(c.neuron, c.params, state, c.xs, weight, **sizes)
+    first, middle = kernels(c.neuron, c.params, state, c.xs[:4], weight, **sizes)
+    second, last = kernels(c.neuron, c.params, middle, c.xs[4:], weight, **sizes)
     jax.tree.map(np.testing.assert_array_equal, (jnp.concatenate([first, second]), last), (whole, end))
 
 
-def test_a_first_output_that_is_no_spike_starts_the_kernels_exactly(on_numpy):
-    c, weight, state = case("lif")
-    state = state._replace(fed=jax.random.normal(jax.random.key(3), LANES))
-    check_kernels(c, weight, state, 1e-4)
+@pytest.mark.parametrize("lanes, sizes", [(LANES, {}), ((3, 40), dict(size=16, rows=8, programs=3))])
+def test_a_first_output_that_is_no_spike_starts_the_kernels_exactly(lanes, sizes, on_numpy):
+    c, weight, state = case("lif", lanes=lanes)
+    state = state._replace(fed=jax.random.normal(jax.random.key(3), lanes))
+    want, d_want = pull(unroll_scan, c, state, weight)
+    got, d_got = pull(partial(kernels, **sizes), c, state, weight)
+    assert_close((got, d_got), (want, d_want), 1e-4)
 
 
 @pytest.mark.parametrize("out_dtype", [jnp.bool_, jnp.int8, jnp.bfloat16, sf.Packed(8)])
@@ -442,6 +446,9 @@ COMPILED = {
     "bool": dict(lanes=(8, 16), T=4, precision="bfloat16x2", out_dtype=jnp.bool_),
     "split head": dict(lanes=(32, 512), T=4, precision="bfloat16", dtype=jnp.bfloat16),
     "split head, three parts": dict(lanes=(20, 320), T=3, precision="float32"),
+    "the widest head, from a state": dict(
+        lanes=(256, 1024), T=2, precision="bfloat16", dtype=jnp.bfloat16, starts=True
+    ),
 }
 
 
@@ -451,7 +458,7 @@ def test_the_kernels_compile_to_ptx(name, which, monkeypatch):
     """Each step waits at two barriers, around the spikes' way through shared memory, and at no other."""
     options = dict(COMPILED[which])
     T, lanes, dtype = options.pop("T"), options.pop("lanes"), options.pop("dtype", jnp.float32)
-    compiled = []
+    starts, compiled = options.pop("starts", False), []
 
     def called(kernel, args, shapes, grid, warps, constants):
         compiled.append((kernel.__name__, constants, to_ptx(kernel, args, shapes, warps, constants, 90)))
@@ -460,14 +467,16 @@ def test_the_kernels_compile_to_ptx(name, which, monkeypatch):
     triton_on_numpy.install(monkeypatch, called=called)
     neuron, params, xs = structs(name, T, lanes, dtype)
     weight = jax.ShapeDtypeStruct((lanes[-1],) * 2, jnp.float32)
-    loss = lambda p, x, w: sum(a.sum() for a in jax.tree.leaves(kernels(neuron, p, None, x, w, **options)[1]))
-    jax.eval_shape(jax.grad(loss, (0, 1, 2)), params, xs, weight)
+    state = jax.eval_shape(lambda: RecurrentState(neuron.init_state(lanes), jnp.zeros(lanes))) if starts else None
+    run = lambda p, x, w, state: kernels(neuron, p, state, x, w, **options)[1]
+    loss = lambda *args: sum(a.sum() for a in jax.tree.leaves(run(*args)))
+    jax.eval_shape(jax.grad(loss, (0, 1, 2)), params, xs, weight, state)
     assert [name for name, *_ in compiled[-2:]] == ["snn_recurrent_forward", "snn_recurrent_backward"]
     for kernel, constants, ptx in compiled:
         assert ".local" not in ptx and ("wgmma" in ptx) == ("PROGRAMS" in constants)
         steps = constants["K"] + constants["TAIL"]
         parts = constants["PARTS"] if kernel.endswith("backward") else 1
-        assert ptx.count("bar.sync") <= 2 * steps * parts + constants["PARTS"] + 1
+        assert ptx.count("bar.sync") <= 2 * steps * parts + constants["PARTS"] + 1 + 2 * starts
 
 
 ON_GPU = [

@@ -501,15 +501,18 @@ def _forward(problem, names, blocks, periods, recurrence, save):
     else:
         values = zip(names.state, problem.initial, strict=True)
         initial = [f"{s} = tl.full([SIZE, ROWS], {equations.literal(np.float32(v))}, tl.float32)" for s, v in values]
-    if recurrence.starts:  # any float32 numbers, in three parts; for spikes, the same bits as after a step
-        shape = ", ".join(_shape(blocks))
-        first = _get("fed_start_ptr + lane", masked)
-        if group:
-            first = f"everyone({', '.join(['fed_start_ptr + every', *group[5:]])})"
-        start = [f"fed_at = split({first}, 3)"]
+    start, shape = ["back = tl.zeros([SIZE, ROWS], tl.float32)"], ", ".join(_shape(blocks))
+    if recurrence.starts and group:  # any float32 numbers, in three parts; for spikes, the same bits as after a step
+        start += [
+            call(["rest"], "everyone", ["fed_start_ptr + every", *group[5:]]),
+            "for _ in range(3):  # a loop, so that shared memory has room for one part",
+            "    part = rest.to(tl.bfloat16)",
+            f"    back += product(weight_at, (part,), {shape})",
+            "    rest -= part.to(tl.float32)",
+        ]
+    elif recurrence.starts:
+        start = [f"fed_at = split({_get('fed_start_ptr + lane', masked)}, 3)"]
         start += [f"back = product(weight_at, (fed_at[{i}],), {shape}){' + back' * (i < 2)}" for i in (2, 1, 0)]
-    else:
-        start = ["back = tl.zeros([SIZE, ROWS], tl.float32)"]
     body = fill(
         _FORWARD_BODY,
         tile=_tile(problem, names, blocks, periods, recurrence, transposed=False),

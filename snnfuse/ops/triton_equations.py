@@ -62,7 +62,7 @@ RESERVED = frozenset(
     at_wrap0 at_wrap1 at_wrap2 at_wrap3 at_wrap4 at_wrap5 at_wrap6 at_wrap7
     row neuron current back weight_at fed_at get put split product load_weight snn_recurrent_forward snn_recurrent_backward
     SIZE ROWS HEAD HEADS PARTS tl triton
-    weight fed block head source every every_at every_at_tail head_mask whole count meet arrive wait everyone
+    weight fed block head source every every_at every_at_tail head_mask whole count rest part meet arrive wait everyone
     WIDTH STACK PROGRAMS SLOTS
     libdevice float range and as assert break class continue def del elif else except finally for from global if import in
     is lambda nonlocal not or pass raise return try while with yield None True False async await""".split()
