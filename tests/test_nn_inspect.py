@@ -36,6 +36,7 @@ CASES = {
     "Sequential": (lambda: nn.Sequential(nnx.Linear(4, 3, rngs=rngs()), nn.IF(), nn.LI(tau=2.0)), (xs,)),
     "Folded": (lambda: nn.Folded(nnx.Linear(4, 3, rngs=rngs())), (xs,)),
     "Recurrent": (lambda: nn.Recurrent(nn.LIF(tau=2.0), 4, rngs=rngs()), (xs,)),
+    "Feedback": (lambda: nn.Feedback(nn.LIF(tau=2.0), nnx.Linear(4, 4, use_bias=False, rngs=rngs())), (xs,)),
     "Remat": (lambda: nn.Remat(nn.LIF(tau=2.0)), (xs,)),
     "Pieces": (lambda: nn.Pieces(nn.LIF(tau=2.0), 2), (xs,)),
     "PackSpikes": (nn.PackSpikes, (spikes.values,)),
