@@ -6,6 +6,7 @@ The table cells of from_others.md are run as they stand; the golden values are f
 import dataclasses
 import json
 import re
+from functools import partial
 from pathlib import Path
 
 import jax
@@ -36,6 +37,13 @@ def golden(row):
     return {name.removeprefix(f"{row}/"): value for name, value in GOLDEN.items() if name.startswith(f"{row}/")}
 
 
+@partial(jax.jit, static_argnums=0)
+def pulled_back(f, params, xs, g):
+    """f(params, xs), and the gradients of both."""
+    y, vjp = jax.vjp(f, params, xs)
+    return y, vjp(g)
+
+
 def pull_back(layer, xs, g, *state):
     """(output, gradient of sum(g output) with regard to x, the same for the parameters, by path)."""
     graph, params, rest = nnx.split(layer, nnx.Param, ...)
@@ -44,8 +52,7 @@ def pull_back(layer, xs, g, *state):
         outs = nnx.merge(graph, params, rest, copy=True)(xs, *state)
         return outs[0] if isinstance(outs, tuple) else outs
 
-    y, vjp = jax.vjp(run, params, jnp.asarray(xs))
-    d_params, d_x = vjp(jnp.asarray(g))
+    y, (d_params, d_x) = pulled_back(run, params, jnp.asarray(xs), jnp.asarray(g))
     return y, d_x, {path[-1]: leaf[...] for path, leaf in nnx.to_flat_state(d_params)}
 
 
@@ -130,9 +137,9 @@ def test_nir_files(case):
     surrogate = SURROGATES.get(case, SURROGATES.get(case.split("_")[0]))
     model = interop.from_nir(ROOT / "tests" / "golden" / "nir" / f"{case}.nir", dialect, surrogate=surrogate)
     graph, params, rest = nnx.split(model, nnx.Param, ...)
-    _, vjp = jax.vjp(lambda params, xs: nnx.merge(graph, params, rest)(xs)[0], params, last(RUNS[f"{case}/x"]))
     want = golden(f"nir/{case}")
-    d_params, d_x = vjp(jnp.asarray(want.pop("g")))
+    run = lambda params, xs: nnx.merge(graph, params, rest)(xs)[0]
+    _, (d_params, d_x) = pulled_back(run, params, last(RUNS[f"{case}/x"]), jnp.asarray(want.pop("g")))
     got, want["d_x"] = {"d_x": np.asarray(d_x)}, last(want["d_x"])
     modules = (getattr(layer, "layer", layer) for layer in nnx.merge(graph, d_params, rest).layers)
     ours = [module for module in modules if isinstance(module, nnx.Linear | nnx.Conv)]
