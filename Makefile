@@ -1,6 +1,6 @@
 # make demo        set up an environment and train the default network
-# make test        set up and run all tests, 15 to 25 minutes on two cores; `make test TESTS=tests/test_core.py` runs a part
-# make test-fast   the tests of core, ops and nn on small shapes, a few minutes on two cores
+# make test        set up and run all tests; CONTRIBUTING.md says how long it takes; `make test TESTS=tests/test_core.py` runs a part
+# make test-fast   the tests of core, ops and nn on small shapes
 # make fuzz        many random calls of every public function, 15 minutes; FUZZ=100 for fewer
 # make test-gpu    the tests that need a GPU
 # make lint        style and format; `ruff format .` mends the format

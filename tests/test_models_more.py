@@ -50,9 +50,10 @@ def test_shapes_of_vgg_and_spikformer(memory, policy):
 
 @pytest.fixture
 def narrow(monkeypatch):
-    """Make the networks a quarter as wide."""
+    """Make the networks a quarter as wide, and a ResNet of one block a stage; `test_shapes_of_resnets` builds all blocks."""
     quarter = lambda widths: tuple(width // 4 for width in widths)
     monkeypatch.setattr(models.resnet, "WIDTHS", quarter(models.resnet.WIDTHS))
+    monkeypatch.setitem(models.resnet.DEPTHS, 18, (1, 1, 1, 1))
     monkeypatch.setattr(models.vgg, "STAGES", tuple(map(quarter, models.vgg.STAGES)))
 
 

@@ -131,6 +131,11 @@ def compare(out, implementations):
     runner.main(accuracy.__doc__, "accuracy", argv=options, here=True)
 
 
+def make_small(patch):
+    patch.setattr(resnet, "WIDTHS", (8, 16, 32, 64))
+    patch.setitem(resnet.DEPTHS, 18, (1, 1, 1, 1))
+
+
 @pytest.fixture(scope="module")
 def compared(tmp_path_factory):
     """(path, what it said): a small run twice by the same implementation, the second time stopped and resumed."""
@@ -149,8 +154,7 @@ def compared(tmp_path_factory):
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(runner, "RESULTS", out)
         patch.setattr(accuracy, "run", run)  # in this process, for it to be compiled once
-        patch.setattr(resnet, "WIDTHS", (8, 16, 32, 64))
-        patch.setitem(resnet.DEPTHS, 18, (1, 1, 1, 1))
+        make_small(patch)
         compare(out, "scan,scan")
     return out, said.getvalue()
 
@@ -166,6 +170,7 @@ def test_a_run_repeats_itself_and_is_a_row(compared):
 
 
 def test_a_run_that_fails_is_a_row(tmp_path, monkeypatch, capsys):
+    make_small(monkeypatch)
     monkeypatch.setattr(runner, "RESULTS", tmp_path)
     monkeypatch.setattr(accuracy, "run", lambda script, arguments: paper.main(arguments))
     compare(tmp_path, "mosaic")
