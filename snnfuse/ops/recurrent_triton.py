@@ -112,7 +112,10 @@ def _split_blocks(problem, recurrence):
     wanted = -(-rows * recurrence.heads // max(slots, 1))  # samples a program, if all groups run at once
     rows = min(32 if one else 16, max(16, 1 << (wanted - 1).bit_length()))
     chunk = 2 if problem.num_state <= 2 else 1
-    return RecurrentBlocks(size, rows, 4 if one else 8, min(chunk, problem.T), programs, slots)
+    narrow = (
+        head <= 512 or problem.x_dtypes[0] == jnp.bfloat16
+    )  # else the registers of 4 warps spill in the backward kernel
+    return RecurrentBlocks(size, rows, 4 if one and narrow else 8, min(chunk, problem.T), programs, slots)
 
 
 def source(problem: Problem, recurrence: Recurrence) -> str:
