@@ -12,6 +12,7 @@ VENV ?= .venv
 CUDA := $(shell nvidia-smi 2>/dev/null | sed -n 's/.*CUDA Version: \(1[23]\)\..*/cuda\1/p')
 BIN := $(VENV)/bin
 TESTS ?= tests
+WORKERS := -n auto --dist worksteal # the tests of a file mostly run in one process, which compiles what they share once
 FAST := core ops_contract ops_errors ops_implementations ops_packing nn # the tests of kernels and transforms take longer
 
 .PHONY: demo test test-fast fuzz test-gpu bench bench-compare report docs lint clean
@@ -22,14 +23,14 @@ demo: $(VENV)/train
 # These tests run on the CPU, also on a machine with a GPU; tests/conftest.py makes XLA compile faster there.
 test test-fast fuzz: export JAX_PLATFORMS := cpu
 test: $(VENV)/dev
-	$(BIN)/python -m pytest $(TESTS) -n auto -m "not gpu"
+	$(BIN)/python -m pytest $(TESTS) $(WORKERS) -m "not gpu"
 
 test-fast: $(VENV)/dev
-	$(BIN)/python -m pytest $(FAST:%=tests/test_%.py) -n auto -m "not gpu"
+	$(BIN)/python -m pytest $(FAST:%=tests/test_%.py) $(WORKERS) -m "not gpu"
 
 fuzz: export SNNFUSE_FUZZ := $(or $(FUZZ),1000)
 fuzz: $(VENV)/dev
-	$(BIN)/python -m pytest tests/test_fuzz.py -n auto
+	$(BIN)/python -m pytest tests/test_fuzz.py $(WORKERS)
 
 test-gpu: $(VENV)/dev
 	XLA_PYTHON_CLIENT_PREALLOCATE=false $(BIN)/python -m pytest $(TESTS) -n 8 -m gpu
