@@ -3,7 +3,6 @@
     python benchmarks/core.py                     forward and backward of one layer; five minutes on an H100
     python benchmarks/core.py --only compile      only the time to compile; a minute
     python benchmarks/core.py flips               how many of 134 million spikes differ from those of scan; seconds
-    python benchmarks/core.py papers              the neurons of snnfuse.papers beside scan; a minute
     python benchmarks/core.py tune                which block sizes are fastest: the numbers in snnfuse/ops/blocks.py
     python benchmarks/core.py contract            the contract tests of every implementation; ten minutes
 
@@ -55,13 +54,14 @@ CASES = [  # the first eight run by every implementation, the others by scan and
     ("adaptive lif", 32, 2**20, f32),
     ("izhikevich", 32, 2**20, f32),
     ("own neuron", 32, 2**20, f32),
+    *((name, 100, 2**17, dtype) for name in PAPERS for dtype in (f32, bf16)),
 ]
 EVERYONE = 8
 COMPILED = [(16, 2**12), (256, 2**12), (4096, 2**12), (500, 2**13)]
 
 
 def shapes(args):
-    return [(name, 4, 256, dtype) for name, _, _, dtype in (CASES[1], CASES[3], CASES[-1])] if args.tiny else CASES
+    return [(name, 4, 256, dtype) for name, _, _, dtype in (CASES[1], CASES[3], CASES[16])] if args.tiny else CASES
 
 
 @question("core", implementations=("scan,pallas,mosaic,triton", "which of them; scan first, to compare with"))
@@ -76,16 +76,6 @@ def core(args):
         for implementation in names if i < EVERYONE else [n for n in names if n in ("scan", "pallas", "interpret")]:
             key = dict(case=name, T=T, M=M, dtype=jnp.dtype(dtype).name, implementation=implementation)
             yield Case(key, layer, (name, T, M, dtype, implementation, args.tiny))
-
-
-@question("papers")
-def papers(args):
-    for name in PAPERS[:1] if args.tiny else PAPERS:
-        for dtype in (f32, bf16):
-            for implementation in ("scan", "interpret") if args.tiny else ("scan", "pallas"):
-                T, M = (4, 256) if args.tiny else (100, 2**17)
-                key = dict(case=name, T=T, M=M, dtype=jnp.dtype(dtype).name, implementation=implementation)
-                yield Case(key, layer, (name, T, M, dtype, implementation, args.tiny))
 
 
 @question("flips", implementations=("pallas,mosaic,triton", "which of them"))
@@ -230,4 +220,4 @@ def run_tests(tests, name):
 
 
 if __name__ == "__main__":
-    main(__doc__, "core", "papers", "flips", "tune", "contract")
+    main(__doc__, "core", "flips", "tune", "contract")

@@ -46,14 +46,11 @@ def preference(problem: Problem) -> tuple[str, ...]:
     """The implementations that `implementation=None` tries, in this order.
 
     A single step is one elementwise function: XLA fuses it with its neighbours, and a kernel would prevent that. Later versions of
-    JAX will drop the lowering that "pallas" needs, so "triton" comes first from 9 steps on: a ResNet-18 (T = 32) takes the same
-    time and memory with both. At T = 4 a LIF layer is 2 to 4 % slower with "triton". "mosaic" is slower: LIF, T = 32, M = 2^20
-    reaches 0.87 of the copy rate in float32 where "pallas" reaches 0.93, and 0.82 in bfloat16 where "pallas" reaches 0.84.
+    JAX will drop the lowering that "pallas" needs; then "triton" is next. A ResNet-18 (T = 32) takes the same time and memory with
+    both; at T = 4 a LIF layer is slower with "triton". "mosaic" is slower: LIF, T = 32, M = 2^20 reaches 0.87 of the copy rate in
+    float32 where "pallas" reaches 0.93, and 0.82 in bfloat16 where "pallas" reaches 0.84.
     """
-    if problem.T == 1:
-        return ("scan",)
-    first = ("triton", "pallas") if problem.T > 8 else ("pallas", "triton")
-    return (*first, "mosaic", "scan")
+    return ("scan",) if problem.T == 1 else ("pallas", "triton", "mosaic", "scan")
 
 
 @cache
