@@ -73,6 +73,15 @@ def test_the_average_follows_parameters_and_copies_the_rest():
         training.update_average(average, model, 1)
 
 
+def test_sixteen_bits_stay_in_the_average_and_leave_the_loss():
+    model, average = (nnx.Linear(3, 4, param_dtype=jnp.bfloat16, rngs=nnx.Rngs(seed)) for seed in (0, 1))
+    training.update_average(average, model, jnp.float32(0.9))
+    assert average.kernel.dtype == jnp.bfloat16
+    outs, labels = jax.random.normal(jax.random.key(0), (6, 3, 4)).astype(jnp.bfloat16), jnp.array([0, 3, 1])
+    loss = training.temporal_cross_entropy(outs, labels)
+    assert loss == training.temporal_cross_entropy(outs.astype(jnp.float32), labels)
+
+
 def test_the_loss_of_every_step_is_the_papers():
     outs = np.random.default_rng(0).normal(size=(3, 4, 5)).astype(np.float32)
     labels = np.array([0, 4, 2, 2])

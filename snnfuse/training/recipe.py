@@ -52,17 +52,18 @@ def update_average(average: nnx.Module, model: nnx.Module, decay: float | Array)
     if shapes[0] != shapes[1]:
         differ = sorted(map(str, shapes[0].items() ^ shapes[1].items()))
         raise ValueError(f"average must have the variables of model; these differ: {', '.join(differ[:4])}")
-    moved = [
-        (path, new.replace(decay * ours[path][...] + (1 - decay) * new[...]) if isinstance(new, nnx.Param) else new)
-        for path, new in theirs.items()
-    ]
+
+    def moved(old, new):  # a schedule's float32 must not widen weights of 16 bits
+        return new.replace((decay * old[...] + (1 - decay) * new[...]).astype(old[...].dtype))
+
+    moved = [(path, moved(ours[path], v) if isinstance(v, nnx.Param) else v) for path, v in theirs.items()]
     nnx.update(average, nnx.from_flat_state(moved))
 
 
 def temporal_cross_entropy(
     outs: Array, targets: Array, *, mse: float = 0.0, level: float = 1.0, lengths: Array | None = None
 ) -> Array:
-    """The TET loss: the cross-entropy of every step's output, not of their mean; a number.
+    """The TET loss: the cross-entropy of every step's output, not of their mean; a number, float32 at least.
 
         L = (1 - mse) mean_t CE(outs[t], targets) + mse mean (outs - level)^2
 
@@ -82,12 +83,13 @@ def temporal_cross_entropy(
     if outs.ndim != 3 or not jnp.issubdtype(outs.dtype, jnp.floating):
         raise ValueError(f"outs must be [T, B, classes], floating; got {outs.dtype} of shape {outs.shape}")
     if jnp.issubdtype(targets.dtype, jnp.integer) and targets.shape == outs.shape[1:2]:
-        targets = jax.nn.one_hot(targets, outs.shape[-1], dtype=outs.dtype)
+        targets = jax.nn.one_hot(targets, outs.shape[-1])
     elif targets.shape != outs.shape[1:] or not jnp.issubdtype(targets.dtype, jnp.floating):
         raise ValueError(
             f"targets must be [B] integer classes or [B, classes] probabilities, for outs {outs.shape}; "
             f"got {targets.dtype} of shape {targets.shape}"
         )
+    outs = outs.astype(jnp.promote_types(outs.dtype, jnp.float32))
     if (real := real_steps(lengths, outs.shape)) is not None:
         outs = jnp.where(real, outs, 0)  # what follows the end may be infinite
     entropy = optax.softmax_cross_entropy(outs, jnp.broadcast_to(targets, outs.shape))
