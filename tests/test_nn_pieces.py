@@ -8,6 +8,7 @@ import pytest
 from compare import assert_close, assert_fires
 from flax import nnx
 
+import snnfuse as sf
 from snnfuse import nn, training
 
 T, B = 23, 3
@@ -137,3 +138,26 @@ def test_it_trains_in_a_compiled_step():
 def test_bad_use_is_named(make, error, message):
     with pytest.raises(error, match=message):
         make()
+
+
+def test_spikes_with_bits_go_in_and_come_out():
+    spikes, _ = nn.Sequential(nn.LIF(tau=3.0), nn.PackSpikes())(XS)
+    assert_fires(spikes.values)
+    np.testing.assert_allclose(network(length=5)(spikes)[0], network()(spikes)[0], rtol=1e-6, atol=1e-6)
+    again, _ = nn.Pieces(nn.Sequential(nn.LIF(tau=3.0), nn.PackSpikes()), 5)(XS)
+    np.testing.assert_array_equal(again.bits, spikes.bits)
+
+
+def test_packed_words_are_refused():
+    with pytest.raises(ValueError, match=r"layer must return arrays \[T, B, ...\], with T = 5 .* got \(1, 3, 5\)"):
+        nn.Pieces(nn.LIF(tau=3.0, out_dtype=sf.Packed()), 5)(XS)
+
+
+def test_a_monitor_sees_all_steps():
+    whole, pieces = network(), network(length=5)
+    want, got = (nn.monitor.record(model, XS)[1] for model in (whole, pieces))
+    assert got.keys() == {f"layer.{path}" for path in want}
+    for path, spikes in want.items():
+        np.testing.assert_array_equal(got[f"layer.{path}"], spikes)
+    assert list(nn.monitor.operations(pieces, XS).values()) == list(nn.monitor.operations(whole, XS).values())
+    assert type(pieces) is nn.Pieces

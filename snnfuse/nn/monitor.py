@@ -24,7 +24,7 @@ from snnfuse.core.neuron import PyTree, WithState
 from snnfuse.nn.recurrent import Feedback, Recurrent
 from snnfuse.nn.spikes import refuse_gradient, values
 from snnfuse.nn.spiking import Spiking
-from snnfuse.nn.temporal import Remat
+from snnfuse.nn.temporal import Pieces, Remat
 from snnfuse.ops.packing import Packed, unpack
 
 MAC, AC = 4.6e-12, 0.9e-12  # joules, see `Operations`
@@ -68,8 +68,8 @@ def watch(
         rates = monitor.firing_rates(spikes)  # their gradient reaches the model
 
     The dictionary {path: record} is filled at the end of the block; `layers`, `what` and the records are those of `record`.
-    The whole block must lie inside of one transform, such as the function that `nnx.grad` takes. In the block a `Remat` runs
-    as the layer inside it, so it stores more memory.
+    The whole block must lie inside of one transform, such as the function that `nnx.grad` takes. In the block a `Remat`
+    or `Pieces` runs as the layer inside it, on all T, so it stores more memory.
     """
     if what not in ("spikes", "state", "membrane"):
         raise ValueError(f"what must be 'spikes', 'state' or 'membrane'; got {what!r}")
@@ -82,7 +82,7 @@ def watch(
         got = layers if isinstance(layers, str) else unknown[0]
         raise ValueError(f"layers must be a list of paths of spiking layers, from {list(found)}; got {got!r}")
     calls, records = {path: [] for path in layers}, {}
-    remats = [(layer, type(layer)) for layer in _layers(model, Remat).values()]
+    remats = [(layer, type(layer)) for layer in _layers(model, Remat | Pieces).values()]
     own = {path: vars(found[path]).get("unroll") for path in layers}  # `parallel.over_time` may have set one
     try:
         for layer, _ in remats:
@@ -146,7 +146,7 @@ def operations(model: nnx.Module, *args: Any, **kwargs: Any) -> dict[str, Operat
       ValueError: it is called under `jax.jit` or another transform, where there are no values to count.
     """
     copy = nnx.clone(model)
-    for layer in _layers(copy, Remat).values():
+    for layer in _layers(copy, Remat | Pieces).values():
         _run_inside(layer)
     counts = {}
     loops = {
@@ -166,7 +166,7 @@ def operations(model: nnx.Module, *args: Any, **kwargs: Any) -> dict[str, Operat
     return {path: Operations(*map(sum, zip((0, 0), *calls, strict=True))) for path, calls in counts.items()}
 
 
-def _run_inside(layer: Remat) -> None:
+def _run_inside(layer: Remat | Pieces) -> None:
     _intercept(layer, lambda call, xs, state=None: layer.layer(xs, state))
 
 

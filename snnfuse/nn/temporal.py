@@ -176,6 +176,7 @@ class Pieces(Temporal):
 
     def __call__(self, xs: PyTree, state: PyTree | None = None) -> tuple[PyTree, PyTree]:
         self._check_statistics()
+        xs = values(xs)
         lengths = {x.shape[0] if x.ndim else 0 for x in jax.tree.leaves(xs)}
         if len(lengths) != 1 or 0 in lengths:
             raise ValueError(f"xs must be arrays [T, B, ...] of one T, at least 1; got lengths {sorted(lengths)}")
@@ -189,6 +190,12 @@ class Pieces(Temporal):
             here = jax.tree.map(lambda x: x, (params, random))  # variables of this trace
             layer = nnx.merge(graphdef, *here, others)
             outs, state = layer(piece, state)
+            steps = jax.tree.leaves(piece)[0].shape[0]
+            if bad := [x.shape for x in jax.tree.leaves(values(outs)) if x.shape[:1] != (steps,)]:
+                raise ValueError(
+                    f"layer must return arrays [T, B, ...], with T = {steps} in a piece; got {bad[0]}. Words of an out_dtype "
+                    "Packed cannot be joined: nn.PackSpikes() after nn.Pieces stores bits"
+                )
             _, random_after, others = nnx.state(layer, nnx.Param, nnx.RngState, ...)
             return (state, others, random_after), outs
 
@@ -202,7 +209,9 @@ class Pieces(Temporal):
             parts.append(outs)
         state, others, random = carry
         nnx.update(self.layer, random, others)
-        return jax.tree.map(lambda *x: jnp.concatenate(x), *parts), state
+        outs = jax.tree.map(lambda *x: jnp.concatenate(x), *parts)
+        # a byte of bits holds 8 steps, which need not end where a piece ends: the bits are packed anew
+        return Spikes.of(outs.values) if isinstance(outs, Spikes) else outs, state
 
     def _check_statistics(self):
         for path, module in nnx.iter_modules(self.layer) if self.statistics == "refuse" else ():
