@@ -73,7 +73,7 @@ def measure(script, arguments, path, curves):
         B=config["batch"],
         dtype=config.get("model.policy", "float32"),
     )
-    row |= {key: config[key] for key in ("mesh", "seed", "steps")}
+    row |= {key: config[key] for key in ("mesh", "seed", "steps") if config[key] is not None}
     row |= {key: summary[key] for key in ("held_out_accuracy", "seconds")}
     row |= dict(final_loss=float(curves[-1][-LAST:].mean()), ms_a_step=1e3 * config["batch"] / summary["samples_per_s"])
     if len(curves) == 2:
