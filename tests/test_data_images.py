@@ -159,6 +159,10 @@ FAULTS = {
         lambda f: Image.fromarray(np.full((6, 8), 40_000, np.uint16)).save(f / "train/ball/0.png"),
         r"train/ball/0.png: has more than 8 bits a channel",
     ),
+    "too large": (
+        lambda f: (f / "train/ball/0.png").write_bytes(b"P5 200000 200000 255 "),
+        r"train/ball/0.png: no picture, or a truncated one: Image size",
+    ),
     "no classes": (lambda f: [remove(f / "train/ball"), remove(f / "train/cube")], r"train: has no folders of classes"),
 }
 
@@ -171,6 +175,21 @@ def test_a_fault_in_a_folder_names_its_file_and_leaves_nothing(tmp_path, fault):
     with pytest.raises(ev.BadSample, match=why):
         catalog.prepare("shapes", tmp_path / "data", manual=tmp_path)
     assert not left_behind(tmp_path / "data")
+
+
+def test_odd_but_valid_pictures(tmp_path):
+    pictures(tmp_path)
+    clear = Image.new("RGB", (8, 6), (200, 30, 90)).quantize(4)
+    clear.save(tmp_path / "shapes/train/ball/0.png", transparency=bytes([255, 0, 9]))
+    for path in (tmp_path / "shapes/test").rglob("*.png"):
+        Image.new("RGB", (8, 1), (9, 99, 200)).save(path)  # one row: colour stays colour
+    catalog.prepare("shapes", tmp_path / "data", manual=tmp_path, size=(6, 8))
+    first = catalog.source("shapes", "train", tmp_path / "data")[0]["image"]
+    assert first.shape == (6, 8, 3) and np.abs(first.astype(int) - [200, 30, 90]).max() < 10
+    assert (catalog.source("shapes", "test", tmp_path / "data")[0]["image"] == [9, 99, 200]).all()
+    catalog.prepare("shapes", tmp_path / "data", manual=tmp_path, size=(6, 8))
+    with pytest.raises(ValueError, match=r"is prepared in .* pictures of \(H, W\) = \(6, 8\): .*got size \(3, 3\)"):
+        catalog.prepare("shapes", tmp_path / "data", manual=tmp_path, size=(3, 3))
 
 
 def test_pictures_may_stand_in_for_an_archive_of_the_catalog(tmp_path):
@@ -198,7 +217,7 @@ def test_the_command_prepares_and_draws_a_folder(tmp_path, capsys):
     common = ["--folder", str(tmp_path / "data")]
     with pytest.raises(SystemExit):
         main(["prepare", "shapes", "--manual", str(tmp_path), "--size", "4x", *common])
-    assert "--size" in capsys.readouterr().err
+    assert "--size: must be a number of pixels, such as 64, or 64x48; got '4x'" in capsys.readouterr().err
     assert main(["prepare", "shapes", "--manual", str(tmp_path), "--size", "10x12", *common]) == 0
     assert "test 4, train 6" in capsys.readouterr().out
     assert main(["show", "shapes", "--split", "test", "--index", "2", "--out", str(tmp_path / "a.png"), *common]) == 0

@@ -59,7 +59,7 @@ def _show(options) -> None:
 
 
 def _size(text: str) -> tuple[int, int]:
-    sides = [int(side) for side in text.split("x")]
+    sides = [int(side) if side.isdecimal() else 0 for side in text.split("x")]
     if not 1 <= len(sides) <= 2 or min(sides) < 1:
         raise argparse.ArgumentTypeError(f"must be a number of pixels, such as 64, or 64x48; got {text!r}")
     return sides[0], sides[-1]

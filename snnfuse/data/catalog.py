@@ -54,7 +54,7 @@ def data_set(name: str) -> type:
         if "audio" in features:
             parts["RATE"] = int(json.loads((path / "metadata.json").read_text())["rate"])
             return type(name, (import_module(_HERE + "audio").WavFolder,), parts)
-        parts["SHAPE"] = tuple(map(int, features["image"]["tensor"]["shape"]["dimensions"]))
+        parts["SHAPE"] = _shape(path)
         return type(name, (import_module(_HERE + "images").ImageFolder,), parts)
     if name not in CATALOG:
         close = difflib.get_close_matches(name, CATALOG, n=1)
@@ -64,6 +64,12 @@ def data_set(name: str) -> type:
         )
     module, _, cls = CATALOG[name].rpartition(".")
     return getattr(import_module(module), cls)
+
+
+def _shape(path: Path) -> tuple[int, ...]:
+    """The shape of the pictures that are prepared in `path`; () for sound."""
+    features = json.loads((path / "features.json").read_text())["featuresDict"]["features"]
+    return tuple(map(int, features["image"]["tensor"]["shape"]["dimensions"])) if "image" in features else ()
 
 
 def own_names(folder: str | os.PathLike | None = None) -> dict[str, Path]:
@@ -142,7 +148,12 @@ def prepare(
     split.csv with the columns file, label and split; other columns are kept as texts. NAME is any name that is not in
     `CATALOG`.
     """
-    if name not in CATALOG and prepared_in(name, folder):
+    if name not in CATALOG and (path := prepared_in(name, folder)):
+        if size is not None and tuple(size) != (had := _shape(path)[:2]):
+            raise ValueError(
+                f"{name} is prepared in {path}, with pictures of (H, W) = {had}: remove that folder to prepare it again; "
+                f"got size {size}"
+            )
         return prepared(name, folder)
     manual = Path(manual or data_dir(folder) / "downloads" / "manual")
     found = _chosen(name, manual / name, size)

@@ -289,8 +289,10 @@ def _picture(path: Path) -> np.ndarray:
             grey = opened.mode in ("1", "L", "LA", "I", "I;16", "F")
             if opened.mode in ("I", "I;16", "F"):
                 raise BadSample(str(path), f"has more than 8 bits a channel (mode {opened.mode}); convert it first")
+            if opened.mode == "P":  # Pillow warns about a palette with transparency unless it becomes RGBA first
+                opened = opened.convert("RGBA")
             pixels = np.asarray(opened.convert("L" if grey else "RGB"))
-    except (OSError, SyntaxError, ValueError, Warning) as error:
+    except (OSError, SyntaxError, ValueError, Warning, image.DecompressionBombError) as error:
         if isinstance(error, BadSample):
             raise
         raise BadSample(str(path), f"no picture, or a truncated one: {error}") from error
@@ -299,5 +301,6 @@ def _picture(path: Path) -> np.ndarray:
 
 def _resized(pixels: np.ndarray, height: int, width: int) -> np.ndarray:
     image = require("PIL.Image")
-    resized = image.fromarray(np.squeeze(pixels)).resize((width, height), image.Resampling.BILINEAR)
+    pixels = pixels[..., 0] if pixels.shape[-1] == 1 else pixels
+    resized = image.fromarray(pixels).resize((width, height), image.Resampling.BILINEAR)
     return np.asarray(resized).reshape(height, width, -1)
