@@ -343,6 +343,8 @@ def _sources(name):
         folder = catalog.data_dir() / "downloads" / "manual" / name
         files = "; ".join(f"{archive.file} from {archive.url}" for archive in catalog.data_set(name).ARCHIVES)
         raise archives.Missing(f"{e}. It needs, in {folder}: {files}") from e
+    except ValueError as e:  # your own data may have other splits
+        raise archives.Missing(f"training needs the splits train and test: {e}") from e
 
 
 def _default(name):

@@ -428,7 +428,8 @@ class ILIF:
 
         u[t] = decay v[t-1] + x[t];   s[t] = min(max(floor(u[t] / threshold + 1/2), 0), levels);   v[t] = u[t] - s[t] threshold
 
-    The gradient of s for u is 1 / threshold where 0 <= u <= levels threshold, and 0 elsewhere.
+    The gradient of s for u is 1 / threshold where 0 <= u <= levels threshold, and 0 elsewhere. Bits cannot hold these spikes: an
+    `out_dtype` Packed keeps only whether s is 0.
 
     Params and their defaults: decay = 0.25, threshold = 1.0.
 
@@ -467,7 +468,7 @@ class TernaryLIFState(NamedTuple):
 
 @dataclass(frozen=True)
 class TernaryLIF:
-    """LIF with spikes of -1, 0 and 1.
+    """LIF with spikes of -1, 0 and 1. Bits cannot hold them: an `out_dtype` Packed loses the sign.
 
         u[t] = decay v[t-1] + x[t];   s[t] = (u[t] >= threshold) - (-u[t] >= threshold);   v[t] = (1 - |s[t]|) u[t]
 

@@ -427,3 +427,17 @@ def test_an_interrupt_while_packages_are_imported_is_a_line(script, tmp_path):
 def test_tests_write_to_no_cache_of_the_user():
     home = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
     assert not Path(jax.config.jax_compilation_cache_dir).is_relative_to(home)
+
+
+def test_own_data_without_a_test_split_are_refused(tmp_path, monkeypatch):
+    pytest.importorskip("tensorflow_datasets")
+    from PIL import Image
+
+    from snnfuse.data import catalog
+
+    monkeypatch.setenv("TFDS_DATA_DIR", str(tmp_path / "data"))
+    (tmp_path / "shapes" / "train" / "ball").mkdir(parents=True)
+    Image.new("L", (4, 4)).save(tmp_path / "shapes" / "train" / "ball" / "0.png")
+    catalog.prepare("shapes", manual=tmp_path)
+    with pytest.raises(catalog.archives.Missing, match="needs the splits train and test: shapes has splits train"):
+        Images("shapes").sources()
