@@ -13,6 +13,7 @@ from test_data_formats import left_behind
 
 from snnfuse.data import archives, audio, catalog, encoders, formats, loader
 from snnfuse.data import events as ev
+from snnfuse.data.builders.audio import read_table
 
 KEY = jax.random.key(0)
 RATE = 8000
@@ -272,6 +273,9 @@ FAULTS = {
         dict(head="file,class,split,room"),
         r"line 1: no column label; the first line has file, class",
     ),
+    "a column twice": (dict(head="file,label,split,label"), r"line 1: a column must have .* own, .*; got 'label'"),
+    "a column of the sound": (dict(head="file,label,split,audio"), r"line 1: a column must have .*; got 'audio'"),
+    "a column without a name": (dict(head="file,label,split,"), r"line 1: a column must have .*; got ''"),
     "a field is missing": (dict(rows=[*ROWS, "b/2.wav,no"]), r"line 6: 2 fields; the first line has 4"),
     "no label": (dict(rows=[*ROWS, "b/5.wav,,train,lab"]), r"line 6: label is empty"),
     "a bad split": (dict(rows=[*ROWS, "b/5.wav,no,2 / 3,lab"]), r"line 6: split must be a word"),
@@ -346,3 +350,9 @@ def test_the_command_lists_counts_and_draws_sound(tmp_path, capsys):
     assert (colours[:, 2] > colours[:, 0]).any() and (colours[:, 0] > colours[:, 2]).any()  # ON and OFF
     assert main(["prepare", "nothing", "--manual", str(tmp_path), *common]) == 1
     assert "error: nothing is not in the catalog" in capsys.readouterr().err
+
+
+def test_a_table_in_another_code_is_named(tmp_path):
+    (tmp_path / "split.csv").write_bytes("file,label,split\na.wav,né,train\n".encode("latin1"))
+    with pytest.raises(ev.BadSample, match=r"split.csv: is no text in UTF-8"):
+        read_table(tmp_path / "split.csv")

@@ -68,11 +68,16 @@ class AudioSet(DataSet):
 
 def read_table(path: Path, extra: tuple[str, ...] | None = None) -> list[Row]:
     """The rows of a table with the columns file, label and split, and others; `extra` names the others that are wanted."""
-    text = path.read_text(encoding="utf-8-sig")
+    try:
+        text = path.read_text(encoding="utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise BadSample(str(path), f"is no text in UTF-8: {error}") from None
     lines = csv.reader(io.StringIO(text), strict=True)
     header = [name.strip() for name in next(lines, [])]
     if missing := [name for name in (*COLUMNS, *(extra or ())) if name not in header]:
         raise BadSample(f"{path}, line 1", f"no column {', '.join(missing)}; the first line has {', '.join(header)}")
+    if bad := [name for name in header if header.count(name) > 1 or name in ("", "audio")]:
+        raise BadSample(f"{path}, line 1", f"a column must have a name of its own, and not audio; got {bad[0]!r}")
     others = [name for name in header if name not in COLUMNS] if extra is None else extra
     rows, first = [], {}
     try:
