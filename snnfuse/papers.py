@@ -8,6 +8,7 @@ the reset, s the spike, and every state starts at 0. `params` broadcast against 
 """
 
 from dataclasses import dataclass
+from numbers import Real
 from typing import NamedTuple
 
 import jax
@@ -179,8 +180,9 @@ class BRF:
         v[t] = v[t-1] + dt (b[t] v[t-1] - omega y[t-1] + x[t]);   y[t] = y[t-1] + dt (omega v[t-1] + b[t] y[t-1])
         s[t] = v[t] >= threshold + q[t-1];   q[t] = gamma q[t-1] + s[t]
 
-    Params and their defaults: omega = 10.0, b_offset = 1.0, threshold = 1.0. dt omega must be below 1. The paper draws omega from
-    [5, 10] and b_offset, above 0, from [0.1, 1] and wider ranges.
+    Params and their defaults: omega = 10.0, b_offset = 1.0, threshold = 1.0. dt omega must be below 1: a larger number raises
+    ValueError, a larger value in an array gives NaN. The paper draws omega from [5, 10] and b_offset, above 0, from [0.1, 1]
+    and wider ranges.
 
     Args:
       dt: the length of a step.
@@ -202,6 +204,8 @@ class BRF:
 
     def step(self, params: BRFParams, state: BRFState, x: Array):
         v, y, q = state
+        if isinstance(params.omega, Real) and not abs(self.dt * params.omega) < 1:
+            raise ValueError(f"BRF: omega must be below 1 / dt = {1 / self.dt:g}; got {params.omega}")
         turn = self.dt * params.omega
         b = (jnp.sqrt(1 - turn * turn) - 1) / self.dt - params.b_offset - q
         u = v + self.dt * (b * v - params.omega * y + x)

@@ -170,6 +170,8 @@ def test_equal_keys_give_equal_results_and_bfloat16_stays():
         (lambda x: ia.crop(KEY, x, 8, "reflect"), ValueError, r"padding must be below the size .* got 8"),
         (lambda x: ia.crop(KEY, x, 1, "edge"), ValueError, "mode must be 'constant' or 'reflect'; got 'edge'"),
         (lambda x: ia.cutout(KEY, x, None), ValueError, "size must be a whole number in 0..32768; got None"),
+        (lambda x: ia.cutout(KEY, x, 2, jnp.ones(2)), ValueError, r"fill must be a number or 3, .* got shape \(2,\)"),
+        (lambda x: ia.rand_augment(KEY, x, fill=7), ValueError, r"fill must be a number in \[0, 1\]; got 7"),
         (
             lambda x: ia.mixup(KEY, x, jnp.arange(5)),
             ValueError,

@@ -102,10 +102,11 @@ def test_words_are_not_taken_for_numbers():
     np.testing.assert_array_equal(
         nn.spike_rate(sf.unpack(words, 6)), nn.spike_rate(nn.LIF(tau=2.0, threshold=0.1)(rows)[0])
     )
-    with pytest.raises(
-        ValueError, match="out_dtype of layer 0 must not be Packed.*layer 1 would take its words.*nn.PackSpikes"
-    ):
-        nn.Sequential(packed, nn.Linear(4, 3, rngs=nnx.Rngs(0)))
+    for layer in (packed, nn.Remat(packed), nn.Pieces(packed, 8), nn.Sequential(nn.IF(), packed)):
+        with pytest.raises(
+            ValueError, match="out_dtype of layer 0 must not be Packed.*layer 1 would take its words.*nn.PackSpikes"
+        ):
+            nn.Sequential(layer, nn.Linear(4, 3, rngs=nnx.Rngs(0)))
     nn.Sequential(nn.Linear(4, 4, rngs=nnx.Rngs(0)), packed)
 
 

@@ -214,6 +214,11 @@ def test_it_fuses(name, implementation):
     np.testing.assert_allclose(grads[0], want_grads[0], rtol=1e-4, atol=1e-5 * scale)
 
 
+def test_an_oscillator_too_fast_for_its_step_is_refused():
+    with pytest.raises(ValueError, match="BRF: omega must be below 1 / dt = 100; got 120"):
+        sf.unroll(papers.BRF(), papers.BRFParams(omega=120.0), None, jnp.ones((2, 3)))
+
+
 def test_all_of_them_are_tested_and_documented():
     found = [n for n, c in vars(papers).items() if dataclasses.is_dataclass(c) and c.__module__ == papers.__name__]
     assert found == NAMES

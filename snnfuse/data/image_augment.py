@@ -72,6 +72,10 @@ def cutout(key: Array, images: Array, size: int = 16, fill: Array | float = 0.0)
     centres = [jax.random.randint(k, (len(images), 1), 0, n) for k, n in _sides(key, images)]
     inside = [(i >= c - size // 2) & (i < c - size // 2 + size) for (i, c) in _positions(images, centres)]
     hole = inside[0][:, :, None, None] & inside[1][:, None, :, None]
+    if jnp.shape(fill) not in ((), (1,), images.shape[-1:]):
+        raise ValueError(
+            f"fill must be a number or {images.shape[-1]}, one for each channel; got shape {jnp.shape(fill)}"
+        )
     return jnp.where(hole, jnp.asarray(fill, images.dtype), images)
 
 
@@ -142,6 +146,7 @@ def rand_augment(key: Array, images: Array, operations: int = 2, magnitude: floa
     """
     _check(images)
     operations, magnitude = _whole("operations", operations), _within("magnitude", magnitude, 0, 1)
+    fill = _within("fill", fill, 0, 1)
     for each in jax.random.split(key, operations):
         which, sign = jax.random.split(each)
         which = jax.random.randint(which, (len(images),), 0, len(RAND_AUGMENT))

@@ -58,12 +58,11 @@ class Sequential(Temporal):
         for i, layer in enumerate(layers):
             if not callable(layer):
                 raise TypeError(f"layer {i} must be callable; got {layer!r}")
-            neurons = layer, getattr(layer, "neuron", None)  # of NormSpiking and Recurrent
-            packed = [n.out_dtype for n in neurons if isinstance(getattr(n, "out_dtype", None), Packed)]
-            if packed and i < len(layers) - 1:
+            packed = _packed_output(layer)
+            if packed is not None and i < len(layers) - 1:
                 raise ValueError(
                     f"out_dtype of layer {i} must not be Packed, because layer {i + 1} would take its words for numbers; got "
-                    f"{packed[0]}. nn.PackSpikes() after layer {i} stores bits and keeps the values"
+                    f"{packed}. nn.PackSpikes() after layer {i} stores bits and keeps the values"
                 )
         self.layers = nnx.List(layers)
 
@@ -273,6 +272,16 @@ def _check_features(i, layer, xs):
     shapes = [x.shape for x in jax.tree.leaves(values(xs))]
     if isinstance(wanted, int) and getattr(layer, "axis", -1) == -1 and shapes and shapes[0][-1:] != (wanted,):
         raise ValueError(f"layer {i}, {_name(layer)}, takes {wanted} features, the last axis; its input is {shapes[0]}")
+
+
+def _packed_output(layer):
+    """The `Packed` that a layer returns its spikes in, or None."""
+    if isinstance(layer, Remat | Pieces):
+        return _packed_output(layer.layer)
+    if isinstance(layer, Sequential):
+        return _packed_output(layer.layers[-1]) if len(layer.layers) else None
+    neurons = layer, getattr(layer, "neuron", None)  # of NormSpiking and Recurrent
+    return next((n.out_dtype for n in neurons if isinstance(getattr(n, "out_dtype", None), Packed)), None)
 
 
 def _name(layer):
