@@ -32,7 +32,7 @@ LAST = 50  # steps: the final loss is their mean
     implementations=("pallas,scan", "one or two"),
     more=(
         "",
-        "further arguments of the script; their values become part of the row's case, but for --steps and --seed",
+        "further arguments of the script; all but --steps and --seed become part of the row's case",
     ),
     runs=("", "the folder of the runs; default runs/<data>-<model>-<time>"),
 )

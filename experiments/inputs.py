@@ -1,14 +1,15 @@
 """Data sets by name: those of `snnfuse.data`, and `random`. One is a frozen dataclass of choices with
 
     sources() -> (train, test)                the samples: `source[i]` and `len(source)`
-    example() -> Frames, Images, Sound           what the loader does with a sample, on the host
+    example() -> Frames, Images or Sound      what the loader does with a sample, on the host
     augment(key, batch, targets)              -> the same, changed at random; targets are [B, classes]; training only
     encode(key, batch, T)                     -> [T, B, ...]
     classes, labels, note                     how many classes; their names; a remark for every result
 
 `augment` and `encode` run on the device, inside the compiled step.
 
-`python -m snnfuse.data list` says where each comes from. Your own data, prepared under a name, are a data set of that name. `random` has the shapes of another data set, for timing.
+`python -m snnfuse.data list` says where each comes from. Your own data, prepared under a name, are a data set of that name.
+`random` has the shapes of another data set, for timing.
 """
 
 from collections.abc import Sequence

@@ -141,53 +141,12 @@ class Recurrent:
 
 
 @dataclass(frozen=True)
-class Resnet:
-    """Spiking-ResNet of the temporal fusion paper (connect sum), or SEW-ResNet (add, and, iand). See snnfuse.models."""
+class Network:
+    """What all networks of snnfuse.models have."""
 
-    name: Name = "resnet"
-    T: int = 32
-    """time steps"""
-    depth: int = 18
-    connect: str = "sum"
-    stem: str = "imagenet"
-    tau: float | None = None
-    """LIF neurons of this time constant, in steps, with a detached reset; None takes those of snnfuse.models"""
-    policy: str = "bfloat16"
-    """number format of activations"""
-    memory: str = "packed"
-    """how much is stored for the backward pass"""
-    readout: str = "mean"
-    """how outputs over time become logits: rate, mean, max or last"""
-    implementation: str | None = None
-    """of snnfuse.unroll, such as scan or pallas; None takes the fused kernels where they run"""
-
-    def __post_init__(self):
-        _check(
-            self,
-            depth=DEPTHS,
-            connect=("sum", *CONNECTIONS),
-            stem=STEMS,
-            policy=nn.PrecisionPolicy,
-            memory=MEMORY,
-            readout=READOUTS,
-        )
-
-    def build(self, shape: tuple[int, ...], classes: int, rngs: nnx.Rngs) -> nn.Sequential:
-        make, options = models.spiking_resnet, _options(self)
-        if self.connect != "sum":
-            make, options = models.sew_resnet, options | {"connect": self.connect}
-        return make(self.depth, shape[-1], classes, stem=self.stem, rngs=rngs, **options)
-
-
-@dataclass(frozen=True)
-class Vgg:
-    """Spiking VGG-11 with BatchNorm. See snnfuse.models."""
-
-    name: Name = "vgg"
+    name: Name = ""
     T: int = 4
     """time steps"""
-    hidden: int = 512
-    """features of the two hidden dense layers"""
     tau: float | None = None
     """LIF neurons of this time constant, in steps, with a detached reset; None takes those of snnfuse.models"""
     policy: str = "bfloat16"
@@ -202,17 +161,54 @@ class Vgg:
     def __post_init__(self):
         _check(self, policy=nn.PrecisionPolicy, memory=MEMORY, readout=READOUTS)
 
-    def build(self, shape: tuple[int, ...], classes: int, rngs: nnx.Rngs) -> nn.Sequential:
-        return models.spiking_vgg11(shape[-1], classes, hidden=self.hidden, rngs=rngs, **_options(self))
+    @property
+    def options(self) -> dict:
+        """The options that all functions of snnfuse.models share."""
+        options = {name: getattr(self, name) for name in ("policy", "memory", "implementation")}
+        if self.tau is not None:
+            options["neuron"] = partial(nn.LIF, tau=self.tau, reset=HardReset(detach=True))
+        return options
 
 
 @dataclass(frozen=True)
-class Spikformer:
+class Resnet(Network):
+    """Spiking-ResNet of the temporal fusion paper (connect sum), or SEW-ResNet (add, and, iand). See snnfuse.models."""
+
+    name: Name = "resnet"
+    T: int = 32
+    """time steps"""
+    depth: int = 18
+    connect: str = "sum"
+    stem: str = "imagenet"
+
+    def __post_init__(self):
+        super().__post_init__()
+        _check(self, depth=DEPTHS, connect=("sum", *CONNECTIONS), stem=STEMS)
+
+    def build(self, shape: tuple[int, ...], classes: int, rngs: nnx.Rngs) -> nn.Sequential:
+        make, options = models.spiking_resnet, self.options
+        if self.connect != "sum":
+            make, options = models.sew_resnet, options | {"connect": self.connect}
+        return make(self.depth, shape[-1], classes, stem=self.stem, rngs=rngs, **options)
+
+
+@dataclass(frozen=True)
+class Vgg(Network):
+    """Spiking VGG-11 with BatchNorm. See snnfuse.models."""
+
+    name: Name = "vgg"
+    hidden: int = 512
+    """features of the two hidden dense layers"""
+
+    def build(self, shape: tuple[int, ...], classes: int, rngs: nnx.Rngs) -> nn.Sequential:
+        return models.spiking_vgg11(shape[-1], classes, hidden=self.hidden, rngs=rngs, **self.options)
+
+
+@dataclass(frozen=True)
+class Spikformer(Network):
     """Spikformer-4-384, as on CIFAR. See snnfuse.models."""
 
     name: Name = "spikformer"
-    T: int = 4
-    """time steps"""
     depth: int = 4
     """encoder blocks"""
     width: int = 384
@@ -220,33 +216,16 @@ class Spikformer:
     heads: int = 12
     patch: int = 4
     """side of a token, in pixels"""
-    tau: float | None = None
-    """LIF neurons of this time constant, in steps, with a detached reset; None takes those of snnfuse.models"""
-    policy: str = "bfloat16"
-    """number format of activations"""
-    memory: str = "packed"
-    """how much is stored for the backward pass"""
-    readout: str = "mean"
-    """how outputs over time become logits: rate, mean, max or last"""
-    implementation: str | None = None
-    """of snnfuse.unroll, such as scan or pallas; None takes the fused kernels where they run"""
 
     def __post_init__(self):
-        _check(self, patch=PATCHES, policy=nn.PrecisionPolicy, memory=MEMORY, readout=READOUTS)
+        super().__post_init__()
+        _check(self, patch=PATCHES)
         if self.width % 8 or self.width % self.heads:
             raise ValueError(f"--model.width must be a multiple of 8 and of --model.heads; got {self.width}")
 
     def build(self, shape: tuple[int, ...], classes: int, rngs: nnx.Rngs) -> nn.Sequential:
         options = {name: getattr(self, name) for name in ("depth", "width", "heads", "patch")}
-        return models.spikformer(shape[-1], classes, rngs=rngs, **options, **_options(self))
-
-
-def _options(model):
-    """The options that all of snnfuse.models share."""
-    options = {name: getattr(model, name) for name in ("policy", "memory", "implementation")}
-    if model.tau is not None:
-        options["neuron"] = partial(nn.LIF, tau=model.tau, reset=HardReset(detach=True))
-    return options
+        return models.spikformer(shape[-1], classes, rngs=rngs, **options, **self.options)
 
 
 def _check(model, **known):

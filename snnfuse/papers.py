@@ -15,7 +15,7 @@ import jax
 import jax.numpy as jnp
 from jax import Array
 
-from snnfuse.core.neurons import Param
+from snnfuse.core.neurons import Param, fire
 from snnfuse.core.reset import HardReset, Reset, SoftReset
 from snnfuse.core.surrogate import ATan, Surrogate, above_zero, spike
 
@@ -64,10 +64,10 @@ class AdLIF:
 
     def step(self, params: AdLIFParams, state: AdLIFState, x: Array):
         u = params.decay * state.v + (1 - params.decay) * (x - state.w)
-        s = spike(u - params.threshold, self.surrogate)
+        v, s = fire(self, u, params.threshold)
         gain = (1 - params.decay_adapt) * self.scale
         w = params.decay_adapt * state.w + gain * (params.a * state.v + params.b * state.s)
-        return AdLIFState(self.reset(u, s, params.threshold), w, s), s
+        return AdLIFState(v, w, s), s
 
 
 class SEAdLIFParams(NamedTuple):
@@ -110,8 +110,7 @@ class SEAdLIF:
 
     def step(self, params: SEAdLIFParams, state: SEAdLIFState, x: Array):
         u = params.decay * state.v + (1 - params.decay) * (x - state.w)
-        s = spike(u - params.threshold, self.surrogate)
-        v = self.reset(u, s, params.threshold)
+        v, s = fire(self, u, params.threshold)
         gain = (1 - params.decay_adapt) * self.scale
         return SEAdLIFState(v, params.decay_adapt * state.w + gain * (params.a * v + params.b * s)), s
 
@@ -252,8 +251,8 @@ class TCLIF:
     def step(self, params: TCLIFParams, state: TCLIFState, x: Array):
         d = state.dendrite + params.beta1 * state.v + x
         u = state.v + params.beta2 * d
-        s = spike(u - params.threshold, self.surrogate)
-        return TCLIFState(d - params.gamma * s, self.reset(u, s, params.threshold)), s
+        v, s = fire(self, u, params.threshold)
+        return TCLIFState(d - params.gamma * s, v), s
 
 
 class GLIFParams(NamedTuple):
@@ -373,8 +372,8 @@ class KLIF:
     def step(self, params: KLIFParams, state: KLIFState, x: Array):
         u = params.k * (params.decay * state.v + (1 - params.decay) * x)
         f = jnp.where(u > 0, u, 0.0)
-        s = spike(f - params.threshold, self.surrogate)
-        return KLIFState(self.reset(f, s, params.threshold)), s
+        v, s = fire(self, f, params.threshold)
+        return KLIFState(v), s
 
 
 class QuadraticIFParams(NamedTuple):
@@ -413,8 +412,8 @@ class QuadraticIF:
     def step(self, params: QuadraticIFParams, state: QuadraticIFState, x: Array):
         v = state.v
         u = v + (1 - params.decay) * (x + params.a * v * (v - params.v_critical))
-        s = spike(u - params.threshold, self.surrogate)
-        return QuadraticIFState(self.reset(u, s, params.threshold)), s
+        v, s = fire(self, u, params.threshold)
+        return QuadraticIFState(v), s
 
 
 class ILIFParams(NamedTuple):

@@ -26,7 +26,8 @@ def _drive(x, decay, decay_input):
     return (1 - decay) * x if decay_input else x
 
 
-def _fire(neuron, u, threshold):
+def fire(neuron, u, threshold):
+    """(v after the reset, the spike) of a neuron with fields `surrogate` and `reset`."""
     s = spike(u - threshold, neuron.surrogate)
     return neuron.reset(u, s, threshold), s
 
@@ -61,7 +62,7 @@ class IF:
         return IFState(jnp.zeros(shape, jnp.float32))
 
     def step(self, params: IFParams, state: IFState, x: Array):
-        v, s = _fire(self, state.v + x, params.threshold)
+        v, s = fire(self, state.v + x, params.threshold)
         return IFState(v), s
 
 
@@ -106,7 +107,7 @@ class LIF:
 
     def step(self, params: LIFParams, state: LIFState, x: Array):
         u = _leak(state.v, params.decay, self.v_rest) + _drive(x, params.decay, self.decay_input)
-        v, s = _fire(self, u, params.threshold)
+        v, s = fire(self, u, params.threshold)
         return LIFState(v), s
 
 
@@ -151,7 +152,7 @@ class CubaLIF:
     def step(self, params: CubaLIFParams, state: CubaLIFState, x: Array):
         i = params.decay_syn * state.i + x
         u = _leak(state.v, params.decay, self.v_rest) + _drive(i, params.decay, self.decay_input)
-        v, s = _fire(self, u, params.threshold)
+        v, s = fire(self, u, params.threshold)
         return CubaLIFState(i, v), s
 
 
@@ -196,7 +197,7 @@ class AdaptiveLIF:
 
     def step(self, params: AdaptiveLIFParams, state: AdaptiveLIFState, x: Array):
         u = _leak(state.v, params.decay, self.v_rest) + _drive(x, params.decay, self.decay_input)
-        v, s = _fire(self, u, params.threshold + params.beta * state.a)
+        v, s = fire(self, u, params.threshold + params.beta * state.a)
         return AdaptiveLIFState(v, params.decay_adapt * state.a + s), s
 
 
@@ -244,7 +245,7 @@ class ExpIF:
         exponent = (state.v - params.theta) / params.delta
         upswing = params.delta * jnp.exp(jnp.where(exponent > MAX_EXPONENT, MAX_EXPONENT, exponent))
         u = _leak(state.v, params.decay, self.v_rest) + _drive(upswing + x, params.decay, True)
-        v, s = _fire(self, u, params.threshold)
+        v, s = fire(self, u, params.threshold)
         return ExpIFState(v), s
 
 

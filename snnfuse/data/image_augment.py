@@ -102,7 +102,8 @@ def _partners(images: Array, targets: Array, alpha: float) -> tuple[Array, Array
 def mixup(key: Array, images: Array, targets: Array, alpha: float = 0.2) -> tuple[Array, Array]:
     """Images and targets mixed in pairs, with one share for the batch.
 
-        share ~ Beta(alpha, alpha);   image = share image_1 + (1 - share) image_2,   and the targets likewise
+        share ~ Beta(alpha, alpha);   image = share image_1 + (1 - share) image_2
+        target = share target_1 + (1 - share) target_2
 
     An image's partner is the one at the same place from the end of the batch, so batches must be shuffled. `targets` are
     [B, classes]. Zhang et al. 2018, https://arxiv.org/abs/1710.09412.

@@ -411,7 +411,7 @@ def _exchange(pointer, masked, store, ahead):
 
 
 def _group_arguments(problem, blocks, recurrence):
-    """What a chunk of a split head needs besides: the count that a program waits for comes first."""
+    """The further arguments of a chunk if the head is split. The first is the count that a program waits for."""
     more = ["count", "meet_ptr", "ahead", "lane", "every_at", *_head_masked(problem, blocks, recurrence)]
     return more if blocks.programs > 1 else []
 
