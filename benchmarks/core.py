@@ -5,9 +5,10 @@
     python benchmarks/core.py flips               how many of 134 million spikes differ from those of scan; seconds
     python benchmarks/core.py tune                which block sizes are fastest: the numbers in snnfuse/ops/blocks.py
     python benchmarks/core.py contract            the contract tests of every implementation; ten minutes
+    python benchmarks/core.py choice --jobs 12    which implementation is fastest, over T, lanes, dtype and neuron; ten minutes
 
 Rows go to the file in results/ that has the name of the question. A layer is checked before it is timed: its gradients must be
-those of scan. `of_copy_rate` compares it with x + 1: five tensors (read x, write s; read x and ds, write dx) divided by the
+those of scan (not in `choice`). `of_copy_rate` compares it with x + 1: five tensors (read x, write s; read x and ds, write dx) divided by the
 time, as a share of the bytes per second that x + 1 moves. `over_scan` is scan's time divided by ours; `peak_units` is
 memory in units of xs. `compile` is the time from a Python function to a program; `first_s` is that of the first program of
 a process, a single step, with the imports that it causes.
@@ -17,6 +18,7 @@ Inputs on a grid of 0.1 often make a membrane exactly equal to the threshold, an
 Blocks are [lanes, warps, chunk, prefetch], for "mosaic" [rows, chunk, stages].
 """
 
+import itertools
 import os
 import re
 import subprocess
@@ -29,14 +31,16 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from neurons import NEURONS, PAPERS, SCALE
-from runner import HERE, Case, main, question, split
-from with_jax import bf16, compiled, copy_rate, device_ms, f32, forward_backward, times
+from runner import HERE, Case, alone, main, question, split
+from with_jax import bf16, compiled, copy_rate, device_ms, f32, forward_backward, repeated, time_ms
 
 import snnfuse as sf
 from snnfuse.core.compose import Affine
 from snnfuse.ops import triton, tuning
 
-CASES = [  # the first eight run by every implementation, the others by scan and "pallas"
+CASES = [  # the first ten run by every implementation, the others by scan and "pallas"
+    ("lif", 4, 2**23, f32),
+    ("lif", 4, 2**23, bf16),
     ("lif learned", 4, 2**23, f32),
     ("lif learned", 4, 2**23, bf16),
     ("normalised lif", 4, 2**23, f32),
@@ -56,12 +60,18 @@ CASES = [  # the first eight run by every implementation, the others by scan and
     ("own neuron", 32, 2**20, f32),
     *((name, 100, 2**17, dtype) for name in PAPERS for dtype in (f32, bf16)),
 ]
-EVERYONE = 8
+EVERYONE = 10
+ONE_OR_TWO_STATES = (
+    "lif",
+    "lif learned",
+    "constant adaptive lif",
+    "adaptive lif",
+)  # of each, the second learns its params
 COMPILED = [(16, 2**12), (256, 2**12), (4096, 2**12), (500, 2**13)]
 
 
 def shapes(args):
-    return [(name, 4, 256, dtype) for name, _, _, dtype in (CASES[1], CASES[3], CASES[16])] if args.tiny else CASES
+    return [(name, 4, 256, dtype) for name, _, _, dtype in (CASES[3], CASES[5], CASES[18])] if args.tiny else CASES
 
 
 @question("core", implementations=("scan,pallas,mosaic,triton", "which of them; scan first, to compare with"))
@@ -71,11 +81,39 @@ def core(args):
         for i, (T, M) in enumerate([(4, 256)] if args.tiny else COMPILED):
             key = dict(case="compile", T=T, M=M, dtype="float32", implementation=name)
             yield Case(key, compile_time, (name, T, M, i == 0))
-    yield Case(dict(case="copy"), lambda: dict(bytes_per_s=rate(args.tiny)))
+    yield Case(dict(case="copy"), copy_alone, (args.tiny,))
     for i, (name, T, M, dtype) in enumerate(shapes(args)):
         for implementation in names if i < EVERYONE else [n for n in names if n in ("scan", "pallas", "interpret")]:
             key = dict(case=name, T=T, M=M, dtype=jnp.dtype(dtype).name, implementation=implementation)
-            yield Case(key, layer, (name, T, M, dtype, implementation, args.tiny))
+            yield Case(key, layer, (name, T, M, dtype, implementation, args.tiny), f"job {i % args.jobs}")
+
+
+def grid():
+    """(neuron, T, lanes, dtype, implementations) of the question `choice`: up to 2^27 numbers in xs.
+
+    Everywhere "pallas" and "triton". Scan where it comes close: up to 4 steps, and on few lanes. "mosaic" where it does: on
+    many lanes. Odd numbers of lanes have no aligned rows.
+    """
+    for T in (1, 2, 4, 6, 8, 10, 16, 32, 100, 500, 1000):
+        for exponent in (12, 15, 18, 20, 22, 25):
+            names = ("pallas", "triton")
+            names += ("scan",) if T <= 4 or exponent == 12 and T in (8, 32, 1000) else ()
+            names += ("mosaic",) if exponent >= 20 and T in (1, 2, 4, 8, 32) else ()
+            for name, dtype in itertools.product(ONE_OR_TWO_STATES, (f32, bf16)):
+                if T * 2**exponent <= 2**27:
+                    yield name, T, 2**exponent, dtype, names
+    for T, M, dtype in itertools.product((4, 32), (2**20 + 1, 2**20 + 2), (f32, bf16)):
+        yield "lif", T, M, dtype, ("pallas", "triton", "mosaic", "scan")
+
+
+@question("choice")
+def choice(args):
+    cells = [("lif learned", 4, 256, f32, ("scan", "interpret"))] if args.tiny else grid()
+    cells = [(*cell, implementation) for *cell, names in cells for implementation in names]
+    for i, (name, T, M, dtype, implementation) in enumerate(cells):
+        job = f"large {i % 2}" if T * M > 2**24 else f"job {i % args.jobs}"  # few processes hold much memory
+        key = dict(case=name, T=T, M=M, dtype=jnp.dtype(dtype).name, implementation=implementation)
+        yield Case(key, alone_on_the_gpu, (name, T, M, dtype, implementation), job)
 
 
 @question("flips", implementations=("pallas,mosaic,triton", "which of them"))
@@ -102,17 +140,28 @@ def contract(args):
         yield Case(key, run_tests, (tests, name))
 
 
+def copy_alone(tiny):
+    with alone():
+        return dict(bytes_per_s=rate(tiny))
+
+
 @cache
 def rate(tiny):
     return float(np.median([copy_rate(2**20 if tiny else 2**30) for _ in range(3)]))
 
 
-def inputs(name, T, M, dtype):
-    """Up to 8 sets of inputs and cotangents, and up to 2 GiB of each."""
+def inputs(name, T, M, dtype, most=2**31):
+    """A compiled function that draws inputs and cotangents from a seed, and how often to call it: 8 times at most, and up
+    to `most` bytes of inputs."""
     scale = SCALE.get(name, 1.0)
-    draw = lambda seed: jax.random.normal(jax.random.key(seed), (T, M), f32)
-    count = max(1, min(8, 2**31 // (T * M * jnp.dtype(dtype).itemsize)))
-    return [((scale * (draw(2 * i) + 0.3)).astype(dtype), draw(2 * i + 1).astype(dtype)) for i in range(count)]
+
+    @jax.jit
+    def draw(seed):
+        normal = lambda key: jax.random.normal(key, (T, M), f32)
+        x, cotangent = map(normal, jax.random.split(jax.random.key(seed)))
+        return (scale * (x + 0.3)).astype(dtype), cotangent.astype(dtype)
+
+    return draw.lower(0).compile(), max(1, min(8, most // (T * M * jnp.dtype(dtype).itemsize)))
 
 
 def arranged(name, xs):
@@ -157,14 +206,20 @@ SCAN = {}  # the last case that scan ran: its results and its milliseconds
 
 def layer(name, T, M, dtype, implementation, tiny):
     spikes, learned = spikes_of(name, implementation)
-    sets = inputs(name, T, M, dtype)
-    both, calls = forward_backward(spikes), [((learned, xs), cotangent) for xs, cotangent in sets]
-    program, row = compiled_anew(both, *calls[0])
-    got = program(*calls[0])
-    row |= times(both, program, calls)
-    nbytes = sets[0][0].nbytes
-    row |= dict(of_copy_rate=5 * nbytes / rate(tiny) / (row["ms"] * 1e-3), peak_units=row.pop("peak_mb") * 1e6 / nbytes)
-    row |= dict(forward_ms=device_ms(spikes, [(learned, xs) for xs, _ in sets])[0])
+    both, forward = forward_backward(spikes), lambda args, cotangent: spikes(*args)
+    draw, count = inputs(name, T, M, dtype)
+    xs = jax.ShapeDtypeStruct((T, M), dtype)
+    program, row = compiled_anew(both, (learned, xs), xs)
+    programs = [repeated(f, [((learned, xs), xs)] * count) for f in (both, forward)]
+    with alone():
+        calls = [((learned, xs), cotangent) for xs, cotangent in map(draw, range(count))]
+        got = program(*calls[0])
+        ms, *quartiles = device_ms(programs[0], calls)
+        row |= dict(ms=ms, quartiles=quartiles, call_ms=time_ms(program, *calls[0])[0])
+        row |= dict(forward_ms=device_ms(programs[1], calls)[0])
+        copy = rate(tiny)
+    nbytes = got[0].nbytes
+    row |= dict(of_copy_rate=5 * nbytes / copy / (ms * 1e-3), peak_units=row.pop("peak_mb") * 1e6 / nbytes)
     row |= dict(firing_rate=float(jnp.mean(got[0].astype(f32))))
     case = name, T, M, dtype
     if implementation == "scan":
@@ -178,6 +233,18 @@ def layer(name, T, M, dtype, implementation, tiny):
         if row["gradient_error"] > (1e-3 if dtype == f32 else 2e-2):
             row |= dict(status=f"wrong: gradient error {row['gradient_error']:.2g}", ms=None)
     return row
+
+
+def alone_on_the_gpu(name, T, M, dtype, implementation):
+    """Device time of the forward and the backward pass."""
+    spikes, learned = spikes_of(name, implementation)
+    draw, count = inputs(name, T, M, dtype, most=2**29)
+    xs = jax.ShapeDtypeStruct((T, M), dtype)
+    program = repeated(forward_backward(spikes), [((learned, xs), xs)] * count)
+    with alone():
+        calls = [((learned, xs), cotangent) for xs, cotangent in map(draw, range(count))]
+        ms, *quartiles = device_ms(program, calls, repeats=5, seconds=0.02)
+    return dict(ms=ms, quartiles=quartiles)
 
 
 def gradient_error(got, want, lanes):
@@ -202,7 +269,7 @@ def differing(name, implementation, shape):
 
 def fastest_blocks(name, T, M, dtype, implementation, seconds, tiny):
     """The ten fastest block sizes that `snnfuse.autotune` finds, and the slowest."""
-    xs = inputs(name, T, M, dtype)[0][0]
+    xs = inputs(name, T, M, dtype)[0](0)[0]
     with tempfile.TemporaryDirectory() as folder, mock.patch.dict(os.environ, XDG_CACHE_HOME=folder):
         options = dict(implementation=implementation, seconds=0.0 if tiny else seconds)
         timed = sf.autotune(*NEURONS[name], None, arranged(name, xs), **options)
@@ -220,4 +287,4 @@ def run_tests(tests, name):
 
 
 if __name__ == "__main__":
-    main(__doc__, "core", "flips", "tune", "contract")
+    main(__doc__, "core", "flips", "tune", "contract", "choice")

@@ -48,6 +48,7 @@ NEURONS = {  # name: (neuron, params); arrays among the params get gradients
         AffineParams(sf.LIFParams(), (jnp.linspace(0.5, 1.5, 64),), jnp.linspace(-0.1, 0.1, 64)),
     ),
     "adaptive lif": (sf.AdaptiveLIF(), sf.AdaptiveLIFParams(*map(number, (0.9, 0.95, 0.2, 1.0)))),
+    "constant adaptive lif": (sf.AdaptiveLIF(), sf.AdaptiveLIFParams(0.9, 0.95, 0.2, 1.0)),
     "izhikevich": (sf.Izhikevich(), sf.IzhikevichParams()),
     "own neuron": (Resonator(), dict(decay=number(0.8), gain=number(1.0))),
     "above": (sf.LIF(), sf.LIFParams(threshold=ABOVE)),

@@ -18,6 +18,7 @@ If several rows have the same named fields, the last one counts (`rows`).
 
 import argparse
 import datetime
+import fcntl
 import json
 import multiprocessing
 import os
@@ -27,10 +28,12 @@ import re
 import shutil
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Callable
-from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cache
 
@@ -106,6 +109,15 @@ def time_ms(call, wait, *, repeats=7, seconds=0.05, agree=int):
         samples.append((time.perf_counter() - start) / count * 1e3)
     samples.sort()
     return tuple(samples[len(samples) * i // 4] for i in (2, 1, 3))
+
+
+@contextmanager
+def alone():
+    """Only one process on this machine and GPU is in this block at a time: a case times here what it compiled before."""
+    name = f"snnfuse-benchmarks-{os.environ.get('CUDA_VISIBLE_DEVICES', '')}.lock"
+    with open(pathlib.Path(tempfile.gettempdir()) / name, "w") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        yield
 
 
 def record(path, row):
@@ -203,6 +215,7 @@ def main(doc: str, *names: str, argv=None, here=False) -> list[dict]:
     parser.add_argument("--keep", action="store_true", help="skip the cases that have a row without an error already")
     parser.add_argument("--budget", type=float, default=float("inf"), help="seconds after which no further case starts")
     parser.add_argument("--out", type=pathlib.Path, help="append the rows to this file instead")
+    parser.add_argument("--jobs", type=int, default=1, help="so many processes compile at once; they time in turn")
     for option, (default, text) in options.items():
         parser.add_argument(f"--{option}", type=type(default), default=default, help=f"{text} (default: {default!r})")
     args = parser.parse_args(argv)
@@ -210,15 +223,26 @@ def main(doc: str, *names: str, argv=None, here=False) -> list[dict]:
         parser.error("this machine has no GPU (no nvidia-smi): add --tiny to check that everything runs")
     path = args.out or (None if args.tiny else RESULTS / f"{name}.jsonl")
     done = [row for row in rows(name) if row["status"] == "ok"] if args.keep else []
-    runner, start, made = Runner(here=here), time.perf_counter(), []
+    runner, start, groups = Runner(here=here), time.perf_counter(), {}
     for case in cases(args):
-        if not re.search(args.only, case.name) or any(case.key.items() <= row.items() for row in done):
-            continue
-        if args.list or time.perf_counter() - start > args.budget:
-            print(case.name if args.list else f"not run, the budget is spent: {case.name}")
-            continue
-        made.append(runner.row(case))
-        record(path, made[-1])
+        if re.search(args.only, case.name) and not any(case.key.items() <= row.items() for row in done):
+            groups.setdefault(case.process if args.jobs > 1 else "", []).append(case)
+
+    def run(group):
+        for case in group:
+            if args.list or time.perf_counter() - start > args.budget:
+                print(case.name if args.list else f"not run, the budget is spent: {case.name}")
+            else:
+                row = runner.row(case)
+                record(path, row)
+                yield row
+
+    if args.jobs > 1:
+        with ThreadPoolExecutor(args.jobs) as pool:
+            made = list(pool.map(lambda group: list(run(group)), groups.values()))
+    else:
+        made = map(run, groups.values())
+    made = [row for rows in made for row in rows]
     runner.close()
     return made
 

@@ -23,17 +23,22 @@ def time_ms(f, *args, **options):
 
 
 def times(f, program, sets) -> dict:
-    """`ms` is device time: one program calls f on every set of arguments. `call_ms` is a call of `program`, the compiled f.
-
-    The sets differ, so that the compiler cannot share results and no input is still in the cache.
-    """
-    ms, *quartiles = device_ms(f, sets)
+    """`ms` is device time; `call_ms` is a call of `program`, the compiled f."""
+    ms, *quartiles = device_ms(repeated(f, sets), sets)
     return dict(ms=ms, quartiles=quartiles, call_ms=time_ms(program, *sets[0])[0])
 
 
-def device_ms(f, sets):
-    run = jax.jit(lambda sets: [f(*args) for args in sets])
-    return [t / len(sets) for t in time_ms(run, sets)]
+def repeated(f, sets):
+    """One compiled program that calls f on every set of arguments; an array may be a `jax.ShapeDtypeStruct`.
+
+    The sets differ, so that the compiler cannot share results and no input is still in the cache.
+    """
+    return jax.jit(lambda sets: [f(*args) for args in sets]).lower(sets).compile()
+
+
+def device_ms(program, sets, **options):
+    """Milliseconds that the GPU takes for one set; `program` is `repeated(f, sets)`."""
+    return [t / len(sets) for t in time_ms(program, sets, **options)]
 
 
 def compiled(f, *args):

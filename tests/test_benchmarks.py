@@ -35,6 +35,7 @@ def small(monkeypatch, request):
 
 SMOKE = {  # question: the options that keep it short
     "core": ["--only", "compile.*scan|copy|own neuron"],
+    "choice": [],
     "flips": ["--only", "continuous"],
     "tune": ["--only", "own neuron"],
     "resnet": ["--only", "relu bfloat16"],
