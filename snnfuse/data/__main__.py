@@ -2,8 +2,8 @@
 
 Data sets are kept in --folder, by default $TFDS_DATA_DIR or ~/tensorflow_datasets. Archives are looked for in
 --manual/NAME, by default FOLDER/downloads/manual/NAME; --download fetches those that may be fetched. `prepare` also takes
-a name of your own: --manual/NAME then holds pictures, SPLIT/CLASS/*.png, or .wav files and split.csv, a table with the columns
-file, label and split.
+a name of your own: --manual/NAME then holds pictures, SPLIT/CLASS/*.png, or recordings (sound .wav, signals .npy or .npz,
+events .npz or .aedat) and split.csv, a table with the columns file, label and split.
 """
 
 import argparse
@@ -38,6 +38,8 @@ def _prepare(options) -> None:
         manual=options.manual,
         download=options.download,
         size=options.size,
+        rate=options.rate,
+        window=options.window,
         on_bad=options.on_bad,
         on_unsorted=options.on_unsorted,
     )
@@ -80,7 +82,14 @@ def main(arguments: list[str] | None = None) -> int:
             command.add_argument("--manual", type=Path)
             command.add_argument("--download", action="store_true")
             command.add_argument(
-                "--size", type=_size, metavar="H[xW]", help="resize your own pictures to this many pixels"
+                "--size",
+                type=_size,
+                metavar="H[xW]",
+                help="pixels: your own pictures are resized to it; the camera of your own events has it",
+            )
+            command.add_argument("--rate", type=int, metavar="HZ", help="resample your own .wav files to this rate")
+            command.add_argument(
+                "--window", type=float, metavar="MS", help="cut your own events into samples of this many milliseconds"
             )
             command.add_argument("--on-bad", choices=("raise", "skip"), default="raise")
             command.add_argument("--on-unsorted", choices=("raise", "sort", "skip"), default="raise")

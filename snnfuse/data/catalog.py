@@ -1,9 +1,10 @@
 """Data sets by name: list them, prepare one, and read it as a random-access source, without TensorFlow.
 
-A name that is not in `CATALOG` is a folder of your own: pictures, or .wav files and their table, see `prepare`.
+A name that is not in `CATALOG` is a folder of your own: pictures, or recordings and their table, see `prepare`.
 """
 
 import difflib
+import inspect
 import io
 import json
 import os
@@ -15,6 +16,7 @@ from importlib import import_module
 from pathlib import Path
 
 from snnfuse.data import archives
+from snnfuse.data.events import Sensor
 from snnfuse.data.optional import require
 
 _HERE = "snnfuse.data.builders."
@@ -33,6 +35,8 @@ CATALOG = {
     "synthetic_saccades": _HERE + "synthetic.SyntheticSaccades",
     "spoken_digits": _HERE + "audio.SpokenDigits",
     "speech_commands": _HERE + "audio.SpeechCommands",
+    "emg_roshambo": _HERE + "signals.EmgRoshambo",
+    "dvs128_objects": _HERE + "cameras.Dvs128Objects",
 }
 BUILT_IN = ("mnist5k", "digits", "synthetic_saccades")  # they need no download, so their first use prepares them
 
@@ -48,14 +52,7 @@ def data_set(name: str) -> type:
     No optional package is needed.
     """
     if name not in CATALOG and name in (own := own_names()):
-        path = own[name]
-        features = json.loads((path / "features.json").read_text())["featuresDict"]["features"]
-        parts = {"name": name, "LABELS": tuple((path / "label.labels.txt").read_text().splitlines())}
-        if "audio" in features:
-            parts["RATE"] = int(json.loads((path / "metadata.json").read_text())["rate"])
-            return type(name, (import_module(_HERE + "audio").WavFolder,), parts)
-        parts["SHAPE"] = _shape(path)
-        return type(name, (import_module(_HERE + "images").ImageFolder,), parts)
+        return _own_prepared(name, own[name])
     if name not in CATALOG:
         close = difflib.get_close_matches(name, CATALOG, n=1)
         hint = f" (did you mean {close[0]!r}?)" if close else ""
@@ -66,54 +63,101 @@ def data_set(name: str) -> type:
     return getattr(import_module(module), cls)
 
 
+def _own_prepared(name: str, path: Path) -> type:
+    """The class of your own data that are prepared in `path`."""
+    features = json.loads((path / "features.json").read_text())["featuresDict"]["features"]
+    told = json.loads((path / "metadata.json").read_text()) if (path / "metadata.json").exists() else {}
+    parts = {"name": name, "LABELS": tuple((path / "label.labels.txt").read_text().splitlines())}
+    own = lambda module, kind, **more: type(name, (getattr(import_module(_HERE + module), kind),), parts | more)
+    if "audio" in features:
+        return own("audio", "WavFolder", RATE=int(told["rate"]))
+    if "signal" in features:
+        return own("signals", "SignalFolder", CHANNELS=int(told["channels"]))
+    if "events" in features:
+        return own("cameras", "EventFolder", SENSOR=Sensor(*map(int, told["sensor"])))
+    return own("images", "ImageFolder", SHAPE=_shape(path))
+
+
 def _shape(path: Path) -> tuple[int, ...]:
-    """The shape of the pictures that are prepared in `path`; () for sound."""
+    """The shape of the pictures that are prepared in `path`; () for recordings."""
     features = json.loads((path / "features.json").read_text())["featuresDict"]["features"]
     return tuple(map(int, features["image"]["tensor"]["shape"]["dimensions"])) if "image" in features else ()
 
 
 def own_names(folder: str | os.PathLike | None = None) -> dict[str, Path]:
-    """Your own prepared data sets of pictures and sound: their names and folders."""
+    """Your own prepared data sets: their names and folders."""
     found = {}
     for path in sorted(data_dir(folder).glob("*/*.*.*/features.json")):
-        kinds = re.findall(r'"(image|audio)": \{', path.read_text())
+        kinds = re.findall(r'"(image|audio|signal|events)": \{', path.read_text())
         if (name := path.parents[1].name) not in CATALOG and kinds and (path.parent / "label.labels.txt").exists():
             found[name] = path.parent
     return found
 
 
-def _own(name: str, folder: Path, size: tuple[int, int] | None) -> type:
-    """The class of your own data in `folder`: pictures below `train`, or the .wav files of the table split.csv."""
-    sound, images = import_module(_HERE + "audio"), import_module(_HERE + "images")
+def _own(name: str, folder: Path, **choices) -> type:
+    """The class of your own data in `folder`: pictures below `train`, or the recordings of the table split.csv."""
     if not re.fullmatch(r"[a-z]\w*", name):
         raise ValueError(f"name must be small letters, digits and _; got {name!r}")
+    table = import_module(_HERE + "table")
     if (folder / "train").is_dir():
-        return images.ImageFolder.of(name, folder, size)
-    if (folder / sound.TABLE).is_file():
-        return sound.WavFolder.of(name, folder)
-    raise archives.Missing(
-        f"{name} is not in the catalog ({', '.join(CATALOG)}), and {folder} has neither a folder train nor {sound.TABLE}: to "
-        f"prepare your own pictures, put them into SPLIT/CLASS/; for your own .wav files, write that table, with the columns "
-        f"{', '.join(sound.COLUMNS)}"
-    )
+        kind = import_module(_HERE + "images").ImageFolder
+    elif (folder / table.TABLE).is_file():
+        kind = _kind(table.read_table(folder / table.TABLE)[0], folder)
+    else:
+        raise archives.Missing(
+            f"{name} is not in the catalog ({', '.join(CATALOG)}), and {folder} has neither a folder train nor {table.TABLE}: "
+            f"to prepare your own pictures, put them into SPLIT/CLASS/; for your own recordings, write that table, with the "
+            f"columns {', '.join(table.COLUMNS)}"
+        )
+    known = inspect.signature(kind.of).parameters
+    for choice, value in choices.items():
+        if value is not None and choice not in known:
+            raise ValueError(f"{choice} {_CHOICES[choice]}; {name} holds none")
+    return kind.of(name, folder, **{choice: value for choice, value in choices.items() if choice in known})
 
 
-def _chosen(name: str, folder: Path, size: tuple[int, int] | None) -> type:
+_CHOICES = {
+    "size": "resizes your own pictures, or is the size of the camera of your own events",
+    "rate": "resamples your own .wav files",
+    "window": "cuts your own recordings of events",
+}
+
+
+def _kind(row, folder: Path) -> type:
+    """The kind of recordings in a table, by its first file."""
+    suffix = Path(row.file).suffix
+    if suffix == ".npz":
+        arrays = import_module("snnfuse.data.formats").read_npz(row.path(folder), row.where, (), ("t", "x", "signal"))
+        suffix = ".npz of signals" if "signal" in arrays else ".npz of events"
+    kinds = {
+        ".wav": "audio.WavFolder",
+        ".npy": "signals.SignalFolder",
+        ".npz of signals": "signals.SignalFolder",
+        ".npz of events": "cameras.EventFolder",
+        ".aedat": "cameras.EventFolder",
+    }
+    if suffix not in kinds:
+        raise ValueError(f"{row.where}: {row.file} must be a .wav, .npy, .npz or .aedat file")
+    module, _, kind = kinds[suffix].partition(".")
+    return getattr(import_module(_HERE + module), kind)
+
+
+def _chosen(name: str, folder: Path, **choices) -> type:
     """The class to prepare a name from a folder. Pictures in class folders may stand in for the archives of an image set."""
     if name not in CATALOG:
-        found = _own(name, folder, size)
-    else:
-        found = data_set(name)
-        if hasattr(found, "SHAPE") and found.ARCHIVES and (folder / "train").is_dir():
-            pictures = _own(name, folder, size)
-            if (pictures.SHAPE, pictures.classes()) != (found.SHAPE, found.classes()):
-                raise ValueError(
-                    f"{name} has {found.classes()} classes of pictures {found.SHAPE}; {folder} has {pictures.classes()} "
-                    f"of {pictures.SHAPE}"
-                )
-            found = pictures
-    if size is not None and not hasattr(found, "RESIZED"):
-        raise ValueError(f"size resizes folders of pictures; {name} is none")
+        return _own(name, folder, **choices)
+    found = data_set(name)
+    if hasattr(found, "SHAPE") and found.ARCHIVES and (folder / "train").is_dir():
+        pictures = _own(name, folder, **choices)
+        if (pictures.SHAPE, pictures.classes()) != (found.SHAPE, found.classes()):
+            raise ValueError(
+                f"{name} has {found.classes()} classes of pictures {found.SHAPE}; {folder} has {pictures.classes()} "
+                f"of {pictures.SHAPE}"
+            )
+        return pictures
+    for choice, value in choices.items():
+        if value is not None:
+            raise ValueError(f"{choice} {_CHOICES[choice]}; {name} is a data set of the catalog")
     return found
 
 
@@ -136,6 +180,8 @@ def prepare(
     manual: str | os.PathLike | None = None,
     download=False,
     size: tuple[int, int] | None = None,
+    rate: int | None = None,
+    window: float | None = None,
     **choices,
 ):
     """Prepare a data set from its archives, and return its builder. A data set that is prepared already is only opened.
@@ -144,9 +190,12 @@ def prepare(
     fetched first. A preparation that fails leaves nothing behind.
 
     Your own pictures: files `manual`/NAME/SPLIT/CLASS/*.png, the splits train, test, ...; `size` (H, W) resizes them. Those
-    of an image set of the catalog may come in this form too. Your own recordings: .wav files in `manual`/NAME, and a table
-    split.csv with the columns file, label and split; other columns are kept as texts. NAME is any name that is not in
-    `CATALOG`.
+    of an image set of the catalog may come in this form too. NAME is any name that is not in `CATALOG`.
+
+    Your own recordings: files in `manual`/NAME, and a table split.csv with the columns file, label and split; start and stop
+    say which part of a file is meant; other columns are kept as texts. All files are of one kind: .wav (`rate`, in hertz,
+    resamples them); signals, .npy or .npz with an array `signal`; events, .aedat or .npz with t, x, y and p (`size` is that of
+    the camera, and `window`, in milliseconds, cuts each recording into samples).
     """
     if name not in CATALOG and (path := prepared_in(name, folder)):
         if size is not None and tuple(size) != (had := _shape(path)[:2]):
@@ -156,7 +205,7 @@ def prepare(
             )
         return prepared(name, folder)
     manual = Path(manual or data_dir(folder) / "downloads" / "manual")
-    found = _chosen(name, manual / name, size)
+    found = _chosen(name, manual / name, size=size, rate=rate, window=window)
     made = builder(name, folder, of=found, **choices)
     if is_prepared(made):
         return made

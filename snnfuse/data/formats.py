@@ -9,6 +9,8 @@ import csv
 import io
 import re
 import wave
+import zipfile
+import zlib
 from decimal import Decimal
 from typing import NamedTuple
 
@@ -54,6 +56,44 @@ def read_aedat2(data: bytes, name: str) -> Events:
         raise BadSample(name, f"event {other[0]} has address {address[other[0]]:#x}, which no DVS128 has")
     address, t = address[address >> 15 == 0], t[address >> 15 == 0]
     return {"t": t, "x": 127 - (address >> 8 & 0x7F), "y": 127 - (address >> 1 & 0x7F), "p": 1 - (address & 1)}
+
+
+def read_aedat(data: bytes, name: str) -> Events:
+    """AEDAT 2.0 of a DVS128 or AEDAT 3.1, by its first line; x to the right and y down, as jAER shows a DVS128."""
+    if not data.startswith(b"#!AER-DAT2.0"):
+        return read_aedat3(data, name)
+    events = read_aedat2(data, name)
+    return events | {"x": events["y"], "y": events["x"]}  # CIFAR10-DVS, for which `read_aedat2` is, has them exchanged
+
+
+def read_npz(path, name: str, wanted: tuple[str, ...], others: tuple[str, ...] = ()) -> dict[str, np.ndarray]:
+    """The arrays `wanted` of a NumPy .npz file, and those of `others` that it has."""
+    try:
+        with open(path, "rb") as raw, np.load(raw) as file:
+            if missing := [key for key in wanted if key not in file]:
+                raise BadSample(name, f"has no array {', '.join(missing)}; it has {', '.join(file) or 'none'}")
+            return {key: file[key] for key in (*wanted, *others) if key in file}
+    except (OSError, EOFError, ValueError, zipfile.BadZipFile, zlib.error) as error:
+        if isinstance(error, BadSample):
+            raise
+        raise BadSample(name, f"no .npz file that is read here, or a truncated one: {error}") from error
+
+
+def read_signal(path, name: str) -> np.ndarray:
+    """[n, channels] float32 from a .npy file, or from the array `signal` of a .npz file. All values must be finite."""
+    if str(path).endswith(".npz"):
+        values = read_npz(path, name, ("signal",))["signal"]
+    else:
+        try:
+            values = np.load(path)
+        except (OSError, EOFError, ValueError) as error:
+            raise BadSample(name, f"no .npy file that is read here, or a truncated one: {error}") from error
+    if values.ndim != 2 or not values.size or values.dtype.kind not in "iuf":
+        raise BadSample(name, f"a signal must be numbers [n, channels]; got {values.dtype} of shape {values.shape}")
+    if np.any(bad := ~np.isfinite(values)):
+        step, channel = np.argwhere(bad)[0]
+        raise BadSample(name, f"step {step} of channel {channel} is {values[step, channel]}")
+    return values.astype(np.float32)
 
 
 _PACKET = np.dtype(

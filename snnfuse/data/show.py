@@ -12,7 +12,7 @@ ON, OFF, GREY = (32, 96, 200), (200, 48, 48), (255, 255, 255)
 
 
 def summary(name: str, folder=None) -> dict:
-    """Splits, sizes and label names; for events and sound also counts and rates. Reads only what `prepare` wrote, and no sample."""
+    """Splits, sizes and label names; for recordings also counts and rates. Reads only what `prepare` wrote, and no sample."""
     info = catalog.prepared(name, folder).info
     sizes = {split: {"samples": part.num_examples, "bytes": part.num_bytes} for split, part in info.splits.items()}
     metadata = dict(info.metadata or {})
@@ -21,6 +21,9 @@ def summary(name: str, folder=None) -> dict:
         if "audio_samples" in totals:
             seconds = totals["audio_samples"] / metadata["rate"] / max(1, sizes[split]["samples"])
             sizes[split] |= {"seconds_per_sample": seconds}
+            continue
+        if "signal_steps" in totals:
+            sizes[split] |= {"steps_per_sample": totals["signal_steps"] / max(1, sizes[split]["samples"])}
             continue
         seconds = totals["microseconds"] * 1e-6
         sizes[split] |= {
@@ -36,6 +39,7 @@ def summary(name: str, folder=None) -> dict:
         "labels": info.features["label"].names,
         "sensor": sensor and sensor._asdict(),
         "samples_a_second": metadata.get("rate"),
+        "channels": metadata.get("channels"),
         "splits": sizes,
     }
     return about | {key: metadata[key] for key in ("skipped", "sorted") if metadata.get(key, {}).get("count")}
@@ -69,8 +73,25 @@ def _sound(samples: np.ndarray, rate: int, bands: int = 40) -> np.ndarray:
     return np.concatenate([pictures[0], gap, pictures[1]])
 
 
+def _traces(signal: np.ndarray, width: int = 800, height: int = 40) -> np.ndarray:
+    """Channels [n, C] one below the other, each over the same range: a column holds the values of its steps, low to high."""
+    n, channels = signal.shape
+    edges = np.linspace(0, n, min(n, width) + 1).astype(int)
+    low, high = (f.reduceat(signal.astype(float), edges[:-1], axis=0) for f in (np.minimum, np.maximum))
+    low[1:], high[1:] = np.minimum(low[1:], high[:-1]), np.maximum(high[1:], low[:-1])  # columns touch
+    top = max(np.abs(signal).max(), 1e-30)
+    rows = lambda values: np.rint((1 - values / top) / 2 * (height - 1))[None]  # [1, columns, C]
+    place = np.arange(height)[:, None, None]
+    ink = (place >= rows(high)) & (place <= rows(low))  # [height, columns, C]
+    pictures = np.where(ink.transpose(2, 0, 1)[..., None], np.uint8(ON), np.uint8(GREY))
+    pictures[:, -1] = 200  # a line between channels
+    return pictures.reshape(channels * height, -1, 3).repeat(max(1, width // pictures.shape[2]), 1)
+
+
 def render(name: str, split: str, index: int, out: Path, folder=None, T: int = 10) -> str:
-    """Writes a sample to `out` and returns a line about it: a .png strip, or a .gif for events, or a spectrogram for sound."""
+    """Write a sample to `out` and return a line about it: a .png strip, or a .gif for events, or a spectrogram for sound,
+    or the channels of a signal.
+    """
     Image = require("PIL.Image")
     source = catalog.source(name, split, folder)
     if not 0 <= index < len(source):
@@ -83,6 +104,9 @@ def render(name: str, split: str, index: int, out: Path, folder=None, T: int = 1
         rate = int(info.metadata["rate"])
         line += f", {len(sample['audio']) / rate:.3f} s at {rate} samples a second"
         pictures = [_sound(sample["audio"], rate)]
+    elif "signal" in sample:
+        line += f", {len(sample['signal'])} steps of {sample['signal'].shape[1]} channels"
+        pictures = [_traces(sample["signal"])]
     else:
         events, sensor = sample["events"], Sensor(*info.metadata["sensor"])
         seconds = (int(events["t"][-1]) - int(events["t"][0])) * 1e-6 if len(events["t"]) else 0

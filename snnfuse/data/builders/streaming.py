@@ -104,6 +104,9 @@ class StreamingBuilder(tfds.core.ShardBasedBuilder, skip_registration=True):
         if "audio" in sample:
             totals = self._totals.setdefault(split, {"audio_samples": 0})
             totals["audio_samples"] += len(sample["audio"])
+        if "signal" in sample:
+            totals = self._totals.setdefault(split, {"signal_steps": 0})
+            totals["signal_steps"] += len(sample["signal"])
 
 
 def _feature(spec):
