@@ -853,6 +853,16 @@ def _(draw):
     assert 1 <= call(nn.piece_length, layer, xs, budget) <= len(xs)
 
 
+@case("nn.Stream")
+def _(draw):
+    xs, cut = currents(draw), one_of(draw, 0, 1, 2)
+    layer = nn.Sequential(nn.Linear(3, 4, rngs=nnx.Rngs(0)), nn.LI(tau=2.0))
+    step = jax.ShapeDtypeStruct(one_of(draw, xs.shape[1:], xs.shape[1:], xs.shape), xs.dtype)
+    stream = call(nn.Stream, layer, step, read=one_of(draw, None, None, 3))
+    outs = [call(stream, piece) for piece in (xs[:cut], xs[cut:]) if len(piece) or not cut]
+    close(np.concatenate(outs), call(layer, xs)[0])
+
+
 @case("nn.Dropout")
 def _(draw):
     xs, rate = array(draw, (4, 5, 6), 0.5, 2), one_of(draw, 0.25, *NUMBER)

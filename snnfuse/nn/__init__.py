@@ -13,6 +13,7 @@ from snnfuse.nn.readout import membrane_last, membrane_max, membrane_mean, spike
 from snnfuse.nn.recurrent import Feedback, Recurrent
 from snnfuse.nn.spikes import Spikes
 from snnfuse.nn.spiking import IF, LI, LIF, AdaptiveLIF, CubaLIF, ExpIF, Fixed, Izhikevich, ParametricLIF, Spiking
+from snnfuse.nn.stream import Stream
 from snnfuse.nn.temporal import (
     Dropout,
     Folded,
@@ -51,6 +52,7 @@ __all__ = [
     "Sequential",
     "Spikes",
     "Spiking",
+    "Stream",
     "Timeless",
     "Temporal",
     "flatten",

@@ -1,0 +1,148 @@
+"""How much memory and time does a training step need when T grows, whole and in pieces? How soon is a streamed decision there?
+
+    python benchmarks/long_sequences.py              on a GPU; 4 minutes on an H100; rows go to results/long_sequences.jsonl
+    python benchmarks/long_sequences.py streaming    1 minute; rows go to results/streaming.jsonl
+
+"whole" is backpropagation through all T steps at once; "pieces of 500" is `nn.Pieces`, which recomputes one piece at a time.
+The case "dense" is the network 700-256-256-20 with a batch of 32; "convolutional" has two convolutions on events of 128 x 128
+pixels, as in DVS128 Gesture, and a batch of 16. A step is forward, backward and Adam. Inputs are random and stored as int8. Rows
+with T = 1,000 also compare the two: `flips` are spikes of the last hidden layer that differ, and `gradient_error` is the largest
+difference of a gradient, over the largest gradient of its array. The weights are multiples of 1/1024, so that the products of both
+are exact, and a difference is a fault or the order of the sums over time.
+
+"streaming" measures `nn.Stream` on the same networks with a batch of 1: `call_ms` is the time from K steps of input in a NumPy array
+to the class as a Python number, the median of many calls one after another; `late_ms` is its 99th percentile. "nnx.jit" is
+the same call without `nn.Stream`.
+"""
+
+import time
+from math import sqrt
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+from runner import Case, main, question
+from with_jax import cross_entropy, f32, time_step, training_step
+
+from snnfuse import nn
+
+RATE = 0.05  # of the input spikes
+LENGTH = dict(dense=500, convolutional=50)  # the steps of a piece
+
+
+@question("long_sequences")
+def long_sequences(args):
+    kind = "scan" if args.tiny else "triton"
+    runs = [("dense", 12, "pieces"), ("convolutional", 12, "pieces")]
+    if not args.tiny:
+        runs = [("dense", T, how) for T in (1_000, 10_000, 100_000) for how in ("whole", "pieces")]
+        runs += [("convolutional", 1_000, how) for how in ("whole", "pieces")]
+        runs += [("dense", 10_000, "scan"), ("dense", 1_000_000, "pieces")]
+        runs += [("dense", T, "whole") for T in (200_000, 300_000, 400_000)]
+    for case, T, how in runs:
+        length = (5 if args.tiny else LENGTH[case]) if how == "pieces" else None
+        named = dict(case=case, implementation="scan" if how == "scan" else kind, dtype="float32", T=T)
+        key = named | dict(memory=f"pieces of {length}" if length else "whole", B=4 if args.tiny else BATCH[case])
+        yield Case(key, measure, (case, key["implementation"], T, key["B"], length, args.tiny), "fresh")
+
+
+BATCH = dict(dense=32, convolutional=16)
+
+
+def measure(case, implementation, T, B, length, tiny):
+    make = lambda length: network(case, implementation, length, tiny)
+    xs, labels = spikes(T, B, case, tiny), jnp.arange(B) % 10
+    row = dict(inputs_mb=xs.nbytes / 1e6)
+    if length and T <= 1_000:
+        row |= compare(make(None), make(length), xs, labels)
+    return row | time_step(training_step(make(length)), [(xs, labels)])
+
+
+def network(case, implementation, length, tiny):
+    options = dict(kernel_init=grid, rngs=nnx.Rngs(0))
+    lif = lambda: nn.LIF(tau=20.0, implementation=implementation)
+    layers = [lambda xs: xs.astype(f32)]
+    if case == "dense":
+        layers += [nn.Linear(700, 256, **options), lif(), nn.Linear(256, 256, **options), lif()]
+        wide = 256
+    else:
+        space = dict(kernel_size=(5, 5), strides=4 if tiny else 2)
+        layers += [nn.Conv(2, 32, **space, **options), lif(), nn.Conv(32, 64, **space, **options), lif(), nn.mean_pool]
+        wide = 64
+    layers += [nn.Linear(wide, 20, **options), nn.LI(tau=20.0, implementation=implementation)]
+    model = nn.Sequential(*layers)
+    return nn.Pieces(model, length) if length else model
+
+
+def grid(key, shape, dtype):
+    """Multiples of 1/1024 that let the neurons fire at about the rate of the input."""
+    most = int(1024 * 0.4 * sqrt(3 / (RATE * jnp.prod(jnp.array(shape[:-1])))))
+    return jax.random.randint(key, shape, -most, most + most // 40).astype(dtype) / 1024
+
+
+def spikes(T, B, case, tiny):
+    """Random spikes in int8, drawn step by step, because the random numbers of all steps may not fit into the memory."""
+    shape = (700,) if case == "dense" else (16, 16, 2) if tiny else (128, 128, 2)
+    draw = lambda key: jax.random.bernoulli(key, RATE, (B, *shape)).astype(jnp.int8)
+    return jax.jit(lambda keys: jax.lax.map(draw, keys))(jax.random.split(jax.random.key(0), T))
+
+
+def compare(whole, pieces, xs, labels):
+    """The spikes of the last hidden layer and the gradients of the whole sequence, beside those of the pieces."""
+
+    @nnx.jit
+    def run(model):
+        loss = lambda model: cross_entropy(nn.membrane_mean(model(xs)[0]), labels)
+        return nnx.state(nnx.grad(loss)(model))
+
+    @nnx.jit
+    def hidden(model):
+        inside = model.layer if isinstance(model, nn.Pieces) else model
+        upto = nn.Sequential(*inside.layers[:5])
+        return (nn.Pieces(upto, model.length) if model is not inside else upto)(xs)[0]
+
+    fired = hidden(whole)
+    flips = (fired != hidden(pieces)).sum()
+    error = lambda a, b: float(jnp.abs(a - b).max() / jnp.abs(b).max())
+    errors = jax.tree.map(error, *(jax.tree.leaves(run(model)) for model in (pieces, whole)))
+    return dict(firing_rate=float(fired.mean()), flips=int(flips), gradient_error=max(errors))
+
+
+@question("streaming", gpu=False)
+def streaming(args):
+    for case in ("dense", "convolutional"):
+        for way in ("nn.Stream", "nnx.jit") if case == "dense" else ("nn.Stream",):
+            for K in (1, 10, 100):
+                key = dict(case=case, implementation=way, T=K, B=1, dtype="float32")
+                yield Case(key, latency, (case, way, K, args.tiny))
+
+
+def latency(case, way, K, tiny):
+    model, pieces = network(case, None, None, tiny), np.split(np.asarray(spikes(16 * K, 1, case, tiny)), 16)
+    decide = lambda outs: outs[-1].argmax(-1)
+    if way == "nn.Stream":
+        call = nn.Stream(model, pieces[0][0], read=decide)
+    else:
+        state = [model.init_state(pieces[0])]
+
+        @nnx.jit
+        def run(model, xs, state):
+            outs, state = model(xs, state)
+            return decide(outs), state
+
+        def call(xs):
+            decision, state[0] = run(model, xs, state[0])
+            return decision
+
+    times = []
+    for i in range(30 if tiny else 1000):
+        start = time.perf_counter()
+        call(pieces[i % 16]).item()
+        times.append((time.perf_counter() - start) * 1e3)
+    call_ms, late_ms = np.quantile(times[10:], (0.5, 0.99))
+    return dict(call_ms=float(call_ms), late_ms=float(late_ms), us_per_step=float(1e3 * call_ms / K))
+
+
+if __name__ == "__main__":
+    main(__doc__, "long_sequences", "streaming")
