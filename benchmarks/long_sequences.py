@@ -82,10 +82,10 @@ def grid(key, shape, dtype):
 
 
 def spikes(T, B, case, tiny):
-    """Random spikes in int8, drawn step by step, because the random numbers of all steps may not fit into the memory."""
+    """Random spikes in int8, drawn a few steps at a time, because the random numbers of all steps may not fit into the memory."""
     shape = (700,) if case == "dense" else (16, 16, 2) if tiny else (128, 128, 2)
     draw = lambda key: jax.random.bernoulli(key, RATE, (B, *shape)).astype(jnp.int8)
-    return jax.jit(lambda keys: jax.lax.map(draw, keys))(jax.random.split(jax.random.key(0), T))
+    return jax.jit(lambda keys: jax.lax.map(draw, keys, batch_size=50))(jax.random.split(jax.random.key(0), T))
 
 
 def compare(whole, pieces, xs, labels):
