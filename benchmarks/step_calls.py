@@ -2,6 +2,7 @@
 
     python benchmarks/step_calls.py                          on a GPU; 5 minutes on an H100, most of it compiling
     python benchmarks/step_calls.py --only host              the host alone; also on a CPU
+    python benchmarks/step_calls.py --ways compiled_step,scan,relu,spikingjelly --only '(sew|vgg|spikformer)'
 
 Ways to call the same step, written once as a function of (model, optimizer, arrays):
 
@@ -9,6 +10,10 @@ Ways to call the same step, written once as a function of (model, optimizer, arr
     cached_partial   nnx.cached_partial of it
     flat             jax.jit of a flat, donated list of arrays: what the others are compared with
     compiled_step    snnfuse.training.compiled_step
+
+The four networks of SpikingJelly's model zoo (T = 4, in bfloat16) also run by "scan" and with "relu" in place of the neurons,
+both called by `compiled_step`, and as "spikingjelly", which is its own network in TF32 as its users call it (by Triton kernels).
+"spikingjelly channels_last" is the same in that layout. Bfloat16 is not faster there, since a step waits for Python.
 
 Rows of the case "host" hold `call_ms`: the milliseconds until a call returns, with the 228 variables of SEW-ResNet-18 and
 Adam, each a single number, so that nothing is computed. The other rows are whole training steps. `ms` is wall time of a
@@ -30,6 +35,7 @@ import runner
 from flax import nnx
 from flax.nnx import graphlib
 from runner import Case, main, question, split
+from with_jax import peak_mb, with_relu
 
 from snnfuse import models, nn, training
 
@@ -47,7 +53,10 @@ SMALL = {
 T = 4
 
 
-@question("step_calls", gpu=False, ways=("compiled_step,nnx.jit", f"ways of the workloads, of {', '.join(WAYS)}"))
+NETWORKS = (*WAYS, "scan", "relu", "spikingjelly", "spikingjelly channels_last")
+
+
+@question("step_calls", gpu=False, ways=("compiled_step,nnx.jit", f"ways of the networks, of {', '.join(NETWORKS)}"))
 def cases(args):
     for way in WAYS:
         yield Case(dict(case="host", implementation=way), host, (way, 3 if args.tiny else 200))
@@ -65,8 +74,9 @@ def cases(args):
 def workloads(ways, tiny):
     for way in ways:
         for name, (B, size, _, _) in WORKLOADS.items():
-            key = dict(case=name, implementation=way, T=T, B=B, size=size, dtype="bfloat16")
-            yield Case(key, workload, (name, way, tiny))
+            theirs = way.startswith("spikingjelly")
+            key = dict(case=name, implementation=way, T=T, B=B, size=size, dtype="tf32" if theirs else "bfloat16")
+            yield Case(key, by_spikingjelly if theirs else workload, (name, way, tiny), "torch" if theirs else "")
 
 
 def bind(way, step, objects):
@@ -135,10 +145,12 @@ def training_step(read):
 
 
 def timed(call, batches, samples):
-    """Wall and busy milliseconds of a call, over batches in turn."""
+    """Wall and busy milliseconds of a call, over batches in turn. With `compiled_step` also the memory of its program."""
     start = time.perf_counter()
     call(*batches[0]).block_until_ready()
     row = dict(compile_s=time.perf_counter() - start)
+    if isinstance(getattr(call, "func", None), training.CompiledStep):
+        row |= dict(peak_mb=peak_mb(call.func.lower(*call.args, *batches[0]).compile()))
     turn = [0]
 
     def next_call():
@@ -169,7 +181,10 @@ def busy_ms(call, calls=4):
 def workload(name, way, tiny):
     B, size, classes, build = WORKLOADS[name]
     B, size = (2, 32) if tiny else (B, size)
-    model = build(in_features=3, classes=classes, policy="bfloat16", rngs=nnx.Rngs(0))
+    options = dict(memory="fast") if way == "relu" else dict(implementation="scan" if way == "scan" else None)
+    model = build(in_features=3, classes=classes, policy="bfloat16", rngs=nnx.Rngs(0), **options)
+    model = with_relu(model) if way == "relu" else model
+    way = "compiled_step" if way in ("scan", "relu") else way
 
     def step(model, optimizer, images, labels):
         xs = jnp.broadcast_to(images, (T, *images.shape)).astype(jnp.bfloat16)
@@ -178,6 +193,17 @@ def workload(name, way, tiny):
     keys = jax.random.split(jax.random.key(0), 4)
     batches = [(jax.random.normal(key, (B, size, size, 3)), jnp.arange(B) % classes) for key in keys]
     return timed(bind(way, step, with_adam(model)), batches, B)
+
+
+def by_spikingjelly(name, way, tiny):
+    import libraries
+    import with_torch
+
+    libraries.spikingjelly()  # says which kernels run
+    B, size, classes, _ = WORKLOADS[name]
+    step = with_torch.zoo_step(name, "channels_last" in way, T, *((2, 32) if tiny else (B, size)), classes)
+    row = with_torch.measure(step, [()], no_graph="called as its users call it")
+    return row | dict(samples_per_s=B / row["ms"] * 1e3)
 
 
 def small(name, way, steps, tiny):

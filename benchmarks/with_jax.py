@@ -116,32 +116,35 @@ def resnet(kind, depth, dtype, memory=None):
     """A spiking ResNet. `kind` is an implementation, or "relu" for the same network with ReLU in place of the neurons."""
     options = dict(memory=memory or "packed", implementation=None if kind == "relu" else kind, rngs=nnx.Rngs(0))
     model = models.spiking_resnet(depth, 3, 10, policy=dtype, **options)
-    return _with_relu(model) if kind == "relu" else model
+    return with_relu(model) if kind == "relu" else model
 
 
 class NormReLU(nn.Temporal):
     """`nn.NormSpiking` with ReLU in place of the neuron."""
 
     def __init__(self, layer):
-        self.norm, self.shortcut_norm = layer.norm, layer.shortcut_norm
+        self.norm, self.shortcut_norm, self.connect = layer.norm, layer.shortcut_norm, layer.connect
 
     def __call__(self, xs, state=None, shortcut=None):
         scale, shift = self.norm.affine(xs)
         current = xs.astype(f32) * scale + shift
-        if shortcut is not None:
+        if shortcut is not None and self.connect == "sum":
             scale, shift = (1.0, 0.0) if self.shortcut_norm is None else self.shortcut_norm.affine(shortcut)
             current = current + shortcut.astype(f32) * scale + shift
-        return jax.nn.relu(current).astype(xs.dtype), ()
+        outs = jax.nn.relu(current).astype(xs.dtype)
+        return outs + shortcut if self.connect == "add" else outs, ()
 
 
-def _with_relu(model):
-    model.layers = nnx.List([layer for layer in model.layers if not isinstance(layer, nn.PackSpikes)])
+def with_relu(model):
+    """The model with ReLU in place of every neuron. It packs no spikes."""
+    change = lambda x: NormReLU(x) if isinstance(x, nn.NormSpiking) else jax.nn.relu if isinstance(x, nn.Spiking) else x
     for _, module in list(nnx.iter_modules(model)):
+        if isinstance(module, nn.NormSpiking):  # its neuron stays; nothing calls it any more
+            continue
         for name, child in list(vars(module).items()):
-            if isinstance(child, nn.NormSpiking):
-                setattr(module, name, NormReLU(child))
+            setattr(module, name, change(child))
         if isinstance(module, nn.Sequential):
-            module.layers = nnx.List([NormReLU(x) if isinstance(x, nn.NormSpiking) else x for x in module.layers])
+            module.layers = nnx.List([change(x) for x in module.layers if not isinstance(x, nn.PackSpikes)])
     return model
 
 

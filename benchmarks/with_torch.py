@@ -141,3 +141,43 @@ def resnet_step(lif, dtype, T, B, size):
         return loss.detach()
 
     return step
+
+
+def zoo_step(name, channels_last, T, B, size, classes):
+    """A training step of a network of SpikingJelly's model zoo, and a function without arguments that takes it. TF32.
+
+    `sew-resnet-18-cifar` is its SEW-ResNet-18 with a 3 x 3 stem of stride 1, without the max-pool.
+    """
+    from spikingjelly.activation_based import functional, layer, neuron, surrogate
+    from spikingjelly.activation_based.model import sew_resnet, spikformer, spiking_vgg
+
+    torch.manual_seed(0)
+    if name == "spikformer-4-384":
+        net = spikformer.spikformer_cifar10(T, classes)
+    elif name == "vgg-11":
+        options = dict(spiking_neuron=neuron.LIFNode, tau=2.0, decay_input=False, surrogate_function=surrogate.ATan())
+        net = spiking_vgg.spiking_vgg11_bn(num_classes=classes, norm_layer=layer.BatchNorm2d, **options)
+    else:
+        options = dict(spiking_neuron=neuron.IFNode, surrogate_function=surrogate.ATan(), detach_reset=True)
+        net = sew_resnet.sew_resnet18(num_classes=classes, cnf="ADD", **options)
+    if name == "sew-resnet-18-cifar":
+        net.conv1, net.maxpool = layer.Conv2d(3, 64, 3, padding=1, bias=False), layer.SeqToANNContainer()
+    functional.set_step_mode(net, "m")
+    layout = torch.channels_last if channels_last else torch.contiguous_format
+    net = net.to(ON, memory_format=layout)
+    images, labels = (
+        torch.randn(B, 3, size, size, device=ON).contiguous(memory_format=layout),
+        torch.arange(B) % classes,
+    )
+    labels, adam = labels.to(ON), torch.optim.Adam(net.parameters(), 1e-3, fused=CUDA)
+
+    def step():
+        adam.zero_grad(set_to_none=True)
+        functional.reset_net(net)
+        outs = net(images if name == "spikformer-4-384" else images.expand(T, *images.shape))
+        loss = F.cross_entropy(outs if outs.ndim == 2 else outs.mean(0), labels)
+        loss.backward()
+        adam.step()
+        return loss.detach()
+
+    return step
