@@ -42,7 +42,7 @@ from snnfuse import models, nn, training
 WAYS = ("compiled_step", "flat", "cached_partial", "nnx.jit")
 WORKLOADS = {  # B, size, classes, how to build: the four of SpikingJelly's model zoo, T = 4
     "sew-resnet-18": (32, 224, 1000, functools.partial(models.sew_resnet, 18, stem="imagenet")),
-    "vgg-11": (128, 32, 10, models.spiking_vgg11),
+    "vgg-11": (128, 32, 10, functools.partial(models.spiking_vgg, 11)),
     "spikformer-4-384": (64, 32, 10, functools.partial(models.spikformer, depth=4, width=384, heads=12)),
     "sew-resnet-18-cifar": (128, 32, 10, functools.partial(models.sew_resnet, 18, stem="cifar")),
 }

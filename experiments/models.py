@@ -18,6 +18,7 @@ from snnfuse.core.reset import HardReset
 from snnfuse.models.build import MEMORY
 from snnfuse.models.resnet import DEPTHS, STEMS
 from snnfuse.models.transformer import PATCHES
+from snnfuse.models.vgg import STAGES
 from snnfuse.ops.implementations import NAMES as IMPLEMENTATIONS
 from snnfuse.ops.problem import PARTS
 
@@ -194,14 +195,19 @@ class Resnet(Network):
 
 @dataclass(frozen=True)
 class Vgg(Network):
-    """Spiking VGG-11 with BatchNorm. See snnfuse.models."""
+    """Spiking VGG-11 or -16 with BatchNorm. See snnfuse.models."""
 
     name: Name = "vgg"
+    depth: int = 11
     hidden: int = 512
     """features of the two hidden dense layers"""
 
+    def __post_init__(self):
+        super().__post_init__()
+        _check(self, depth=STAGES)
+
     def build(self, shape: tuple[int, ...], classes: int, rngs: nnx.Rngs) -> nn.Sequential:
-        return models.spiking_vgg11(shape[-1], classes, hidden=self.hidden, rngs=rngs, **self.options)
+        return models.spiking_vgg(self.depth, shape[-1], classes, hidden=self.hidden, rngs=rngs, **self.options)
 
 
 @dataclass(frozen=True)

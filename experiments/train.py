@@ -72,6 +72,9 @@ class Config(Generic[Model, Data]):
     """adamw, or sgd with Nesterov momentum 0.9"""
     weight_decay: float = 1e-2
     """of weights alone, not of biases, normalisations and neurons; AdamW with 0 is Adam"""
+    first_T: int | None = None
+    """time steps of the network in the first --first_steps training steps; fewer are faster. None: always --model.T"""
+    first_steps: int = 0
     neuron_rate: float = 1.0
     """learning rate of the neurons' parameters, as a multiple of --learning_rate"""
     loss: str = "mean"
@@ -122,6 +125,15 @@ class Config(Generic[Model, Data]):
         for name in ("seed", "workers", "on_device"):
             if getattr(self, name) < 0:
                 raise ValueError(f"--{name} must be at least 0; got {getattr(self, name)}")
+        if (self.first_T is None) != (self.first_steps == 0) or not 0 <= self.first_steps < self.steps:
+            raise ValueError(
+                f"--first_T needs --first_steps, a number below --steps; got {self.first_T} and {self.first_steps}"
+            )
+        if self.first_T is not None and (self.first_T < 1 or self.first_steps % self.log_every):
+            raise ValueError(
+                f"--first_T must be at least 1, and --first_steps a multiple of --log_every; "
+                f"got {self.first_T} and {self.first_steps}"
+            )
         K = self.steps_per_call
         if K is not None and (K < 1 or self.log_every % K or self.eval_every % K):
             raise ValueError(f"--steps_per_call must divide --log_every and --eval_every; got {K}")
@@ -304,17 +316,28 @@ def _batches(config, fixed, source, start):
         stored = {k: np.concatenate([np.moveaxis(part[k], axes.get(k, 0), 0) for part in parts]) for k in first}
         data = training.DeviceData(stored, config.batch, seed=config.seed)
         data.position[...] = jnp.int32(start)
-        step = train_step(fixed)
-        return (
-            True,
-            lambda objects, at, K: step(*objects, data) if K == 1 else step.scan(*objects, data, steps=K),
-        )
+
+        def on_device(objects, at, K):
+            step = train_step(_at(fixed, at))
+            return step(*objects, data) if K == 1 else step.scan(*objects, data, steps=K)
+
+        return True, on_device
     if (config.steps_per_call or 1) > 1:
         raise Stopped("--steps_per_call above 1 needs the training samples on the device: see --on_device")
     options = dict(seed=config.seed, start=start, workers=config.workers, device=False if config.mesh else None)
     batches = iter(load(source, config.data.example(), batch=config.batch, **options))
-    step = train_step_from_host(fixed, tuple(first))
-    return False, lambda objects, at, K: step(*objects, next(batches), np.int32(at + 1))
+    step = lambda at: train_step_from_host(_at(fixed, at), tuple(first))
+    return False, lambda objects, at, K: step(at)(*objects, next(batches), np.int32(at + 1))
+
+
+@lru_cache
+def _first(config):
+    return dataclasses.replace(config, model=dataclasses.replace(config.model, T=config.first_T))
+
+
+def _at(config, step):
+    """The configuration of the training step after `step`: fewer time steps at first, if --first_T says so."""
+    return _first(config) if step < config.first_steps else config
 
 
 def _steps_per_call(config, size, on_device):
@@ -340,7 +363,7 @@ def train(config: Config) -> dict:
         shape = _input_shape(config, train_source)
         objects = create(fixed, shape, config.data.classes)
         if config.average is not None:
-            objects += (create(fixed, shape, config.data.classes)[0],)
+            objects += (nnx.clone(objects[0]),)
         # Placed on its device, as a restored state is, so that a resumed run is the same compiled program.
         arrays = training.to_arrays(*objects)
         arrays = parallel.shard(arrays, mesh) if mesh else jax.device_put(arrays, jax.devices()[0])

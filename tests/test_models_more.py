@@ -17,10 +17,16 @@ from snnfuse import models, nn
 
 FAMILIES = {  # (a small network, the size of its images, a learning rate)
     "sew_resnet": (partial(models.sew_resnet, 18, stem="cifar"), 8, 3e-3),
-    "spiking_vgg11": (partial(models.spiking_vgg11, hidden=64, neuron=partial(nn.LIF, tau=2.0)), 32, 1e-2),
+    "spiking_vgg": (partial(models.spiking_vgg, 11, hidden=64, neuron=partial(nn.LIF, tau=2.0)), 32, 1e-2),
     "spikformer": (partial(models.spikformer, depth=1, width=32, heads=2), 8, 3e-3),
 }
-RESNETS = [(18, "imagenet", "sum"), (18, "cifar", "sum"), (34, "cifar", "sum"), (50, "imagenet", "sum")]
+RESNETS = [
+    (18, "imagenet", "sum"),
+    (18, "cifar", "sum"),
+    (19, "cifar", "sum"),
+    (34, "cifar", "sum"),
+    (50, "imagenet", "sum"),
+]
 RESNETS += [(18, "imagenet", "add"), (34, "imagenet", "and"), (50, "cifar", "iand")]
 
 
@@ -42,7 +48,9 @@ def test_shapes_of_resnets(depth, stem, connect):
 @pytest.mark.parametrize("policy", ["float32", "bfloat16"])
 def test_shapes_of_vgg_and_spikformer(memory, policy):
     options = dict(memory=memory, policy=policy)
-    assert shape_of(partial(models.spiking_vgg11, 2, 10, **options), 3, 2, 40, 33, 2) == ((3, 2, 10), jnp.float32)
+    for depth in (11, 16):
+        make = partial(models.spiking_vgg, depth, 2, 10, **options)
+        assert shape_of(make, 3, 2, 40, 33, 2) == ((3, 2, 10), jnp.float32)
     for patch in (1, 16):
         make = partial(models.spikformer, 2, 10, depth=1, patch=patch, **options)
         assert shape_of(make, 3, 2, 16, 33, 2) == ((3, 2, 10), jnp.float32)
@@ -54,7 +62,7 @@ def narrow(monkeypatch):
     quarter = lambda widths: tuple(width // 4 for width in widths)
     monkeypatch.setattr(models.resnet, "WIDTHS", quarter(models.resnet.WIDTHS))
     monkeypatch.setitem(models.resnet.DEPTHS, 18, (1, 1, 1, 1))
-    monkeypatch.setattr(models.vgg, "STAGES", tuple(map(quarter, models.vgg.STAGES)))
+    monkeypatch.setitem(models.vgg.STAGES, 11, tuple(map(quarter, models.vgg.STAGES[11])))
 
 
 def step_of(loss_of):
@@ -84,7 +92,7 @@ def test_learns_four_images(family, narrow):
     assert np.isfinite(losses).all() and min(losses[-3:]) < 0.8 * losses[0], losses
 
 
-@pytest.mark.parametrize("family", ["spiking_vgg11", "spikformer"])
+@pytest.mark.parametrize("family", ["spiking_vgg", "spikformer"])
 def test_pieces_in_turn_equal_the_whole(family, narrow):
     make, size, _ = FAMILIES[family]
     model = make(2, 4, rngs=nnx.Rngs(0))
@@ -175,7 +183,8 @@ def test_a_transposed_sequence_would_be_seen():
     assert transposed(model, B=11) != []
 
 
-make_vgg = partial(models.spiking_vgg11, 2, 4, hidden=8)
+make_vgg = partial(models.spiking_vgg, 11, 2, 4, hidden=8)
+make_vgg_13 = partial(models.spiking_vgg, 13, 2, 4)
 make_spikformer = partial(models.spikformer, 2, 4, depth=1, width=16, heads=2, rngs=nnx.Rngs(0))
 
 
@@ -207,8 +216,16 @@ make_spikformer = partial(models.spikformer, 2, 4, depth=1, width=16, heads=2, r
         (
             lambda: models.spiking_resnet(20, 3, 10, rngs=nnx.Rngs(0)),
             ValueError,
-            "depth must be one of 18, 34, 50; got 20",
+            "depth must be one of 18, 19, 34, 50; got 20",
         ),
+        (
+            lambda: list(
+                models.torch_variables(nnx.eval_shape(lambda: models.spiking_resnet(19, 3, 10, rngs=nnx.Rngs(0))))
+            ),
+            ValueError,
+            "the hidden layer of a ResNet-19 has no name",
+        ),
+        (lambda: make_vgg_13(rngs=nnx.Rngs(0)), ValueError, "depth must be one of 11, 16; got 13"),
         (lambda: models.spiking_resnet(18, 3, 10, stem="x", rngs=nnx.Rngs(0)), ValueError, "stem must be one of .*'x'"),
         (
             lambda: models.spiking_resnet(18, 3, 10, connect="x", rngs=nnx.Rngs(0)),

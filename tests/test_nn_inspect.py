@@ -50,7 +50,7 @@ CASES = {
     "SelfAttention": (lambda: models.SelfAttention(1), (jnp.ones((2, 1, 5, 6)),)),
     "spiking_resnet": (lambda: models.spiking_resnet(18, 3, 4, stem="cifar", memory="lean", rngs=rngs()), (image,)),
     "sew_resnet": (lambda: models.sew_resnet(18, 3, 4, rngs=rngs()), (image,)),
-    "spiking_vgg11": (lambda: models.spiking_vgg11(3, 4, hidden=8, rngs=rngs()), (jnp.ones((1, 1, 32, 32, 3)),)),
+    "spiking_vgg": (lambda: models.spiking_vgg(11, 3, 4, hidden=8, rngs=rngs()), (jnp.ones((1, 1, 32, 32, 3)),)),
     "spikformer": (lambda: models.spikformer(3, 4, depth=1, width=16, heads=2, rngs=rngs()), (image,)),
 }
 

@@ -191,6 +191,21 @@ def test_samples_from_the_host_and_several_steps_a_call(tmp_path, capsys):
     np.testing.assert_allclose(losses("five"), losses("one"), rtol=1e-4)
 
 
+@pytest.mark.parametrize("on_device", [0, 1])
+def test_the_first_steps_may_have_fewer_time_steps(on_device, tmp_path):
+    """The first ten steps are those of a network of one time step, the others are not; a resumed run knows where it is."""
+    dense = dataclasses.replace(TINY.model, channels=())
+    config = dataclasses.replace(TINY, model=dense, out=str(tmp_path), steps=20, eval_every=10, on_device=on_device)
+    losses = lambda name: [row["loss"] for row in rows(tmp_path / name) if "loss" in row]
+    train.train(dataclasses.replace(config, name="one", model=dataclasses.replace(dense, T=1)))
+    both = dataclasses.replace(config, name="both", first_T=1, first_steps=10)
+    with pytest.raises(train.Stopped, match="stopped after step 10"):
+        train.train(dataclasses.replace(both, stop_at=10))
+    train.train(dataclasses.replace(both, resume=True))
+    np.testing.assert_allclose(losses("both")[:10], losses("one")[:10], rtol=1e-5)
+    assert len(losses("both")) == 20 and abs(losses("both")[10] / losses("one")[10] - 1) > 1e-3
+
+
 def test_a_checkpoint_of_other_settings_is_refused(whole, tmp_path):
     """A run whose config.json agrees, but whose code builds another network."""
     path = tmp_path / TINY.name
@@ -370,13 +385,16 @@ def test_every_listed_data_set_can_be_trained_on(name):
     [
         (("--modle.T", "3"), "--modle.T.*Perhaps you meant: --model.T"),
         (("--model.chanels", "3"), "--model.chanels.*Perhaps you meant: --model.channels"),
-        (("--step", "3"), "--step.*Perhaps you meant: --steps"),
+        (("--step", "3"), "--step.*Perhaps you meant: .*--steps INT"),
         (("--steps.x", "3"), "--steps.x"),
         (("--steps",), "Missing value for argument '--steps'"),
         (("steps=3",), "steps=3"),
         (("--steps", "ten"), "--steps.*'ten'"),
         (("--steps", "0"), "--steps must be at least 1; got 0"),
         (("--steps_per_call", "4"), "--steps_per_call must divide --log_every and --eval_every; got 4"),
+        (("--first_T", "1"), "--first_T needs --first_steps, a number below --steps; got 1 and 0"),
+        (("--first_T", "1", "--first_steps", "15"), "--first_steps a multiple of --log_every; got 1 and 15"),
+        (("--model", "vgg", "--model.depth", "13"), "--model.depth must be one of 11, 16; got 13"),
         (("--workers", "-1"), "--workers must be at least 0; got -1"),
         (("--model", "mlp"), "--model must be one of conv, recurrent, resnet, vgg, spikformer; got 'mlp'"),
         (("--data", "dvsgesture"), r"--data must be one of mnist5k,.*did you mean dvs128_gesture"),

@@ -3,7 +3,7 @@
 from snnfuse.models.resnet import Residual, paper_lif, sew_resnet, spiking_resnet
 from snnfuse.models.torch_names import load_torch, to_torch, torch_variables
 from snnfuse.models.transformer import SelfAttention, spikformer, spikformer_lif
-from snnfuse.models.vgg import spiking_vgg11
+from snnfuse.models.vgg import spiking_vgg
 
 __all__ = [
     "Residual",
@@ -14,7 +14,7 @@ __all__ = [
     "spikformer",
     "spikformer_lif",
     "spiking_resnet",
-    "spiking_vgg11",
+    "spiking_vgg",
     "to_torch",
     "torch_variables",
 ]

@@ -12,8 +12,8 @@ from snnfuse.core.reset import HardReset
 from snnfuse.core.surrogate import Rectangle
 from snnfuse.models.build import Build, check_option
 
-DEPTHS = {18: (2, 2, 2, 2), 34: (3, 4, 6, 3), 50: (3, 4, 6, 3)}
-WIDTHS = (64, 128, 256, 512)
+DEPTHS = {18: (2, 2, 2, 2), 19: (3, 3, 2), 34: (3, 4, 6, 3), 50: (3, 4, 6, 3)}
+WIDTHS = (64, 128, 256, 512)  # ResNet-19 has the last three
 STEMS = ("imagenet", "cifar")
 
 # The neuron of the temporal fusion paper: u = 0.2 v + x, a spike at u >= 0.3, then v = 0; rectangular surrogate of width 1.
@@ -52,7 +52,7 @@ def spiking_resnet(
     implementation: str | None = None,
     rngs: nnx.Rngs,
 ) -> nn.Sequential:
-    """Spiking-ResNet-18, -34 or -50: [T, B, H, W, in_features] -> [T, B, classes] in float32.
+    """Spiking-ResNet-18, -19, -34 or -50: [T, B, H, W, in_features] -> [T, B, classes] in float32.
 
     The paper classifies by the mean of the outputs over T, `nn.membrane_mean`.
 
@@ -63,28 +63,38 @@ def spiking_resnet(
       stem: "imagenet", 7 x 7 of stride 2 and a max-pool, or "cifar", 3 x 3.
       policy, memory, implementation: see `snnfuse.models.build.Build`.
 
+    ResNet-19 is the one of spiking networks on CIFAR: three stages of 128, 256 and 512 channels, and before the last layer a
+    dense layer of 256 neurons. Zheng et al. 2021, https://arxiv.org/abs/2011.05280.
+
     Layers are initialised as in torchvision and SpikingJelly. The last maps are 1 x 1 if images are smaller than 32 x 32.
     """
     check_option("depth", depth, tuple(DEPTHS))
     check_option("stem", stem, STEMS)
     build = _Build(neuron, policy, memory, implementation, rngs, connect=connect)
+    counts = DEPTHS[depth]
+    widths = WIDTHS[-len(counts) :]
+    width = widths[0]
     if stem == "imagenet":
-        first = nn.Sequential(*build.layer(in_features, 64, 7, stride=2, pack=False), nn.max_pool)
+        first = nn.Sequential(*build.layer(in_features, width, 7, stride=2, pack=False), nn.max_pool)
     else:
-        first = nn.Sequential(*build.layer(in_features, 64, 3, pack=False))
-    blocks, width = [first], 64
-    for stage, (count, middle) in enumerate(zip(DEPTHS[depth], WIDTHS, strict=True)):
+        first = nn.Sequential(*build.layer(in_features, width, 3, pack=False))
+    blocks = [first]
+    for stage, (count, middle) in enumerate(zip(counts, widths, strict=True)):
         for i in range(count):
             stride = 2 if stage and i == 0 else 1
             block = build.bottleneck if depth >= 50 else build.basic
             blocks.append(block(width, middle, stride))
             width = middle * (4 if depth >= 50 else 1)
     first, *others = map(build.block, blocks)
-    return nn.Sequential(first, *build.packed(), *others, nn.mean_pool, build.head(width, classes))
+    hidden = []
+    if depth == 19:
+        width, features = width // 2, width
+        hidden = [build.linear(features, width), build.spiking(width)]
+    return nn.Sequential(first, *build.packed(), *others, nn.mean_pool, *hidden, build.head(width, classes))
 
 
 def sew_resnet(depth: int, in_features: int, classes: int, *, connect: str = "add", **options: Any) -> nn.Sequential:
-    """SEW-ResNet-18, -34 or -50: `connect` "add", "and" or "iand" combines the shortcut with the spikes of a block.
+    """SEW-ResNet-18, -19, -34 or -50: `connect` "add", "and" or "iand" combines the shortcut with the spikes of a block.
 
     The neurons are integrate-and-fire with a detached reset, unless `neuron` is given. The options are those of
     `spiking_resnet`. Fang et al. 2021, https://arxiv.org/abs/2102.04159.

@@ -36,8 +36,11 @@ def load_torch(model: nn.Sequential, state_dict: Mapping[str, Any]) -> None:
 
 def torch_variables(model: nn.Sequential) -> Iterator[tuple[str, nnx.Variable]]:
     """(PyTorch's name, variable) for all parameters and running averages of a model made by `spiking_resnet`."""
-    layers = _layers(model)
-    stem, *_ = layers
+    stem, *layers = _layers(model)
+    if any(isinstance(layer, nn.Linear) for layer in layers[:-1]):
+        raise ValueError(
+            "model must be a ResNet-18, -34 or -50; the hidden layer of a ResNet-19 has no name in PyTorch"
+        )
     yield from _conv_norm("conv1", "bn1", *stem.layers[:2])
     stage, index, blocks = 0, 0, [block for block in layers if isinstance(block, Residual)]
     width = None

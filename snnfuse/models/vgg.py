@@ -6,16 +6,20 @@ from functools import partial
 from flax import nnx
 
 from snnfuse import nn
-from snnfuse.models.build import Build
+from snnfuse.models.build import Build, check_option
 
 # widths of the 3 x 3 convolutions of each stage
-STAGES = ((64,), (128,), (256, 256), (512, 512), (512, 512))
+STAGES = {
+    11: ((64,), (128,), (256,) * 2, (512,) * 2, (512,) * 2),
+    16: ((64,) * 2, (128,) * 2, (256,) * 3, (512,) * 3, (512,) * 3),
+}
 
 vgg_lif = partial(nn.LIF, tau=2.0)
 half = partial(nn.max_pool, window=2, stride=2, padding=0)
 
 
-def spiking_vgg11(
+def spiking_vgg(
+    depth: int,
     in_features: int,
     classes: int,
     *,
@@ -26,19 +30,20 @@ def spiking_vgg11(
     implementation: str | None = None,
     rngs: nnx.Rngs,
 ) -> nn.Sequential:
-    """Spiking VGG-11 with normalisation: [T, B, H, W, in_features] -> [T, B, classes] in float32; H and W are 32 or more.
+    """Spiking VGG-11 or -16 with normalisation: [T, B, H, W, in_features] -> [T, B, classes] in float32; H, W are 32 or more.
 
-    Eight 3 x 3 convolutions, each with BatchNorm and neuron; a 2 x 2 max-pool after each of five stages; the mean over space; two
+    Eight or thirteen 3 x 3 convolutions, each with BatchNorm and neuron; a 2 x 2 max-pool after each of five stages; the mean over space; two
     dense layers of `hidden` features, each with BatchNorm and neuron; a dense layer. The other options are those of
     `snnfuse.models.build.Build`.
 
-    It differs from `spiking_vgg11_bn` of SpikingJelly in three ways. It takes the mean over space; SpikingJelly's pools to 7 x 7
+    VGG-11 differs from `spiking_vgg11_bn` of SpikingJelly in three ways. It takes the mean over space; SpikingJelly's pools to 7 x 7
     places. Its dense layers have BatchNorm in place of dropout; SpikingJelly's (weights of variance 1e-4) stay silent on small
     images. Its layers before a BatchNorm have no bias. Simonyan and Zisserman 2015, https://arxiv.org/abs/1409.1556.
     """
+    check_option("depth", depth, tuple(STAGES))
     build = Build(neuron, policy, memory, implementation, rngs)
     layers, features = [], in_features
-    for widths in STAGES:
+    for widths in STAGES[depth]:
         stage = []
         for i, width in enumerate(widths, 1):
             stage += [build.conv(features, width, 3), build.spiking(width, pack=i < len(widths))]
