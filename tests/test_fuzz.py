@@ -863,6 +863,23 @@ def _(draw):
     close(np.concatenate(outs), call(layer, xs)[0])
 
 
+@case("nn.Delay", "nn.DelayedLinear", "nn.sharpen")
+def _(draw):
+    xs, longest, sigma = currents(draw), one_of(draw, *WHOLE), one_of(draw, None, 0.7, *NUMBER)
+    if not isinstance(longest, int) or longest < 100:  # others no memory holds
+        options = dict(interpolation=one_of(draw, "gaussian", "triangle", "cubic"), rngs=nnx.Rngs(0))
+        axonal = call(nn.Delay, 3, longest, sigma=sigma, **options)
+        synaptic = call(nn.DelayedLinear, 3, 4, longest, sigma=sigma, use_bias=False, **options)
+        call(nn.sharpen, one_of(draw, axonal, synaptic, nn.LIF(tau=2.0)), one_of(draw, 0.3, 1.0))
+        for layer in (axonal, synaptic):
+            kernel = np.asarray(layer.taps, np.float64)
+            close(kernel.sum(0), np.ones(kernel.shape[1:]))
+            kernel = kernel * np.asarray(layer.kernel[...]) if layer is synaptic else kernel[:, None] * np.eye(3)
+            outs, wide = np.asarray(call(layer, xs)[0], np.float64), np.asarray(xs, np.float64)
+            want = sum(np.pad(wide, ((k, 0), (0, 0), (0, 0)))[: len(wide)] @ w for k, w in enumerate(kernel))
+            close(outs, want, 1e-5 if xs.dtype == jnp.float32 else 0.03)
+
+
 @case("nn.Dropout")
 def _(draw):
     xs, rate = array(draw, (4, 5, 6), 0.5, 2), one_of(draw, 0.25, *NUMBER)

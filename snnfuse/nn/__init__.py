@@ -5,6 +5,7 @@
 
 from snnfuse.nn import monitor as monitor
 from snnfuse.nn import summary as _summary  # noqa: F401  for nnx.tabulate
+from snnfuse.nn.delay import Delay, DelayedLinear, sharpen
 from snnfuse.nn.linear import Conv, Linear
 from snnfuse.nn.norm import BatchNorm, NormSpiking
 from snnfuse.nn.pool import max_pool, mean_pool
@@ -35,6 +36,8 @@ __all__ = [
     "BatchNorm",
     "Conv",
     "CubaLIF",
+    "Delay",
+    "DelayedLinear",
     "Dropout",
     "Feedback",
     "ExpIF",
@@ -61,6 +64,7 @@ __all__ = [
     "membrane_last",
     "membrane_max",
     "membrane_mean",
+    "sharpen",
     "spike_rate",
     "piece_length",
 ]
