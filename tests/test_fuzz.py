@@ -880,6 +880,28 @@ def _(draw):
             close(outs, want, 1e-5 if xs.dtype == jnp.float32 else 0.03)
 
 
+@case("nn.PSN", "nn.MaskedPSN", "nn.SlidingPSN")
+def _(draw):
+    xs, order = currents(draw), one_of(draw, *WHOLE)
+    T, rngs = one_of(draw, len(xs), len(xs), 2, 1.5), nnx.Rngs(0)
+    order = 4 if order == 2**40 else order
+    layers = (
+        call(nn.PSN, T, rngs=rngs),
+        call(nn.MaskedPSN, T, order, progress=one_of(draw, 1.0, 0.5, *NUMBER), rngs=rngs),
+    )
+    wide = np.asarray(xs, np.float64)
+    for layer in layers:
+        got = np.asarray(call(layer, xs), np.float64)
+        h = np.tensordot(np.asarray(layer._weight(), np.float64), wide, 1) - 1
+        sure = np.abs(h) > 1e-4
+        close(got[sure], (h >= 0)[sure])
+    layer = call(nn.SlidingPSN, order)
+    got = np.asarray(call(layer, xs)[0], np.float64)
+    h = sum(0.5**k * np.pad(wide, ((k, 0), (0, 0), (0, 0)))[: len(wide)] for k in range(order)) - 1
+    sure = np.abs(h) > 1e-4
+    close(got[sure], (h >= 0)[sure])
+
+
 @case("nn.Dropout")
 def _(draw):
     xs, rate = array(draw, (4, 5, 6), 0.5, 2), one_of(draw, 0.25, *NUMBER)

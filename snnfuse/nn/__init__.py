@@ -10,6 +10,7 @@ from snnfuse.nn.linear import Conv, Linear
 from snnfuse.nn.norm import BatchNorm, NormSpiking
 from snnfuse.nn.pool import max_pool, mean_pool
 from snnfuse.nn.precision import PrecisionPolicy
+from snnfuse.nn.psn import PSN, MaskedPSN, SlidingPSN
 from snnfuse.nn.readout import membrane_last, membrane_max, membrane_mean, spike_rate
 from snnfuse.nn.recurrent import Feedback, Recurrent
 from snnfuse.nn.spikes import Spikes
@@ -32,6 +33,7 @@ __all__ = [
     "IF",
     "LI",
     "LIF",
+    "PSN",
     "AdaptiveLIF",
     "BatchNorm",
     "Conv",
@@ -45,6 +47,7 @@ __all__ = [
     "Folded",
     "Izhikevich",
     "Linear",
+    "MaskedPSN",
     "NormSpiking",
     "PackSpikes",
     "ParametricLIF",
@@ -53,6 +56,7 @@ __all__ = [
     "Pieces",
     "Remat",
     "Sequential",
+    "SlidingPSN",
     "Spikes",
     "Spiking",
     "Stream",
