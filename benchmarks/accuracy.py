@@ -3,6 +3,7 @@
     python benchmarks/accuracy.py --data mnist5k --model r18                              pallas and scan
     python benchmarks/accuracy.py --data cifar10 --model r50 --implementations pallas
     python benchmarks/accuracy.py --implementations mosaic,scan --more='--steps=200'      further keys of train.py
+    python benchmarks/accuracy.py --recipe cifar10_94 --more='--seed=1'                   a recipe of recipes.py
     python benchmarks/accuracy.py --script spoken_digits --implementations triton,scan --more='--data.held_out=theo'
 
 Rows go to results/accuracy.jsonl, the runs with their loss curves to runs/. Both runs see the same batches and the same
@@ -27,6 +28,7 @@ LAST = 50  # steps: the final loss is their mean
 @question(
     "accuracy",
     script=("paper", "a script of experiments/"),
+    recipe=("", "a recipe of recipes.py, in place of script, data and model"),
     data=("mnist5k", "a data set that paper.py names"),
     model=("r18", "a model that paper.py names"),
     implementations=("pallas,scan", "one or two"),
@@ -37,14 +39,15 @@ LAST = 50  # steps: the final loss is their mean
     runs=("", "the folder of the runs; default runs/<data>-<model>-<time>"),
 )
 def accuracy(args):
-    more, names = shlex.split(args.more), [args.data, args.model] if args.script == "paper" else []
-    case = " ".join(names or [args.script, *_choices(more)])
+    more, script = shlex.split(args.more), "recipes" if args.recipe else args.script
+    names = {"recipes": [args.recipe], "paper": [args.data, args.model]}.get(script, [])
+    case = " ".join([*(names or [script]), *([] if script == "paper" else _choices(more))])
     out = Path(args.runs or f"runs/{case.replace(' ', '-')}-{time.strftime('%Y%m%d-%H%M%S')}")
     curves = []
     for i, implementation in enumerate(split(args.implementations)):
         arguments = [*names, *more, f"--model.implementation={implementation}"]
         key = dict(case=case, implementation=implementation)
-        yield Case(key, measure, (args.script, arguments, out / f"{i + 1}-{implementation}", curves))
+        yield Case(key, measure, (script, arguments, out / f"{i + 1}-{implementation}", curves))
 
 
 def _choices(more):

@@ -30,6 +30,7 @@ import json
 import sys
 import time
 from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import lru_cache, partial
 from typing import Generic, TypeVar
@@ -243,16 +244,24 @@ def eval_step(config: Config) -> training.CompiledStep:
 
 def evaluate(config: Config, model: nnx.Module, source: Sequence[dict], batch: int = 250) -> dict:
     """The mean loss and accuracy over all samples of `source`."""
+    sums = [eval_step(config)(model, *some) for some in _eval_batches(config, source, batch)]
+    return {name: float(sum(s[name] for s in sums)) / len(source) for name in sums[0]}
+
+
+def _eval_batches(config, source, batch):
+    """(a batch, the index of its first sample), until every sample was there."""
     mesh = _mesh(config)
     batch += -batch % mesh.size if mesh else 0
-    sums = []
-    for some in in_order(config, source, batch):
-        index, some = batch * len(sums), _filled(config, some, batch)
+    for i, some in enumerate(in_order(config, source, batch)):
+        some = _filled(config, some, batch)
         if mesh:
             specs = _specs(config, some)
             some = {name: parallel.shard(x, mesh, specs[name]) for name, x in some.items()}
-        sums.append(eval_step(config)(model, some, np.int32(index)))
-    return {name: float(sum(s[name] for s in sums)) / len(source) for name in sums[0]}
+        yield some, np.int32(i * batch)
+
+
+def _lower_eval(config, model, source, batch):
+    return eval_step(config).lower(model, *next(_eval_batches(config, source, batch)))
 
 
 def in_order(config: Config, source: Sequence[dict], batch: int) -> Batches:
@@ -309,7 +318,10 @@ def _input_shape(config, source):
 
 
 def _batches(config, fixed, source, start):
-    """(whether the samples are on the device, a function of (objects, step, K) that trains K steps after `step`)."""
+    """(a function of (objects, step, K) that trains K steps after `step`, one of (objects, step) that lowers that step).
+
+    The second one is None if samples come from the host.
+    """
     first = next(iter(in_order(config, source, 1)))
     if len(source) * sum(x.nbytes for x in first.values()) <= config.on_device * 2**20:
         axes, parts = _axes(config), list(in_order(config, source, 500))
@@ -321,13 +333,13 @@ def _batches(config, fixed, source, start):
             step = train_step(_at(fixed, at))
             return step(*objects, data) if K == 1 else step.scan(*objects, data, steps=K)
 
-        return True, on_device
+        return on_device, lambda objects, at: train_step(_at(fixed, at)).lower(*objects, data)
     if (config.steps_per_call or 1) > 1:
         raise Stopped("--steps_per_call above 1 needs the training samples on the device: see --on_device")
     options = dict(seed=config.seed, start=start, workers=config.workers, device=False if config.mesh else None)
     batches = iter(load(source, config.data.example(), batch=config.batch, **options))
     step = lambda at: train_step_from_host(_at(fixed, at), tuple(first))
-    return False, lambda objects, at, K: step(at)(*objects, next(batches), np.int32(at + 1))
+    return lambda objects, at, K: step(at)(*objects, next(batches), np.int32(at + 1)), None
 
 
 @lru_cache
@@ -360,7 +372,7 @@ def train(config: Config) -> dict:
         mesh = _mesh(config)
         unused = [f for f in dataclasses.fields(config) if f.name in NOT_COMPARED and f.name != "mesh"]
         fixed = dataclasses.replace(config, **{f.name: f.default for f in unused})  # steps are compiled for this
-        shape = _input_shape(config, train_source)
+        began, shape = time.perf_counter(), _input_shape(config, train_source)
         objects = create(fixed, shape, config.data.classes)
         if config.average is not None:
             objects += (nnx.clone(objects[0]),)
@@ -371,27 +383,34 @@ def train(config: Config) -> dict:
         start = run.start(*objects)
         size = sum(x.size for x in jax.tree.leaves(nnx.state(objects[0], nnx.Param)))
         print(f"{run.path}: {size:,} parameters, steps {start + 1} to {config.steps}, {jax.devices()[0].device_kind}")
-        on_device, step = _batches(config, fixed, train_source, start)
-        K = _steps_per_call(config, size, on_device)
-        print(f"training samples come from the {'device' if on_device else 'host'}; steps in a call: {K}")
-        began = time.perf_counter()
-        _loop(run, config, fixed, objects, step, K, test_source, start)
+        step, lower = _batches(config, fixed, train_source, start)
+        K = _steps_per_call(config, size, lower is not None)
+        print(f"training samples come from the {'device' if lower else 'host'}; steps in a call: {K}")
+        lower = lower if K == 1 and start < config.steps else None
+        _loop(run, config, fixed, objects, step, lower, K, test_source, start)
         return _finish(run, config, objects, len(train_source), test_source, time.perf_counter() - began)
     finally:
         run.close()
 
 
-def _loop(run, config, fixed, objects, step, K, test_source, start):
-    meter = Meter(run, config.batch)
+def _loop(run, config, fixed, objects, step, lower, K, test_source, start):
+    meter, size = Meter(run, config.batch), min(250, 10 * config.batch)
     bar = tqdm(total=config.steps, initial=start, unit="step", mininterval=0.5 if sys.stderr.isatty() else 5)
     if start < config.steps:
         kept = f" (programs are kept in {cache})" if (cache := jax.config.jax_compilation_cache_dir) else ""
         bar.write(f"compiling the first step{kept}", sys.stdout)
         sys.stdout.flush()
-    with bar, interrupt.noted() as interrupted:
+    with bar, ThreadPoolExecutor() as pool, interrupt.noted() as interrupted:
+        compiling = {}  # programs compile side by side; the second one while the first one trains
+        if lower:
+            programs = {at: lower(objects, at) for at in dict.fromkeys([start, max(start, config.first_steps)])}
+            programs["eval"] = _lower_eval(fixed, _evaluated(objects), test_source, size)
+            compiling = {name: pool.submit(program.compile) for name, program in programs.items()}
         # after a resume the first call may be shorter, so that calls end at multiples of K, where logging and evaluation fall
         ends = [*range(start - start % K + K, config.steps, K), config.steps] if start < config.steps else []
         for before, now in itertools.pairwise([start, *ends]):
+            if before in compiling:
+                compiling.pop(before).result()
             meter.add(before + 1, step(objects, before, now - before))
             bar.update(now - before)
             stopping = now < config.steps and (before < (config.stop_at or 0) <= now or interrupted())
@@ -399,7 +418,9 @@ def _loop(run, config, fixed, objects, step, K, test_source, start):
             if now % config.log_every == 0 or evaluating or stopping:
                 bar.set_postfix(meter.write(), refresh=False)
             if evaluating:
-                row = evaluate(fixed, _evaluated(objects), test_source, min(250, 10 * config.batch))
+                if "eval" in compiling:
+                    compiling.pop("eval").result()
+                row = evaluate(fixed, _evaluated(objects), test_source, size)
                 run.record(now, {f"eval_{name}": value for name, value in row.items()})
                 text = f"step {now:5d}   held out: loss {row['loss']:.4f}, accuracy {row['accuracy']:.2%}"
                 bar.write(text, sys.stdout)

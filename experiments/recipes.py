@@ -1,0 +1,100 @@
+"""Recipes: options of train.py that reach a known accuracy.
+
+    python experiments/recipes.py --list                              every recipe, and its result where it was measured
+    python experiments/recipes.py cifar10_94                          train it, after: python -m snnfuse.data prepare cifar10
+    python experiments/recipes.py cifar10_94 --seed 1 --model.implementation scan         further options of train.py
+
+Each function below is a recipe. Its docstring says what it trains, what to expect on one H100, and where the choices come
+from. benchmarks/accuracy.py makes the rows that `--list` reads.
+"""
+
+import interrupt  # isort: skip  # the first import: Ctrl-C during the others is one line, not a traceback
+
+if __name__ == "__main__":
+    interrupt.quietly()
+
+import json
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import train
+
+RESULTS = Path(__file__).parent.parent / "benchmarks" / "results"
+RECIPES: dict[str, Callable[[], list[str]]] = {}
+
+
+def recipe(options):
+    RECIPES[options.__name__] = options
+    return options
+
+
+def arguments(name: str) -> list[str]:
+    """The options of train.py that make the run."""
+    return [*RECIPES[name](), f"--name={name}"]
+
+
+def _schedule(samples: int, batch: int, epochs: int, first: tuple[int, int] | None = None, evaluations: int = 1):
+    """`epochs` epochs, evaluated `evaluations` times; the first ones, (T, epochs), may have fewer time steps."""
+    steps = samples // batch
+    options = [f"--batch={batch}", f"--steps={steps * epochs}", f"--log_every={steps}"]
+    options += [f"--eval_every={steps * epochs // evaluations}"]
+    return options + ([f"--first_T={first[0]}", f"--first_steps={steps * first[1]}"] if first else [])
+
+
+IMAGES = "--data.encoding=direct --data.normalise".split()
+CIFAR10 = ["--data=cifar10", *IMAGES, "--data.flip", "--data.shift=4"]
+SGD = "--optimizer=sgd --learning_rate=0.1 --weight_decay=5e-4 --label_smoothing=0.1 --clip=None".split()
+SEW = "--model=resnet --model.connect=add --model.stem=cifar --model.T=4 --model.memory=fast".split()
+
+
+@recipe
+def mnist():
+    """MNIST, the Spiking-ResNet-18 of the temporal fusion paper, T = 32, five epochs: AdamW, cosine, images moved by 2 pixels.
+
+    paper.py mnist r18 is the same network with the paper's own recipe.
+    """
+    adam = "--learning_rate=1e-3 --weight_decay=1e-2 --data.shift=2".split()
+    return ["--model=resnet", "--data=mnist", *adam, *_schedule(60_000, 100, 5)]
+
+
+@recipe
+def fashion_mnist():
+    """Fashion-MNIST, SEW-ResNet-18 of integrate-and-fire neurons, T = 4: SGD with flips, moves, cutout and label smoothing."""
+    changes = "--data.flip --data.shift=2 --data.cutout=8".split()
+    return [*SEW, "--data=fashion_mnist", *IMAGES, *changes, *SGD, "--average=0.999", *_schedule(60_000, 128, 20)]
+
+
+@recipe
+def cifar10_94():
+    """CIFAR-10 as fast as it goes: SEW-ResNet-18, T = 4, of which the first epochs run with T = 1."""
+    return [*SEW, *CIFAR10, "--data.cutout=8", *SGD, "--average=0.999", *_schedule(50_000, 128, 30, (1, 20))]
+
+
+def table() -> str:
+    """Every recipe with the newest result of each seed, from benchmarks/results."""
+    path = RESULTS / "accuracy.jsonl"
+    rows = [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
+    lines = []
+    for name, options in RECIPES.items():
+        found = {row["seed"]: row for row in rows if row["case"] == name and row["implementation"] != "scan"}
+        found = [row for row in found.values() if "held_out_accuracy" in row]
+        text = "; ".join(f"{row['held_out_accuracy']:.2%} in {row['seconds']:.0f} s" for row in found)
+        lines.append(f"{name:16} {text or 'not measured'}\n    {options.__doc__.strip().splitlines()[0]}")
+    return "\n".join(lines)
+
+
+def main(argv: list[str]) -> int:
+    if argv[:1] == ["--list"]:
+        print(table())
+        return 0
+    if not argv or argv[0] not in RECIPES:
+        print(__doc__)
+        print(f"error: expected one of {', '.join(RECIPES)}; got {argv[:1]}", file=sys.stderr)
+        return 2
+    return train.main([*arguments(argv[0]), *argv[1:]])
+
+
+if __name__ == "__main__":
+    train.keep_compiled()
+    sys.exit(main(sys.argv[1:]))

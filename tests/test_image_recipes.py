@@ -1,0 +1,49 @@
+"""The recipes of experiments/recipes.py: they are options of train.py, and the list shows what was measured."""
+
+import json
+import sys
+from pathlib import Path
+
+import pytest
+
+sys.path.insert(0, str(Path(__file__).parent.parent / "experiments"))
+sys.path.append(str(Path(__file__).parent.parent / "benchmarks"))
+
+import accuracy
+import config as configuration
+import recipes
+import train
+
+
+@pytest.mark.parametrize("name", recipes.RECIPES)
+def test_every_recipe_is_a_configuration_of_whole_epochs(name):
+    config = configuration.parse(recipes.arguments(name), train.Config(), train.CHOICES)
+    epoch = {"mnist": 60_000, "fashion_mnist": 60_000, "cifar10": 50_000}[config.data.name] // config.batch
+    assert (
+        config.name == name
+        and config.steps % epoch == config.first_steps % epoch == config.steps % config.eval_every == 0
+    )
+
+
+def test_the_list_shows_each_seed_that_was_measured(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(recipes, "RESULTS", tmp_path)
+    row = dict(case="mnist", implementation="pallas", seed=0, held_out_accuracy=0.9, seconds=30)
+    rows = [row, row | dict(held_out_accuracy=0.995), row | dict(seed=1, held_out_accuracy=0.994)]
+    rows += [row | dict(implementation="scan", held_out_accuracy=0.1), dict(row, case="mnist r18"), row | dict(seed=2)]
+    del rows[-1]["held_out_accuracy"]  # a run that failed
+    (tmp_path / "accuracy.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    assert recipes.main(["--list"]) == 0
+    text = capsys.readouterr().out
+    assert "mnist            99.50% in 30 s; 99.40% in 30 s\n" in text
+    assert text.count("not measured") == len(recipes.RECIPES) - 1
+    assert recipes.main(["imagenet"]) == 2 and "expected one of mnist" in capsys.readouterr().err
+
+
+def test_a_recipe_is_a_case_of_the_benchmark(monkeypatch):
+    args = type(
+        "", (), dict(script="paper", recipe="mnist", data="", model="", implementations="pallas", runs="runs/x")
+    )
+    args.more = "--seed=1 --model.T=2"
+    (case,) = accuracy.accuracy(args)
+    assert case.key == dict(case="mnist T=2", implementation="pallas")
+    assert case.args[:2] == ("recipes", ["mnist", "--seed=1", "--model.T=2", "--model.implementation=pallas"])
