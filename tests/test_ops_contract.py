@@ -224,4 +224,5 @@ def test_izhikevich_over_many_steps_is_as_near_to_float64_as_scan_is(implementat
 
     ours, scan = error(implementation), error("scan")
     assert np.median(ours) < 3 * np.median(scan) < 1e-3
-    assert ours.max() < 10 * scan.max() < 1
+    # The worst of 4,096 lanes is a quarter off, by scan too: no bound holds for each lane.
+    assert np.quantile(ours, 0.99) < 10 * np.quantile(scan, 0.99) < 0.1

@@ -358,9 +358,13 @@ COMPILED = {
 
 
 @pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="Triton is not installed")
-@pytest.mark.parametrize("capability", [80, 90])
 @pytest.mark.parametrize(
-    "name, case", [*((n, "mask_and_tail") for n in cases.NEURONS), *(("lif", c) for c in COMPILED)]
+    "name, case, capability",
+    [
+        *((n, "mask_and_tail", 90) for n in cases.NEURONS if n != "lif"),
+        *(("lif", c, 90) for c in COMPILED),
+        *(("lif", c, 80) for c in ("mask_and_tail", "bfloat16", "packed")),
+    ],
 )
 def test_compiles_to_ptx(name, case, capability, monkeypatch):
     make = dict(COMPILED[case])
