@@ -403,9 +403,9 @@ def _loop(run, config, fixed, objects, step, lower, K, test_source, start):
     with bar, ThreadPoolExecutor() as pool, interrupt.noted() as interrupted:
         compiling = {}  # programs compile side by side; the second one while the first one trains
         if lower:
-            programs = {at: lower(objects, at) for at in dict.fromkeys([start, max(start, config.first_steps)])}
-            programs["eval"] = _lower_eval(fixed, _evaluated(objects), test_source, size)
-            compiling = {name: pool.submit(program.compile) for name, program in programs.items()}
+            for at in dict.fromkeys([start, max(start, config.first_steps)]):
+                compiling[at] = pool.submit(lower(objects, at).compile)
+            compiling["eval"] = pool.submit(_lower_eval(fixed, _evaluated(objects), test_source, size).compile)
         # after a resume the first call may be shorter, so that calls end at multiples of K, where logging and evaluation fall
         ends = [*range(start - start % K + K, config.steps, K), config.steps] if start < config.steps else []
         for before, now in itertools.pairwise([start, *ends]):
