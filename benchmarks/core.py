@@ -31,7 +31,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from neurons import NEURONS, PAPERS, SCALE
-from runner import HERE, Case, alone, main, question, split
+from runner import HERE, Case, main, question, split
 from with_jax import bf16, compiled, copy_rate, device_ms, f32, forward_backward, repeated, time_ms
 
 import snnfuse as sf
@@ -81,11 +81,15 @@ def core(args):
         for i, (T, M) in enumerate([(4, 256)] if args.tiny else COMPILED):
             key = dict(case="compile", T=T, M=M, dtype="float32", implementation=name)
             yield Case(key, compile_time, (name, T, M, i == 0))
-    yield Case(dict(case="copy"), copy_alone, (args.tiny,))
+    yield Case(dict(case="copy"), lambda: dict(bytes_per_s=rate(args.tiny)))
     for i, (name, T, M, dtype) in enumerate(shapes(args)):
         for implementation in names if i < EVERYONE else [n for n in names if n in ("scan", "pallas", "interpret")]:
             key = dict(case=name, T=T, M=M, dtype=jnp.dtype(dtype).name, implementation=implementation)
-            yield Case(key, layer, (name, T, M, dtype, implementation, args.tiny), f"job {i % args.jobs}")
+            yield Case(key, layer, (name, T, M, dtype, implementation, args.tiny), job(args, i))
+
+
+def job(args, i):
+    return f"job {i % args.jobs}" if args.jobs > 1 else ""
 
 
 def grid():
@@ -111,9 +115,9 @@ def choice(args):
     cells = [("lif learned", 4, 256, f32, ("scan", "interpret"))] if args.tiny else grid()
     cells = [(*cell, implementation) for *cell, names in cells for implementation in names]
     for i, (name, T, M, dtype, implementation) in enumerate(cells):
-        job = f"large {i % 2}" if T * M > 2**24 else f"job {i % args.jobs}"  # few processes hold much memory
+        where = job(args, i % 2 if T * M > 2**24 else i)  # few processes hold much memory
         key = dict(case=name, T=T, M=M, dtype=jnp.dtype(dtype).name, implementation=implementation)
-        yield Case(key, alone_on_the_gpu, (name, T, M, dtype, implementation), job)
+        yield Case(key, milliseconds, (name, T, M, dtype, implementation), where)
 
 
 @question("flips", implementations=("pallas,mosaic,triton", "which of them"))
@@ -138,11 +142,6 @@ def contract(args):
     for name in ["planted"] if args.tiny else split(args.implementations):
         key = dict(case="contract", implementation=name, tests=f"{tests} -k {name}")
         yield Case(key, run_tests, (tests, name))
-
-
-def copy_alone(tiny):
-    with alone():
-        return dict(bytes_per_s=rate(tiny))
 
 
 @cache
@@ -211,15 +210,15 @@ def layer(name, T, M, dtype, implementation, tiny):
     xs = jax.ShapeDtypeStruct((T, M), dtype)
     program, row = compiled_anew(both, (learned, xs), xs)
     programs = [repeated(f, [((learned, xs), xs)] * count) for f in (both, forward)]
-    with alone():
-        calls = [((learned, xs), cotangent) for xs, cotangent in map(draw, range(count))]
-        got = program(*calls[0])
-        ms, *quartiles = device_ms(programs[0], calls)
-        row |= dict(ms=ms, quartiles=quartiles, call_ms=time_ms(program, *calls[0])[0])
-        row |= dict(forward_ms=device_ms(programs[1], calls)[0])
-        copy = rate(tiny)
+    yield
+    calls = [((learned, xs), cotangent) for xs, cotangent in map(draw, range(count))]
+    got = program(*calls[0])
+    ms, *quartiles = device_ms(programs[0], calls)
+    row |= dict(ms=ms, quartiles=quartiles, call_ms=time_ms(program, *calls[0])[0])
+    del row["compile_s"]  # with --jobs others compiled beside it
+    row |= dict(forward_ms=device_ms(programs[1], calls)[0])
     nbytes = got[0].nbytes
-    row |= dict(of_copy_rate=5 * nbytes / copy / (ms * 1e-3), peak_units=row.pop("peak_mb") * 1e6 / nbytes)
+    row |= dict(of_copy_rate=5 * nbytes / rate(tiny) / (ms * 1e-3), peak_units=row.pop("peak_mb") * 1e6 / nbytes)
     row |= dict(firing_rate=float(jnp.mean(got[0].astype(f32))))
     case = name, T, M, dtype
     if implementation == "scan":
@@ -232,19 +231,19 @@ def layer(name, T, M, dtype, implementation, tiny):
         row |= dict(gradient_error=gradient_error(got[1], want[1], ~differ.any(0)))
         if row["gradient_error"] > (1e-3 if dtype == f32 else 2e-2):
             row |= dict(status=f"wrong: gradient error {row['gradient_error']:.2g}", ms=None)
-    return row
+    yield row
 
 
-def alone_on_the_gpu(name, T, M, dtype, implementation):
+def milliseconds(name, T, M, dtype, implementation):
     """Device time of the forward and the backward pass."""
     spikes, learned = spikes_of(name, implementation)
     draw, count = inputs(name, T, M, dtype, most=2**29)
     xs = jax.ShapeDtypeStruct((T, M), dtype)
     program = repeated(forward_backward(spikes), [((learned, xs), xs)] * count)
-    with alone():
-        calls = [((learned, xs), cotangent) for xs, cotangent in map(draw, range(count))]
-        ms, *quartiles = device_ms(program, calls, repeats=5, seconds=0.02)
-    return dict(ms=ms, quartiles=quartiles)
+    yield
+    calls = [((learned, xs), cotangent) for xs, cotangent in map(draw, range(count))]
+    ms, *quartiles = device_ms(program, calls, repeats=5, seconds=0.02)
+    yield dict(ms=ms, quartiles=quartiles)
 
 
 def gradient_error(got, want, lanes):

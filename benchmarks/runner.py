@@ -18,7 +18,7 @@ If several rows have the same named fields, the last one counts (`rows`).
 
 import argparse
 import datetime
-import fcntl
+import inspect
 import json
 import multiprocessing
 import os
@@ -28,12 +28,10 @@ import re
 import shutil
 import subprocess
 import sys
-import tempfile
 import time
 from collections.abc import Callable
-from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
+from concurrent.futures import ProcessPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
-from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cache
 
@@ -52,6 +50,9 @@ class Case:
 
     `process`: "" runs in this process; cases with the same name share a worker process; "fresh" gets a new one.
     `needs` is another case; it runs once, and its result is the last argument of `measure`.
+
+    `measure` may also be a generator that yields once when everything is compiled, and then the fields. With `--jobs` the cases
+    then compile at the same time in several processes; after that they are measured, one at a time. Such cases have a `process`.
     """
 
     key: dict
@@ -111,15 +112,6 @@ def time_ms(call, wait, *, repeats=7, seconds=0.05, agree=int):
     return tuple(samples[len(samples) * i // 4] for i in (2, 1, 3))
 
 
-@contextmanager
-def alone():
-    """Only one process on this machine and GPU is in this block at a time: a case times here what it compiled before."""
-    name = f"snnfuse-benchmarks-{os.environ.get('CUDA_VISIBLE_DEVICES', '')}.lock"
-    with open(pathlib.Path(tempfile.gettempdir()) / name, "w") as file:
-        fcntl.flock(file, fcntl.LOCK_EX)
-        yield
-
-
 def record(path, row):
     """Adds date and commit to a row, prints it, and appends it to `path` if there is one."""
     row |= dict(date=datetime.date.today().isoformat(), commit=_commit()[0], dirty=_commit()[1])
@@ -149,27 +141,61 @@ def _rounded(value):
 
 def measured(measure, args) -> dict:
     """The results of `measure`, with the device and the versions of the process that ran it."""
+    halves = in_halves(measure, args)
+    next(halves)
+    return next(halves)
+
+
+def in_halves(measure, args):
+    """Yields twice: first when `measure` has compiled, if it is a generator, then the results."""
+    parts = None
     try:
-        row = dict(status="ok") | measure(*args)
+        if inspect.isgeneratorfunction(measure):
+            parts = measure(*args)
+            next(parts)
+        row = {}
     except Exception as e:  # a failure is a row
-        row = dict(status=f"{type(e).__name__}: {e}"[:300])
+        row = _failed(e)
+    yield
+    try:
+        row = row or dict(status="ok") | (measure(*args) if parts is None else next(parts))
+    except Exception as e:
+        row = _failed(e)
     facts = dict(device="cpu", python=platform.python_version())
     if jax := sys.modules.get("jax"):
         facts |= dict(device=jax.devices()[0].device_kind, jax=jax.__version__)
     elif torch := sys.modules.get("torch"):
         facts |= dict(torch=torch.__version__)
         facts |= dict(device=torch.cuda.get_device_name()) if torch.cuda.is_available() else {}
-    return row | facts
+    yield row | facts
+
+
+def _failed(error):
+    return dict(status=f"{type(error).__name__}: {error}"[:300])
+
+
+AHEAD = {}  # in a worker process: the cases that have compiled, by name
+
+
+def compile_ahead(name, measure, args):
+    AHEAD[name] = in_halves(measure, args)
+    next(AHEAD[name])
+
+
+def measure_ahead(name):
+    return next(AHEAD.pop(name))
 
 
 class Runner:
     """Runs cases in this process or in worker processes, and remembers the results that other cases need."""
 
     def __init__(self, seconds=600.0, here=False):
-        self.seconds, self.here, self.workers, self.needed = seconds, here, {}, {}
+        self.seconds, self.here, self.workers, self.needed, self.ready = seconds, here, {}, {}, set()
 
     def row(self, case: Case) -> dict:
         args = case.args
+        if case.name in self.ready:
+            return case.key | self._result(case.process, measure_ahead, case.name)
         if case.needs is not None:
             name = case.needs.name
             self.needed[name] = need = self.needed.get(name) or self._run(case.needs, case.needs.args)
@@ -178,19 +204,37 @@ class Runner:
             args = (*args, need)
         return case.key | self._run(case, args)
 
+    def compile(self, cases, seconds):
+        """Compiles cases in their worker processes, all processes at once. Returns those that did not begin within `seconds`."""
+        begun = [
+            (case, self._submit(case.process, compile_ahead, case.name, case.measure, case.args)) for case in cases
+        ]
+        wait([future for _, future in begun], seconds)
+        late = [case for case, future in begun if future.cancel()]
+        self.ready = {case.name for case, future in begun if not future.cancelled()}
+        wait([future for _, future in begun])
+        return late
+
+    def _submit(self, process, f, *args):
+        if process not in self.workers:
+            self.workers[process] = ProcessPoolExecutor(1, multiprocessing.get_context("spawn"))
+        return self.workers[process].submit(f, *args)
+
     def _run(self, case, args):
         if self.here or not case.process:
             return measured(case.measure, args)
-        if case.process not in self.workers:
-            self.workers[case.process] = ProcessPoolExecutor(1, multiprocessing.get_context("spawn"))
         try:
-            return self.workers[case.process].submit(measured, case.measure, args).result(self.seconds)
-        except (BrokenProcessPool, TimeoutError):
-            self._end(case.process, kill=True)
-            return dict(status=f"the process died, or took more than {self.seconds:.0f} s", device="unknown")
+            return self._result(case.process, measured, case.measure, args)
         finally:
             if case.process == "fresh":
                 self._end("fresh")
+
+    def _result(self, process, f, *args):
+        try:
+            return self._submit(process, f, *args).result(self.seconds)
+        except (BrokenProcessPool, TimeoutError):
+            self._end(process, kill=True)
+            return dict(status=f"the process died, or took more than {self.seconds:.0f} s", device="unknown")
 
     def _end(self, name, kill=False):
         if worker := self.workers.pop(name, None):
@@ -215,7 +259,7 @@ def main(doc: str, *names: str, argv=None, here=False) -> list[dict]:
     parser.add_argument("--keep", action="store_true", help="skip the cases that have a row without an error already")
     parser.add_argument("--budget", type=float, default=float("inf"), help="seconds after which no further case starts")
     parser.add_argument("--out", type=pathlib.Path, help="append the rows to this file instead")
-    parser.add_argument("--jobs", type=int, default=1, help="so many processes compile at once; they time in turn")
+    parser.add_argument("--jobs", type=int, default=1, help="so many processes compile at once, then time in turn")
     for option, (default, text) in options.items():
         parser.add_argument(f"--{option}", type=type(default), default=default, help=f"{text} (default: {default!r})")
     args = parser.parse_args(argv)
@@ -223,26 +267,19 @@ def main(doc: str, *names: str, argv=None, here=False) -> list[dict]:
         parser.error("this machine has no GPU (no nvidia-smi): add --tiny to check that everything runs")
     path = args.out or (None if args.tiny else RESULTS / f"{name}.jsonl")
     done = [row for row in rows(name) if row["status"] == "ok"] if args.keep else []
-    runner, start, groups = Runner(here=here), time.perf_counter(), {}
-    for case in cases(args):
-        if re.search(args.only, case.name) and not any(case.key.items() <= row.items() for row in done):
-            groups.setdefault(case.process if args.jobs > 1 else "", []).append(case)
-
-    def run(group):
-        for case in group:
-            if args.list or time.perf_counter() - start > args.budget:
-                print(case.name if args.list else f"not run, the budget is spent: {case.name}")
-            else:
-                row = runner.row(case)
-                record(path, row)
-                yield row
-
-    if args.jobs > 1:
-        with ThreadPoolExecutor(args.jobs) as pool:
-            made = list(pool.map(lambda group: list(run(group)), groups.values()))
-    else:
-        made = map(run, groups.values())
-    made = [row for rows in made for row in rows]
+    runner, start, made, late = Runner(here=here), time.perf_counter(), [], []
+    left = lambda: args.budget - (time.perf_counter() - start)
+    chosen = [case for case in cases(args) if re.search(args.only, case.name)]
+    chosen = [case for case in chosen if not any(case.key.items() <= row.items() for row in done)]
+    if args.jobs > 1 and not args.list:
+        late = runner.compile([case for case in chosen if case.process], min(left() / 2, 1e6))
+        print(f"{len(runner.ready)} of {len(chosen)} cases compiled in {time.perf_counter() - start:.0f} s", flush=True)
+    for case in chosen:
+        if args.list or left() < 0 or case in late:
+            print(case.name if args.list else f"not run, the budget is spent: {case.name}")
+        else:
+            made.append(runner.row(case))
+            record(path, made[-1])
     runner.close()
     return made
 

@@ -13,7 +13,7 @@ Bytes per element and step, forward + backward, one input and one output: x and 
 """
 
 from dataclasses import dataclass
-from functools import partial
+from functools import lru_cache, partial
 from typing import Any, Protocol
 
 import jax
@@ -148,7 +148,7 @@ def chunk_backward(
     Returns (d_params, d_state before the chunk, the d_x of each step). `pullback` is `problem.pullback_jaxpr` for the
     wanted gradients; `d_params` and each d_x hold only those.
     """
-    pullback = jex.jaxpr_as_fun(pullback)
+    pullback = _function(pullback)
     states = [state]
     for x in xs[:-1]:
         states.append(_step(problem, params, states[-1], x)[0])
@@ -160,8 +160,14 @@ def chunk_backward(
     return d_params, d_state, d_xs
 
 
+@lru_cache
+def _function(jaxpr):
+    """A jaxpr as a function that is traced once: in a chunk of K steps it is called K times."""
+    return jax.jit(jex.jaxpr_as_fun(jaxpr))
+
+
 def _step(problem, params, state, x):
-    out = jex.jaxpr_as_fun(problem.step_jaxpr(jnp.shape(x[0])))(*params, *state, *_float(problem, x))
+    out = _function(problem.step_jaxpr(jnp.shape(x[0])))(*params, *state, *_float(problem, x))
     return tuple(out[: len(state)]), tuple(out[len(state) :])
 
 
