@@ -1,7 +1,7 @@
 """Data sets by name: those of `snnfuse.data`, and `random`. One is a frozen dataclass of choices with
 
     sources() -> (train, test)                the samples: `source[i]` and `len(source)`
-    example() -> Frames, Images or Sound      what the loader does with a sample, on the host
+    example() -> Frames, Images, Sound, ...   what the loader does with a sample, on the host
     augment(key, batch, targets)              -> the same, changed at random; targets are [B, classes]; training only
     encode(key, batch, T)                     -> [T, B, ...]
     classes, labels, note                     how many classes; their names; a remark for every result
@@ -23,10 +23,13 @@ import tyro
 from jax import Array
 from tqdm import tqdm
 
-from snnfuse.data import archives, audio, catalog, encoders, image_augment
+from snnfuse.data import archives, audio, catalog, encoders, event_augment, image_augment, packed, signals
 from snnfuse.data import loader as load
 from snnfuse.data.builders.audio import AudioSet
 from snnfuse.data.builders.base import EventSet
+from snnfuse.data.builders.images import ImageSet
+from snnfuse.data.builders.signals import SignalSet
+from snnfuse.data.events import Sensor
 
 Name = Annotated[str, tyro.conf.arg(name="data", prefix_name=False, metavar="NAME")]
 Sources = tuple[Sequence[dict], Sequence[dict]]
@@ -50,13 +53,6 @@ class Labelled:
     def labels(self) -> list[str]:
         names = catalog.data_set(self.name).LABELS
         return list(map(str, range(names) if isinstance(names, int) else names))
-
-
-class Unchanged:
-    """A data set without augmentation."""
-
-    def augment(self, key: Array, batch: Batch, targets: Array) -> tuple[Batch, Array]:
-        return batch, targets
 
 
 @dataclass(frozen=True)
@@ -142,8 +138,8 @@ class Images(Labelled):
 
 
 @dataclass(frozen=True)
-class Recordings(Unchanged, Labelled):
-    """Recordings of events, read from disk and made into frames by the loader."""
+class Recordings(Labelled):
+    """Recordings of events, read from disk and made into frames: by the loader, or on the device."""
 
     note: ClassVar[str] = ""
     name: Name
@@ -152,34 +148,143 @@ class Recordings(Unchanged, Labelled):
     split: str = "number"
     """number: every frame has equally many events; time: every frame has the same duration"""
     store: str = "bytes"
-    """bytes: frames are counts of events, at most 255; bits: 1 where there was any event"""
+    """bytes: frames are counts of events, at most 255; bits: 1 where there was any event; events: the device makes frames
+    of counts, in training from events that were changed at random"""
     channels: int | None = None
     """channels of a frame, if more than the sensor has polarities; the others stay empty"""
+    events: int = 8192
+    """room for the events of a recording, with --data.store events"""
+    size: int | None = None
+    """frames have this many pixels on each side, with --data.store events; None: those of the sensor"""
+    shift: float = 0.0
+    """training recordings move by up to this many pixels of the sensor each way"""
+    flip: bool = False
+    """half of the training recordings are mirrored"""
+    scale: float = 0.0
+    """training recordings become larger or smaller by up to this part"""
+    turn: float = 0.0
+    """training recordings are turned by up to this many degrees"""
+    drop: float = 0.0
+    """training recordings lose up to this part of their events"""
 
     def __post_init__(self):
-        if self.bins < 1:
-            raise ValueError(f"--data.bins must be at least 1; got {self.bins}")
-        for name, known in (("split", ("number", "time")), ("store", ("bytes", "bits"))):
+        for name in ("bins", "events") + ("size",) * (self.size is not None):
+            if (value := getattr(self, name)) < 1:
+                raise ValueError(f"--data.{name} must be at least 1; got {value}")
+        for name, known in (("split", ("number", "time")), ("store", ("bytes", "bits", "events"))):
             if (value := getattr(self, name)) not in known:
-                raise ValueError(f"--data.{name} must be {known[0]} or {known[1]}; got {value!r}")
+                raise ValueError(f"--data.{name} must be one of {', '.join(known)}; got {value!r}")
         polarities = catalog.data_set(self.name).SENSOR.polarities
         if self.channels is not None and self.channels < polarities:
             raise ValueError(f"--data.channels must be at least {polarities}; got {self.channels}")
+        for name, most in (("shift", np.inf), ("scale", np.inf), ("turn", 180), ("drop", 1)):
+            if not 0 <= (value := getattr(self, name)) <= most:
+                raise ValueError(f"--data.{name} must be at least 0, and at most {most}; got {value}")
+        changed = [name for name in ("size", "shift", "flip", "scale", "turn", "drop") if getattr(self, name)]
+        if changed and self.store != "events":
+            raise ValueError(f"--data.{changed[0]} needs --data.store events; got {self.store!r}")
 
     def sources(self) -> Sources:
         return _sources(self.name)
 
-    def example(self) -> load.Frames:
-        sensor = catalog.data_set(self.name).SENSOR
-        return load.Frames(sensor, self.bins, split=self.split, store=self.store, saturate=True)
+    @property
+    def sensor(self) -> Sensor:
+        return catalog.data_set(self.name).SENSOR
+
+    def example(self) -> load.Frames | load.PackedFrames:
+        if self.store == "events":
+            return load.PackedFrames(self.sensor, self.bins, self.events, split=self.split)
+        return load.Frames(self.sensor, self.bins, split=self.split, store=self.store, saturate=True)
+
+    def augment(self, key: Array, batch: Batch, targets: Array) -> tuple[Batch, Array]:
+        move, drop = jax.random.split(key)
+        if self.shift or self.flip or self.scale or self.turn:
+            changes = dict(shift=self.shift, flip=0.5 * self.flip, scale=self.scale, turn=self.turn)
+            batch = batch | {"frames": event_augment.move(move, batch["frames"], self.sensor, **changes)}
+        if self.drop:
+            batch = batch | {"frames": event_augment.drop(drop, batch["frames"], self.drop)}
+        return batch, targets
 
     def encode(self, key: Array, batch: Batch, T: int) -> Array:
         """Nothing is random here. Steps after the last frame are empty."""
         if T < self.bins:
             raise ValueError(f"--model.T must be at least --data.bins, {self.bins}; got {T}")
-        xs = self.example().unpack(batch["frames"])
+        if self.size:
+            events = event_augment.resize(jnp.asarray(batch["frames"]), self.sensor, self.size, self.size)
+            small = self.sensor._replace(height=self.size, width=self.size)
+            xs = packed.bin_events(events, small, self.bins, split=self.split)
+        else:
+            xs = self.example().unpack(jnp.asarray(batch["frames"]))
         empty = 0 if self.channels is None else self.channels - xs.shape[-1]
         return jnp.pad(xs, ((0, T - self.bins), *((0, 0),) * 3, (0, empty)))
+
+
+@dataclass(frozen=True)
+class Signals(Labelled):
+    """Signals of several channels, kept in memory; sliding windows, or spikes of them, are made on the device."""
+
+    note: ClassVar[str] = ""
+    name: Name
+    size: int = 350
+    """steps of each signal; a longer one is cut, a shorter one is followed by zeros"""
+    width: int = 40
+    """steps of a sliding window; --model.T windows cover the signal"""
+    relative_to: tuple[str, ...] = ()
+    """columns, such as subject and session: each channel is divided by its root mean square over the recordings that agree in
+    them, without looking at labels; of the held-out recordings too"""
+    code: str = "level"
+    """level: the log of each window's root mean square; level_crossing or lif: spikes of it"""
+    threshold: float = 0.2
+    """of a level crossing"""
+    gain: float = 0.0
+    """each channel of a training signal is up to this part stronger or weaker"""
+    noise: float = 0.0
+    """noise in training signals, up to this part of their root mean square"""
+    early: int = 0
+    """training signals begin up to this many steps later"""
+
+    def __post_init__(self):
+        if self.code not in ("level", "level_crossing", "lif"):
+            raise ValueError(f"--data.code must be level, level_crossing or lif; got {self.code!r}")
+        for name in ("size", "width", "threshold"):
+            if not getattr(self, name) > 0:
+                raise ValueError(f"--data.{name} must be above 0; got {getattr(self, name)}")
+        for name in ("gain", "noise", "early"):
+            if not getattr(self, name) >= 0:
+                raise ValueError(f"--data.{name} must be at least 0; got {getattr(self, name)}")
+
+    def sources(self) -> Sources:
+        both = [in_memory(source, self.name) for source in _sources(self.name)]
+        if unknown := [column for column in self.relative_to if column not in both[0][0]]:
+            raise archives.Missing(f"--data.relative_to must be columns of {self.name}; got {unknown[0]!r}")
+        group = lambda sample: tuple(str(sample[column]) for column in self.relative_to)
+        squares = {}
+        for sample in (*both[0], *both[1]):
+            squares.setdefault(group(sample), []).append(np.square(sample["signal"].astype(np.float64)))
+        scale = {key: np.sqrt(np.concatenate(parts).mean(0)) + 1e-12 for key, parts in squares.items()}
+        if not self.relative_to:  # one scale for all channels, from the training signals
+            scale[()] = np.sqrt(np.mean([np.square(s["signal"].astype(np.float64)).mean() for s in both[0]]))
+        scaled = lambda s: s | {"signal": (s["signal"] / scale[group(s)]).astype(np.float32)}
+        return tuple([scaled(sample) for sample in source] for source in both)
+
+    def example(self) -> load.Signals:
+        return load.Signals(self.size + self.early)
+
+    def augment(self, key: Array, batch: Batch, targets: Array) -> tuple[Batch, Array]:
+        start, louder, hiss = jax.random.split(key, 3)
+        xs = signals.piece(start, batch["signal"], self.size)
+        if self.gain:
+            xs = signals.gain(louder, xs, self.gain)
+        if self.noise:
+            xs = signals.noise(hiss, xs, self.noise)
+        return batch | {"signal": xs}, targets
+
+    def encode(self, key: Array, batch: Batch, T: int) -> Array:
+        xs = jnp.asarray(batch["signal"])[:, : self.size]
+        level = signals.log_rms(xs, self.width, (self.size - self.width) // max(T - 1, 1))[:T]
+        if self.code == "level":
+            return level
+        return encoders.lif(level) if self.code == "lif" else encoders.level_crossing(level, self.threshold)
 
 
 @dataclass(frozen=True)
@@ -213,6 +318,12 @@ class Audio(Labelled):
     """longest stretch of time steps that is hidden in a training recording"""
     mask_bands: int = 0
     """most bands next to each other that are hidden"""
+    masks: int = 1
+    """stretches of each kind"""
+    noise: float | None = None
+    """white noise in training recordings, from 60 decibels below the loudest sample up to this many below; None: none"""
+    mixup: float = 0.0
+    """training recordings are mixed in pairs, by a share drawn from Beta(mixup, mixup)"""
     held_out: str | None = None
     """a speaker, such as theo: test on all recordings of this one, train on all others"""
 
@@ -224,7 +335,7 @@ class Audio(Labelled):
                 raise ValueError(f"--data.{name} must be above 0; got {getattr(self, name)}")
         if not 0 <= self.centre <= 1:
             raise ValueError(f"--data.centre must be in [0, 1]; got {self.centre}")
-        for name in ("low", "shift", "speed", "tempo", "pitch", "mask_steps", "mask_bands"):
+        for name in ("low", "shift", "speed", "tempo", "pitch", "mask_steps", "mask_bands", "masks", "mixup"):
             if not getattr(self, name) >= 0:
                 raise ValueError(f"--data.{name} must be at least 0; got {getattr(self, name)}")
 
@@ -249,11 +360,16 @@ class Audio(Labelled):
 
     def augment(self, key: Array, batch: Batch, targets: Array) -> tuple[Batch, Array]:
         move, play, later = jax.random.split(key, 3)
+        hiss, mix = jax.random.split(jax.random.fold_in(key, 1))
         sound = batch["audio"]
         if self.shift:
             sound = audio.shift(move, sound, round(self.shift * self.rate))
         if self.speed:
             sound = audio.speed(play, sound, self.speed)
+        if self.noise is not None:
+            sound = audio.noise(hiss, sound, self.noise, max(60.0, self.noise))
+        if self.mixup:
+            sound, targets = image_augment.mixup(mix, audio.samples(sound), targets, self.mixup)
         return batch | {
             "audio": sound,
             "key": later,
@@ -267,7 +383,7 @@ class Audio(Labelled):
         if "key" in batch:
             stretch, mask = jax.random.split(batch["key"])
             bands = audio.stretch(stretch, bands, self.tempo, self.pitch)
-            bands = audio.mask(mask, bands, self.mask_steps, self.mask_bands)
+            bands = audio.mask(mask, bands, self.mask_steps, self.mask_bands, self.masks)
         if self.code == "bands":
             return bands
         if self.code == "lif":
@@ -312,6 +428,8 @@ class Random:
         like, label = catalog.data_set(DATASETS[self.like].name), int(rng.integers(self.classes))
         if issubclass(like, AudioSet):
             return {"audio": rng.integers(-(2**12), 2**12, like.RATE // 2).astype(np.int16), "label": label}
+        if issubclass(like, SignalSet):
+            return {"signal": rng.normal(0, 1, (400, like.CHANNELS)).astype(np.float32), "label": label}
         if not issubclass(like, EventSet):
             return {"image": rng.integers(0, 256, like.SHAPE, np.uint8), "label": label}
         tops = {"x": like.SENSOR.width, "y": like.SENSOR.height, "p": like.SENSOR.polarities}
@@ -350,7 +468,8 @@ def _sources(name):
 
 def _default(name):
     found = catalog.data_set(name)
-    return (Recordings if issubclass(found, EventSet) else Audio if issubclass(found, AudioSet) else Images)(name)
+    kinds = ((EventSet, Recordings), (AudioSet, Audio), (SignalSet, Signals), (ImageSet, Images))
+    return next(kind(name) for data_set, kind in kinds if issubclass(found, data_set))
 
 
 DATASETS = {name: _default(name) for name in (*catalog.CATALOG, *catalog.own_names())} | {

@@ -45,6 +45,8 @@ class ConvNet:
     hidden: int = 128
     tau: float = 2.0
     """time constant at the start, in steps"""
+    dropout: float = 0.0
+    """of channels and of hidden neurons, one mask for all steps"""
     readout: str = "mean"
     """how outputs over time become logits: rate, mean, max or last"""
     implementation: str | None = None
@@ -56,6 +58,7 @@ class ConvNet:
     def build(self, shape: tuple[int, ...], classes: int, rngs: nnx.Rngs) -> nn.Sequential:
         height, width, channels = shape
         neuron = {"tau": self.tau, "implementation": self.implementation}
+        drop = lambda *axes: [nn.Dropout(self.dropout, rngs=rngs, broadcast_dims=(0, *axes))] if self.dropout else []
         layers = []
         for wider in self.channels:
             size = (self.kernel, self.kernel) if not layers else (3, 3)
@@ -63,6 +66,7 @@ class ConvNet:
                 nnx.Conv(channels, wider, size, strides=(2, 2), use_bias=False, rngs=rngs),
                 nnx.BatchNorm(wider, momentum=0.9, rngs=rngs),
                 nn.ParametricLIF(**neuron, decay_input=False),
+                *drop(2, 3),
             ]
             channels, height, width = wider, -(-height // 2), -(-width // 2)
         return nn.Sequential(
@@ -71,6 +75,7 @@ class ConvNet:
             nnx.Linear(channels * height * width, self.hidden, use_bias=False, rngs=rngs),
             nnx.BatchNorm(self.hidden, momentum=0.9, rngs=rngs),
             nn.ParametricLIF(**neuron, decay_input=False),
+            *drop(),
             nnx.Linear(self.hidden, classes, rngs=rngs),
             nn.LI(**neuron),
         )
@@ -124,21 +129,93 @@ class Recurrent:
             fires = nn.LIF(decay=0.5, decay_input=True, implementation=self.implementation)
             channels_last = partial(jnp.reshape, shape=(-1, shape[0], features // shape[0]))
             layers, features = [channels_last, convolution, norm, fires, nn.flatten], width * self.channels
-        for size in self.hidden:
-            decays = {"decay": exp(-1 / self.tau), "decay_adapt": exp(-1 / self.tau_adapt)}
-            options = {"learn": tuple(decays), "shape": (size,), "implementation": self.implementation}
-            neuron = nn.AdaptiveLIF(**decays, beta=self.beta, decay_input=True, **options)
-            if self.recurrent:
-                neuron = nn.Recurrent(neuron, size, scale=self.scale, precision=self.precision, rngs=rngs)
+        return nn.Sequential(*layers, *_dense(self, features, classes, rngs))
+
+
+def _dense(model, features, classes, rngs) -> list:
+    """The dense layers of a `Recurrent` or `TimeConvNet`, and its readout."""
+    layers = []
+    for size in model.hidden:
+        decays = {"decay": exp(-1 / model.tau), "decay_adapt": exp(-1 / model.tau_adapt)}
+        options = {"learn": tuple(decays), "shape": (size,), "implementation": model.implementation}
+        neuron = nn.AdaptiveLIF(**decays, beta=model.beta, decay_input=True, **options)
+        if model.recurrent:
+            neuron = nn.Recurrent(neuron, size, scale=model.scale, precision=model.precision, rngs=rngs)
+        layers += [
+            nnx.Linear(features, size, use_bias=False, rngs=rngs),
+            nnx.BatchNorm(size, momentum=0.9, rngs=rngs),
+            neuron,
+            *([nn.Dropout(model.dropout, rngs=rngs)] if model.dropout else []),
+        ]
+        features = size
+    readout = nn.LI(decay=exp(-1 / 20), implementation=model.implementation)
+    return [*layers, nnx.Linear(features, classes, rngs=rngs), readout]
+
+
+@dataclass(frozen=True)
+class TimeConvNet:
+    """Convolutions over time and bands with LIF neurons, then dense layers of adaptive LIF neurons; then a leaky readout.
+
+    Each convolution sees its own step and those before it, and halves the number of bands.
+    """
+
+    name: Name = "timeconv"
+    T: int = 50
+    """time steps"""
+    channels: tuple[int, ...] = (32, 64, 96)
+    """of each convolution"""
+    steps: int = 5
+    """that a convolution sees"""
+    bands: int = 5
+    """that a convolution sees, an odd number"""
+    hidden: tuple[int, ...] = (256,)
+    """neurons of each dense layer"""
+    recurrent: bool = False
+    """connections from each dense layer to itself"""
+    tau: float = 3.0
+    """time constant of the membranes at the start, in steps"""
+    tau_adapt: float = 30.0
+    """time constant of the thresholds of dense layers at the start"""
+    beta: float = 0.2
+    """how much a spike raises the threshold there"""
+    scale: float = 0.5
+    """of the recurrent weights at the start, which are orthogonal"""
+    dropout: float = 0.0
+    """of channels and of dense features, one mask for all steps"""
+    precision: str = "float32"
+    """of the product with recurrent weights: float32, bfloat16x2 or bfloat16"""
+    readout: str = "mean"
+    """how outputs over time become logits: rate, mean, max or last"""
+    implementation: str | None = None
+    """of snnfuse.unroll, such as scan or triton; None takes the fused kernels where they run"""
+
+    def __post_init__(self):
+        _check(self, precision=PARTS, readout=READOUTS)
+        if self.steps < 1 or self.bands < 1 or self.bands % 2 == 0:
+            raise ValueError(
+                f"--model.steps must be at least 1 and --model.bands odd; got {self.steps} and {self.bands}"
+            )
+
+    def build(self, shape: tuple[int, ...], classes: int, rngs: nnx.Rngs) -> nn.Sequential:
+        bands, inputs = shape[0], prod(shape[1:])
+        layers = [partial(_with_channels, shape=(bands, inputs))]
+        drop = lambda *axes: [nn.Dropout(self.dropout, rngs=rngs, broadcast_dims=(0, *axes))] if self.dropout else []
+        for features in self.channels:
+            fires = nn.LIF(decay=exp(-1 / self.tau), decay_input=True, implementation=self.implementation)
             layers += [
-                nnx.Linear(features, size, use_bias=False, rngs=rngs),
-                nnx.BatchNorm(size, momentum=0.9, rngs=rngs),
-                neuron,
-                *([nn.Dropout(self.dropout, rngs=rngs)] if self.dropout else []),
+                nn.TimeConv(inputs, features, (self.steps, self.bands), strides=(2,), rngs=rngs),
+                nnx.BatchNorm(features, momentum=0.9, rngs=rngs),
+                fires,
+                *drop(2),
             ]
-            features = size
-        readout = nn.LI(decay=exp(-1 / 20), implementation=self.implementation)
-        return nn.Sequential(*layers, nnx.Linear(features, classes, rngs=rngs), readout)
+            inputs, bands = features, -(-bands // 2)
+        layers.append(nn.flatten)
+        return nn.Sequential(*layers, *_dense(self, bands * inputs, classes, rngs))
+
+
+def _with_channels(x, shape):
+    """[B, bands, ...] -> [B, bands, channels]."""
+    return x.reshape(-1, *shape)
 
 
 @dataclass(frozen=True)
@@ -245,4 +322,11 @@ def _check(model, **known):
         raise ValueError(f"--model.implementation must be None or one of {known}; got {model.implementation!r}")
 
 
-MODELS = {"conv": ConvNet(), "recurrent": Recurrent(), "resnet": Resnet(), "vgg": Vgg(), "spikformer": Spikformer()}
+MODELS = {
+    "conv": ConvNet(),
+    "recurrent": Recurrent(),
+    "timeconv": TimeConvNet(),
+    "resnet": Resnet(),
+    "vgg": Vgg(),
+    "spikformer": Spikformer(),
+}

@@ -4,9 +4,32 @@ encoders    images and signals to spikes, on the device     catalog   data sets 
 audio       sound to mel bands, on the device
 events      recordings to frames, on the host      loader    batches on the device, resumable
 packed      bits and events, unpacked on the device    augment   random changes of recordings
-image_augment   random changes of images, on the device
+image_augment, event_augment   random changes of images and of events, on the device
+signals     signals of several channels to sliding windows, on the device
 """
 
-from snnfuse.data import audio, augment, catalog, encoders, events, image_augment, loader, packed
+from snnfuse.data import (
+    audio,
+    augment,
+    catalog,
+    encoders,
+    event_augment,
+    events,
+    image_augment,
+    loader,
+    packed,
+    signals,
+)
 
-__all__ = ["audio", "augment", "catalog", "encoders", "events", "image_augment", "loader", "packed"]
+__all__ = [
+    "audio",
+    "augment",
+    "catalog",
+    "encoders",
+    "event_augment",
+    "events",
+    "image_augment",
+    "loader",
+    "packed",
+    "signals",
+]

@@ -157,6 +157,26 @@ class Sound:
         return {"audio": np.pad(audio, (0, self.size - len(audio))), "label": np.int32(sample["label"])}
 
 
+@dataclass(frozen=True)
+class Signals:
+    """Signals of several channels, cut after `size` steps or followed by zeros: float32 [B, size, C] in a batch.
+
+    `snnfuse.data.signals` makes windows of them on the device, and changes them at random in training.
+    """
+
+    size: int
+
+    def __post_init__(self):
+        ev.at_least("size", self.size, 1)
+
+    def __call__(self, sample: dict, rng: np.random.Generator) -> dict[str, np.ndarray]:
+        signal = sample["signal"][: self.size].astype(np.float32)
+        return {
+            "signal": np.pad(signal, ((0, self.size - len(signal)), (0, 0))),
+            "label": np.int32(sample["label"]),
+        }
+
+
 @lru_cache(maxsize=2)
 def _order(count: int, seed: int, epoch: int, shuffle: bool) -> np.ndarray:
     return np.random.default_rng((seed, epoch)).permutation(count) if shuffle else np.arange(count)

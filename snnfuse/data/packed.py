@@ -59,7 +59,7 @@ def _bins(packed: Array, valid: Array, T: int, split: str, dt: int | None) -> Ar
     if split == "dt":
         return packed[:, 0] // np.uint32(dt) if dt < 2**32 else jnp.zeros_like(packed[:, 0])
     if split == "number":
-        position, width = jnp.arange(len(packed), dtype=jnp.uint32), n // T
+        position, width = jnp.cumsum(valid, dtype=jnp.uint32) - 1, n // T  # padding may lie between events
     else:
         position, width = packed[:, 0], jnp.where(valid, packed[:, 0], 0).max(initial=0) // T
     return jnp.where(width > 0, jnp.minimum(position // jnp.maximum(width, 1), T - 1), T - 1)

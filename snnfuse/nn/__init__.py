@@ -28,6 +28,7 @@ from snnfuse.nn.temporal import (
     flatten,
     piece_length,
 )
+from snnfuse.nn.time_conv import TimeConv
 
 __all__ = [
     "IF",
@@ -60,6 +61,7 @@ __all__ = [
     "Spikes",
     "Spiking",
     "Stream",
+    "TimeConv",
     "Timeless",
     "Temporal",
     "flatten",
