@@ -369,7 +369,7 @@ class Audio(Labelled):
         if self.noise is not None:
             sound = audio.noise(hiss, sound, self.noise, max(60.0, self.noise))
         if self.mixup:
-            sound, targets = image_augment.mixup(mix, audio.samples(sound), targets, self.mixup)
+            sound, targets = audio.mixup(mix, sound, targets, self.mixup)
         return batch | {
             "audio": sound,
             "key": later,

@@ -507,3 +507,31 @@ def test_dtypes():
 def test_bad_input_is_named(make, error, message):
     with pytest.raises(error, match=message):
         make()
+
+
+def test_time_conv_sees_its_own_step_and_those_before():
+    xs = jax.random.normal(jax.random.key(0), (7, 2, 5, 3))
+    layer = nn.TimeConv(3, 4, (3, 3), strides=(2,), use_bias=True, rngs=nnx.Rngs(0))
+    outs, state = layer(xs)
+    padded = np.pad(np.asarray(xs, np.float64), ((2, 0), (0, 0), (1, 1), (0, 0)))
+    kernel, bias = np.asarray(layer.conv.kernel[...], np.float64), np.asarray(layer.conv.bias[...])
+    want = np.zeros((7, 2, 3, 4))
+    for t in range(7):
+        for i, at in enumerate((0, 2, 4)):
+            want[t, :, i] = np.einsum("kbsi,ksio->bo", padded[t : t + 3, :, at : at + 3], kernel) + bias
+    np.testing.assert_allclose(outs, want, rtol=1e-4, atol=1e-5)
+    np.testing.assert_array_equal(state, xs[-2:])
+    first, state = layer(xs[:1])
+    second, state = layer(xs[1:4], state)
+    third, _ = layer(xs[4:], state)
+    np.testing.assert_allclose(jnp.concatenate([first, second, third]), outs, rtol=1e-5, atol=1e-6)
+    for make, match in (
+        (lambda: nn.TimeConv(3, 4, (3, 2), rngs=nnx.Rngs(0)), r"each of the others odd; got \(3, 2\)"),
+        (
+            lambda: nn.TimeConv(3, 4, (3, 3), strides=(1, 1), rngs=nnx.Rngs(0)),
+            "strides must have one number for each of 1",
+        ),
+        (lambda: layer(xs[:, :, 0]), r"xs must be \[T, B, \*space, I\], of rank 4"),
+    ):
+        with pytest.raises(ValueError, match=match):
+            make()

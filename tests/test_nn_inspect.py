@@ -43,6 +43,7 @@ CASES = {
     "Conv": (lambda: nn.Conv(3, 4, (3, 3), rngs=rngs()), (image,)),
     "Linear": (lambda: nn.Linear(4, 3, rngs=rngs()), (xs,)),
     "Linear on Spikes": (lambda: nn.Linear(4, 3, rngs=rngs()), (spikes,)),
+    "TimeConv": (lambda: nn.TimeConv(3, 4, (2, 3, 3), rngs=rngs()), (image,)),
     "BatchNorm": (lambda: nn.BatchNorm(4, rngs=rngs()), (xs,)),
     "NormSpiking": (norm_spiking, (xs,)),
     "NormSpiking with bits": (partial(norm_spiking, pack=True, connect="and"), (xs, None, spikes)),

@@ -174,6 +174,22 @@ def noise(key: Array, sound: Array, low: float, high: float) -> Array:
     return sound + scale * jax.random.normal(draw, sound.shape)
 
 
+@partial(jax.jit, static_argnames=("alpha",))
+def mixup(key: Array, sound: Array, targets: Array, alpha: float = 0.3) -> tuple[Array, Array]:
+    """Recordings [B, n] and targets [B, classes], mixed in pairs, each pair with a share of its own: float32.
+
+        share ~ Beta(alpha, alpha);   sound = share sound_1 + (1 - share) sound_2;   the same for targets
+
+    The partner is the recording at the same place from the end of the batch, so batches must be shuffled. Zhang et al. 2018,
+    https://arxiv.org/abs/1710.09412.
+    """
+    sound, alpha = samples(_check("sound", sound, "B, n")), _number("alpha", alpha, above=True)
+    if targets.ndim != 2 or len(targets) != len(sound):
+        raise ValueError(f"targets must be [B, classes], B = {len(sound)}; got shape {targets.shape}")
+    share = jax.random.beta(key, alpha, alpha, (len(sound), 1))
+    return share * sound + (1 - share) * sound[::-1], share * targets + (1 - share) * targets[::-1]
+
+
 @partial(jax.jit, static_argnames=("steps", "pitch"))
 def stretch(key: Array, bands: Array, steps: float = 0.0, pitch: float = 0.0) -> Array:
     """Bands [T, B, K], each recording slower or faster by up to the part `steps`, and moved by up to `pitch` bands.
