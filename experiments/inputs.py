@@ -341,7 +341,9 @@ class Audio(Labelled):
 
     @property
     def rate(self) -> int:
-        return catalog.data_set(self.name).RATE
+        """Samples a second of what is prepared, which may have been resampled."""
+        path = catalog.prepared_in(self.name)
+        return (path and catalog.sound_rate(path)) or catalog.data_set(self.name).RATE
 
     def sources(self) -> Sources:
         train, test = (in_memory(source, self.name) for source in _sources(self.name))

@@ -206,7 +206,7 @@ def test_pictures_may_stand_in_for_an_archive_of_the_catalog(tmp_path):
     pictures(tmp_path, "cifar100", (32, 32))
     with pytest.raises(ValueError, match=r"cifar100 has 100 classes of pictures .*has 2 of \(32, 32, 3\)"):
         catalog.prepare("cifar100", tmp_path / "data", manual=tmp_path)
-    with pytest.raises(ValueError, match="size resizes folders of pictures; digits is none"):
+    with pytest.raises(ValueError, match="size resizes your own pictures, .*; digits is a data set of the catalog"):
         catalog.prepare("digits", tmp_path / "data", size=(4, 4))
 
 

@@ -171,6 +171,16 @@ def test_sound_is_resampled_if_asked_for(tmp_path):
     half = catalog.source("words", "train", tmp_path / "data")[0]["audio"]
     assert len(half) == 2000 and np.abs(half[100:-100] - tone[::2][100:-100]).max() < 20
     np.testing.assert_array_equal(catalog.source("words", "test", tmp_path / "data")[0]["audio"], chirp(600))
+    with pytest.raises(ValueError, match="words is prepared in .*, with 8000 samples a second: .*; got rate 9000"):
+        catalog.prepare("words", tmp_path / "data", manual=tmp_path, rate=9000)
+    root = table(
+        tmp_path / "speech_commands", "a.wav,yes,train,ann", "b.wav,no,test,bob", head="file,label,split,group"
+    )
+    for name in ("a.wav", "b.wav"):
+        (root / name).write_bytes(wav(tone, rate=16_000))
+    catalog.prepare("speech_commands", tmp_path / "data", manual=tmp_path, rate=8000)
+    assert len(catalog.source("speech_commands", "test", tmp_path / "data")[0]["audio"]) == 2000
+    assert catalog.sound_rate(catalog.prepared_in("speech_commands", tmp_path / "data")) == 8000
 
 
 # ---- events

@@ -87,7 +87,7 @@ def main(arguments: list[str] | None = None) -> int:
                 metavar="H[xW]",
                 help="pixels: your own pictures are resized to it; the camera of your own events has it",
             )
-            command.add_argument("--rate", type=int, metavar="HZ", help="resample your own .wav files to this rate")
+            command.add_argument("--rate", type=int, metavar="HZ", help="resample .wav files to this rate")
             command.add_argument(
                 "--window", type=float, metavar="MS", help="cut your own events into samples of this many milliseconds"
             )

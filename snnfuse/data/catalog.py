@@ -118,7 +118,7 @@ def _own(name: str, folder: Path, **choices) -> type:
 
 _CHOICES = {
     "size": "resizes your own pictures, or is the size of the camera of your own events",
-    "rate": "resamples your own .wav files",
+    "rate": "resamples .wav files",
     "window": "cuts your own recordings of events",
 }
 
@@ -155,6 +155,9 @@ def _chosen(name: str, folder: Path, **choices) -> type:
                 f"of {pictures.SHAPE}"
             )
         return pictures
+    if (rate := choices["rate"]) is not None and hasattr(found, "RATE"):
+        choices["rate"] = None
+        found = type(found.__name__, (found,), {"RATE": rate, "RESAMPLED": True, "__doc__": found.__doc__})
     for choice, value in choices.items():
         if value is not None:
             raise ValueError(f"{choice} {_CHOICES[choice]}; {name} is a data set of the catalog")
@@ -194,16 +197,13 @@ def prepare(
 
     Your own recordings: files in `manual`/NAME, and a table split.csv with the columns file, label and split; start and stop
     say which part of a file is meant; other columns are kept as texts. All files are of one kind: .wav (`rate`, in hertz,
-    resamples them); signals, .npy or .npz with an array `signal`; events, .aedat or .npz with t, x, y and p (`size` is that of
+    resamples them, and those of a set of the catalog too); signals, .npy or .npz with an array `signal`; events, .aedat or .npz with t, x, y and p (`size` is that of
     the camera, and `window`, in milliseconds, cuts each recording into samples).
     """
-    if name not in CATALOG and (path := prepared_in(name, folder)):
-        if size is not None and tuple(size) != (had := _shape(path)[:2]):
-            raise ValueError(
-                f"{name} is prepared in {path}, with pictures of (H, W) = {had}: remove that folder to prepare it again; "
-                f"got size {size}"
-            )
-        return prepared(name, folder)
+    if path := prepared_in(name, folder):
+        _check_prepared(name, path, size, rate)
+        if name not in CATALOG:
+            return prepared(name, folder)
     manual = Path(manual or data_dir(folder) / "downloads" / "manual")
     found = _chosen(name, manual / name, size=size, rate=rate, window=window)
     made = builder(name, folder, of=found, **choices)
@@ -224,6 +224,21 @@ def prepare(
             Path(made.data_dir).parent.rmdir()
         raise
     return made
+
+
+def _check_prepared(name: str, path: Path, size: tuple[int, int] | None, rate: int | None) -> None:
+    """Raises ValueError if data that are prepared already are not what is asked for."""
+    again = f"is prepared in {path}, with {{}}: remove that folder to prepare it again; got {{}}"
+    if size is not None and (had := _shape(path)[:2]) and tuple(size) != had:
+        raise ValueError(f"{name} {again.format(f'pictures of (H, W) = {had}', f'size {size}')}")
+    if rate is not None and (had := sound_rate(path)) not in (None, rate):
+        raise ValueError(f"{name} {again.format(f'{had} samples a second', f'rate {rate}')}")
+
+
+def sound_rate(path: Path) -> int | None:
+    """Samples a second of the sound that is prepared in `path`; None for other data."""
+    told = json.loads((path / "metadata.json").read_text()) if (path / "metadata.json").exists() else {}
+    return int(told["rate"]) if "rate" in told else None
 
 
 def is_prepared(made) -> bool:
