@@ -14,7 +14,15 @@ import snnfuse
 
 PAGES = Path(__file__).parents[1] / "notebooks" / "docs" / "pages"
 RUN = sorted(path for path in PAGES.rglob("*.md") if "```python" in path.read_text())
-PARTS = ("snnfuse", "snnfuse.nn", "snnfuse.models", "snnfuse.interop.nir", "snnfuse.parallel", "snnfuse.training")
+PARTS = (
+    "snnfuse",
+    "snnfuse.nn",
+    "snnfuse.models",
+    "snnfuse.interop.nir",
+    "snnfuse.online",
+    "snnfuse.parallel",
+    "snnfuse.training",
+)
 
 
 def run(path):

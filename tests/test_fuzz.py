@@ -25,7 +25,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 import snnfuse as sf
-from snnfuse import data, nn, parallel, training
+from snnfuse import data, nn, online, parallel, training
 from snnfuse.data import audio, augment, encoders, events, formats, image_augment, loader, packed
 from snnfuse.interop import snntorch
 
@@ -916,6 +916,34 @@ def _(draw):
     assert call(nn.PrecisionPolicy, one_of(draw, "float32", "bfloat16", "tf32", "int3", "")).value
 
 
+@case(
+    *(
+        "online." + n
+        for n in ("gradients", "sltt", "ottt", "Instant", "Traced", "TracedRecurrent", "Eprop", "RandomFeedback")
+    )
+)
+def _(draw):
+    # with a neuron that forgets everything (decay 0), every rule gives the gradient of backpropagation
+    xs, length = currents(draw), one_of(draw, *WHOLE)
+    neuron, rngs = nn.LIF(decay=one_of(draw, 0.0, 0.0, 0.5)), nnx.Rngs(0)
+    linear = nn.Linear(3, 4, use_bias=False, rngs=rngs)
+    eprop = call(
+        online.Eprop, neuron, one_of(draw, 3, 3, 4), 4, recurrent=False, decay_out=one_of(draw, 0.0, *NUMBER), rngs=rngs
+    )
+    eprop.kernel[...] = linear.kernel[...] if eprop.in_features == 3 else 0 * eprop.kernel[...]
+    model = nn.Sequential(linear, neuron)
+    loss = lambda outs: outs.astype(jnp.float32).sum()
+    for learner in (online.sltt(model), online.ottt(model), eprop):
+        value, grads, _ = call(online.gradients, learner, loss, xs, length=length)
+        close(value, loss(call(model, xs)[0]))
+        got = jax.tree.leaves(nnx.to_pure_dict(grads))[0]
+        if neuron.decay == 0 and xs.dtype == jnp.float32 and getattr(learner, "decay_out", 0) == 0:
+            exact = nnx.grad(lambda model: loss(model(xs)[0]))(model)
+            close(got, jax.tree.leaves(nnx.to_pure_dict(exact))[0], 1e-4)
+    layer = online.RandomFeedback(3, 4, rngs=rngs)
+    close(call(layer, xs), np.asarray(xs, np.float64) @ np.asarray(layer.kernel[...]), 0.02)
+
+
 # ---- training and devices
 
 
@@ -992,7 +1020,8 @@ EXCLUDED = {
         "a NamedTuple: a container of arrays",
     ),
     **dict.fromkeys(
-        ("Neuron", "RecurrentState", "nn.Fixed", "data.events.Sensor", "training.CompiledStep"), "a type that holds"
+        ("Neuron", "RecurrentState", "online.EpropState", "nn.Fixed", "data.events.Sensor", "training.CompiledStep"),
+        "a type that holds",
     ),
     **dict.fromkeys(("HardReset", "SoftReset", "NoReset"), "fuzzed as the `reset` of neurons"),
     **dict.fromkeys(("data.events.BadSample", "data.events.Unsorted"), "errors"),
@@ -1035,7 +1064,14 @@ EXCLUDED = {
 def public():
     """Every public function and class: the names in __all__, and those that the modules of snnfuse.data define."""
     named = [
-        (part, module) for part, module in (("", sf), ("nn.", nn), ("training.", training), ("parallel.", parallel))
+        (part, module)
+        for part, module in (
+            ("", sf),
+            ("nn.", nn),
+            ("online.", online),
+            ("training.", training),
+            ("parallel.", parallel),
+        )
     ]
     found = {part + name for part, module in named for name in module.__all__ if callable(getattr(module, name))}
     found |= {"interop.snntorch." + name for name in snntorch.__all__}

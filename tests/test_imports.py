@@ -14,6 +14,7 @@ import pytest
 import snnfuse
 import snnfuse.interop.nir
 import snnfuse.nn
+import snnfuse.online
 import snnfuse.training
 
 ROOT = Path(snnfuse.__file__).parents[1]
@@ -26,7 +27,7 @@ SEEN_BY = {  # the parts of snnfuse, each with those it may import; "" is snnfus
 }
 INSIDE = set(SEEN_BY)
 # they may import the inside; the inside may not import them
-OUTSIDE = {"data", "parallel", "training", "interop", "papers", "viz"}
+OUTSIDE = {"data", "online", "parallel", "training", "interop", "papers", "viz"}
 SEEN_OUTSIDE = {"viz": {"data"}, "training": {"parallel"}}  # the other outside parts that each may import
 LAZY = {"viz": "matplotlib", "interop": "nir"}  # imported in functions only
 NEEDED = {
@@ -167,7 +168,7 @@ except ModuleNotFoundError:
 else:
     raise AssertionError("the hook refuses nothing")
 import jax.numpy as jnp
-import snnfuse, snnfuse.nn, snnfuse.data, snnfuse.parallel, snnfuse.training, snnfuse.nn.monitor, snnfuse.viz, snnfuse.interop.nir
+import snnfuse, snnfuse.nn, snnfuse.data, snnfuse.online, snnfuse.parallel, snnfuse.training, snnfuse.nn.monitor, snnfuse.viz, snnfuse.interop.nir
 for call in (lambda: snnfuse.viz.raster([[1]]), lambda: snnfuse.interop.nir.from_nir("x.nir", snnfuse.interop.nir.NIR)):
     try:
         call()
@@ -190,7 +191,7 @@ def test_imports_and_runs_with_jax_flax_and_optax_alone():
 
 PUBLIC = {
     f"{m.__name__}.{name}": getattr(m, name)
-    for m in (snnfuse, snnfuse.nn, snnfuse.training, snnfuse.interop.nir)
+    for m in (snnfuse, snnfuse.nn, snnfuse.online, snnfuse.training, snnfuse.interop.nir)
     for name in m.__all__
 }
 
