@@ -199,11 +199,11 @@ def by_spikingjelly(name, way, tiny):
     import libraries
     import with_torch
 
-    libraries.spikingjelly()  # says which kernels run
+    version = libraries.spikingjelly().version  # this call says which kernels run
     B, size, classes, _ = WORKLOADS[name]
     step = with_torch.zoo_step(name, "channels_last" in way, T, *((2, 32) if tiny else (B, size)), classes)
     row = with_torch.measure(step, [()], no_graph="called as its users call it")
-    return row | dict(samples_per_s=B / row["ms"] * 1e3)
+    return row | dict(samples_per_s=B / row["ms"] * 1e3, version=version, torch=with_torch.torch.__version__)
 
 
 def small(name, way, steps, tiny):
