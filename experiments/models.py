@@ -99,6 +99,8 @@ class Recurrent:
     """bands that it spans"""
     recurrent: bool = True
     """False: the same network without connections from a layer to itself"""
+    max_delay: int = 0
+    """longest learned delay of a synapse between layers, in steps; 0: none. Delays need max_delay + 1 times the products"""
     tau: float = 3.0
     """time constant of the membrane at the start, in steps"""
     tau_adapt: float = 30.0
@@ -117,6 +119,8 @@ class Recurrent:
 
     def __post_init__(self):
         _check(self, precision=PARTS, readout=READOUTS)
+        if self.max_delay < 0:
+            raise ValueError(f"--model.max_delay must be at least 0; got {self.max_delay}")
 
     def build(self, shape: tuple[int, ...], classes: int, rngs: nnx.Rngs) -> nn.Sequential:
         layers, features = [nn.flatten], prod(shape)
@@ -134,7 +138,8 @@ class Recurrent:
 
 def _dense(model, features, classes, rngs) -> list:
     """The dense layers of a `Recurrent` or `TimeConvNet`, and its readout."""
-    layers = []
+    layers, longest = [], getattr(model, "max_delay", 0)
+    connect = partial(nn.DelayedLinear, max_delay=longest) if longest else nnx.Linear
     for size in model.hidden:
         decays = {"decay": exp(-1 / model.tau), "decay_adapt": exp(-1 / model.tau_adapt)}
         options = {"learn": tuple(decays), "shape": (size,), "implementation": model.implementation}
@@ -142,7 +147,7 @@ def _dense(model, features, classes, rngs) -> list:
         if model.recurrent:
             neuron = nn.Recurrent(neuron, size, scale=model.scale, precision=model.precision, rngs=rngs)
         layers += [
-            nnx.Linear(features, size, use_bias=False, rngs=rngs),
+            connect(features, size, use_bias=False, rngs=rngs),
             nnx.BatchNorm(size, momentum=0.9, rngs=rngs),
             neuron,
             *([nn.Dropout(model.dropout, rngs=rngs)] if model.dropout else []),
@@ -150,6 +155,12 @@ def _dense(model, features, classes, rngs) -> list:
         features = size
     readout = nn.LI(decay=exp(-1 / 20), implementation=model.implementation)
     return [*layers, nnx.Linear(features, classes, rngs=rngs), readout]
+
+
+def prepare(config, model: nnx.Module, progress) -> None:
+    """Before a training step, after this part of all steps: delays narrow to half a step in the first three quarters."""
+    if longest := getattr(config, "max_delay", 0):
+        nn.sharpen(model, jnp.maximum(0.5, longest / 2 * longest ** (-progress / 0.75)))
 
 
 @dataclass(frozen=True)

@@ -44,7 +44,7 @@ import report
 from flax import nnx
 from inputs import DATASETS
 from jax.sharding import PartitionSpec
-from models import MODELS, READOUTS
+from models import MODELS, READOUTS, prepare
 from runs import NOT_COMPARED, Meter, Run, Stopped, keep_compiled
 from tqdm import tqdm
 
@@ -170,6 +170,7 @@ def _update(config, objects, key, batch):
     """A step of `objects`: model, optimizer, and the average of the model if there is one."""
     model, optimizer, *average = objects
     model.train()
+    prepare(config.model, model, optimizer.step[...] / config.steps)
     place, noise = jax.random.split(key)
     labels = batch["label"]
     targets = optax.smooth_labels(jax.nn.one_hot(labels, config.data.classes), config.label_smoothing)

@@ -123,7 +123,8 @@ def test_a_short_run_learns(tmp_path, recurrent, monkeypatch):
         "--model.recurrent" if recurrent else "--model.no_recurrent",
         f"--out={tmp_path}",
     ]
-    options += ["--data.held_out=theo", "--data.code=level_crossing", "--model.channels=3"] if recurrent else []
+    more = ["--data.held_out=theo", "--data.code=level_crossing", "--model.channels=3"]
+    options += more if recurrent else ["--model.max_delay=3"]
     assert train.main([*spoken_digits.DEFAULTS, *options]) == 0
     summary = json.loads((tmp_path / "spoken_digits" / "summary.json").read_text())
     assert summary["held_out_accuracy"] >= 0.8

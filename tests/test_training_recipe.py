@@ -29,6 +29,10 @@ def test_every_parameter_has_its_group():
         "3.bias": "norm",
     }
 
+    layers = nn.DelayedLinear(3, 4, 2, rngs=nnx.Rngs(0)), nn.PSN(5, rngs=nnx.Rngs(0))
+    groups = {p[-1]: g for p, g in nnx.to_flat_state(training.parameter_groups(nn.Sequential(*layers)))}
+    assert groups == dict(raw_delay="neuron", kernel="weight", bias="bias", threshold="neuron", weight="weight")
+
 
 def moved(transform):
     """Which parameters a step with gradients of zero, or one, moves."""
