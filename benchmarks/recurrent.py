@@ -1,6 +1,6 @@
 """How long does a recurrent layer take, beside `lax.scan` and beside cuDNN's recurrent networks?
 
-    python benchmarks/recurrent.py                on a GPU; 3 minutes on an H100; rows go to results/recurrent.jsonl
+    python benchmarks/recurrent.py --jobs 8       on a GPU; rows go to results/recurrent.jsonl
 
 One layer s[t] = LIF(x[t] + s[t-1] @ W), forward and backward, with the gradients of x and W, in bfloat16, W rounded to bfloat16:
 "triton" is the fused kernel, "scan" `jax.lax.scan`, "unroll=8" the same loop written by hand with eight steps in an iteration.
@@ -9,6 +9,7 @@ what a vendor's library needs for a layer of this size. `ms` is device time: of 
 CUDA graph. `precision`: how the weight is multiplied. `peak_mb` is the memory that forward and backward hold, with x and d_out.
 """
 
+import itertools
 from functools import partial
 
 import jax
@@ -20,6 +21,7 @@ from with_jax import bf16, compiled, device_ms, f32, repeated
 import snnfuse as sf
 
 SHAPES = [(256, 256, 128), (256, 256, 256), (1000, 64, 128), (250, 256, 512), (250, 256, 1024), (250, 64, 1024)]
+SETS = 3
 NEURONS = {
     "LIF": (sf.LIF(), sf.LIFParams(0.9, 1.0)),
     "adaptive LIF": (sf.AdaptiveLIF(), sf.AdaptiveLIFParams(0.9, 0.95, 0.2, 1.0)),
@@ -28,6 +30,7 @@ NEURONS = {
 
 @question("recurrent")
 def recurrent(args):
+    job = itertools.count()
     for T, B, H in [(8, 4, 32)] if args.tiny else SHAPES:
         key = dict(T=T, B=B, size=H)
         ways = [("scan", "bfloat16"), ("unroll=8", "bfloat16")]
@@ -41,14 +44,15 @@ def recurrent(args):
         for name in NEURONS:
             for way, precision in ways if name == "LIF" else ways[:1]:
                 named = dict(case=name, implementation=way, dtype="bfloat16", note=precision)
-                yield Case(named | key, measure, (name, way, precision, T, B, H))
+                process = f"job {next(job) % args.jobs}" if args.jobs > 1 else ""
+                yield Case(named | key, measure, (name, way, precision, T, B, H), process)
         if not args.tiny:
             for kind, dtype in (("RNN", "float16"), ("RNN", "tf32"), ("LSTM", "float16")):
                 named = dict(case=f"cuDNN {kind}", library="torch", dtype=dtype)
                 yield Case(named | key, cudnn, (kind, dtype, T, B, H), "torch")
 
 
-def inputs(T, B, H, seed=0):
+def inputs(T, B, H, seed):
     keys = jax.random.split(jax.random.key(seed), 3)
     most = min(256, int(512 / H**0.5))
     x = (0.5 * jax.random.normal(keys[0], (T, B, H)) + 0.15).astype(bf16)
@@ -83,21 +87,29 @@ def measure(name, way, precision, T, B, H):
         out, vjp = jax.vjp(partial(layer, name, way, precision), x, weight)
         return out, vjp(d_out)
 
-    sets = [inputs(T, B, H, seed) for seed in range(3)]
-    program, row = compiled(jax.jit(both), *sets[0])
-    out, (d_x, d_weight) = program(*sets[0])
-    want, (want_x, want_weight) = jax.jit(partial(reference, name, precision))(*sets[0])
-    error = lambda a, b: float(jnp.abs((a - b).astype(f32)).max() / jnp.abs(b.astype(f32)).max())
-    ms, *quartiles = device_ms(repeated(both, sets), sets)
-    forward = repeated(lambda x, weight, _: layer(name, way, precision, x, weight), sets)
-    return row | dict(
-        ms=ms,
-        quartiles=quartiles,
-        forward_ms=device_ms(forward, sets)[0],
-        us_per_step=1e3 * ms / T,
-        firing_rate=float(out.astype(f32).mean()),
-        flips=int((out != want).sum()),
-        gradient_error=max(error(d_x, want_x), error(d_weight, want_weight)),
+    drawn = jax.jit(partial(inputs, T, B, H))
+    shapes = jax.eval_shape(drawn, 0)
+    program, row = compiled(jax.jit(both), *shapes)
+    wanted, _ = compiled(jax.jit(partial(reference, name, precision)), *shapes)
+    forward = lambda x, weight, _: layer(name, way, precision, x, weight)
+    timed = [repeated(f, [shapes] * SETS) for f in (both, forward)]
+    results = jax.eval_shape(both, *shapes)
+    agree, _ = compiled(jax.jit(agreement), results, results)
+    drawn = drawn.lower(0).compile()
+    yield
+    sets = [drawn(seed) for seed in range(SETS)]
+    row |= {key: value.item() for key, value in agree(program(*sets[0]), wanted(*sets[0])).items()}
+    (ms, *quartiles), (forward_ms, *_) = (device_ms(program, sets) for program in timed)
+    yield row | dict(ms=ms, quartiles=quartiles, forward_ms=forward_ms, us_per_step=1e3 * ms / T)
+
+
+def agreement(found, wanted):
+    (out, gradients), (want, want_gradients) = found, wanted
+    error = lambda a, b: jnp.abs((a - b).astype(f32)).max() / jnp.abs(b.astype(f32)).max()
+    return dict(
+        firing_rate=out.mean(dtype=f32),
+        flips=(out != want).sum(),
+        gradient_error=jnp.maximum(*map(error, gradients, want_gradients)),
     )
 
 
@@ -120,6 +132,9 @@ def cudnn(kind, dtype, T, B, H):
         x.grad = None
         rnn(x)[0].backward(d_out)
 
+    run()
+    torch.cuda.synchronize()
+    yield
     times = []
     for _ in range(12):
         start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
@@ -130,7 +145,7 @@ def cudnn(kind, dtype, T, B, H):
         torch.cuda.synchronize()
         times.append(start.elapsed_time(end) / 3)
     ms, low, high = (float(np.quantile(times[5:], q)) for q in (0.5, 0.25, 0.75))
-    return dict(ms=ms, quartiles=(low, high))
+    yield dict(ms=ms, quartiles=(low, high))
 
 
 if __name__ == "__main__":
