@@ -1,15 +1,15 @@
-"""Draws the README's figure from the rows in results/: python benchmarks/figures.py [--check]
+"""Draws the figures from the rows in results/: python benchmarks/figures.py [--check]
 
-The figure's file stores which rows it shows, so `--check` can tell if they have changed.
+A figure's file stores which rows it shows, so `--check` can tell if they have changed.
 """
 
 import hashlib
 import json
 import sys
 
+from choices import cells
 from runner import RESULTS, rows
 
-FIGURE = RESULTS / "figures.png"
 OURS, SCAN, OTHER = "#2a6f97", "#bb4430", "#8d99ae"
 NAMES = {"pallas": "fused", "scan": "lax.scan", "relu": "ReLU for neurons"}
 BOTH = (("scan", SCAN), ("pallas", OURS))
@@ -23,17 +23,21 @@ def shown_rows():
     return core, [row for row in steps if row["device"] in baseline]  # all bars are of one GPU
 
 
-def fingerprint():
-    return hashlib.sha256(json.dumps(shown_rows(), sort_keys=True).encode()).hexdigest()[:16]
+def fingerprint(shown):
+    return hashlib.sha256(json.dumps(shown, sort_keys=True).encode()).hexdigest()[:16]
 
 
-def draw(path=FIGURE):
+def pyplot():
     import matplotlib
 
     matplotlib.use("Agg")
     from matplotlib import pyplot as plt
 
-    lif, steps = shown_rows()
+    return plt
+
+
+def layers_and_resnet():
+    plt, (lif, steps) = pyplot(), shown_rows()
     plt.rcParams |= {"axes.spines.top": False, "axes.spines.right": False, "font.size": 9}
     figure, ((over_T, over_lanes), below) = plt.subplots(2, 2, figsize=(10, 7), layout="constrained")
     for name, colour in BOTH:
@@ -64,22 +68,65 @@ def draw(path=FIGURE):
     below[0].set_title("Spiking-ResNet-18, T = 32, 100 x 3 x 28 x 28, bfloat16", loc="left")
     once = lambda key: ", ".join(sorted({row[key] for row in [*lif, *steps]}))
     figure.suptitle(f"{once('device')}, JAX {once('jax')}, {once('date')}", x=0.01, ha="left", fontsize=8)
-    figure.savefig(path, dpi=110, metadata={"Description": fingerprint()})
+    return figure
+
+
+def choice():
+    """A map for each neuron and dtype: the time of None's choice over that of the fastest, whose first letter it shows if they differ."""
+    plt = pyplot()
+    found = cells()
+    steps, lanes = (sorted({getattr(cell, name) for cell in found}) for name in ("T", "M"))
+    names, dtypes = (list(dict.fromkeys(getattr(cell, name) for cell in found)) for name in ("case", "dtype"))
+    figure, grid = plt.subplots(
+        len(dtypes),
+        len(names),
+        figsize=(3.2 * len(names), 6.5),
+        layout="constrained",
+        squeeze=False,
+        sharex=True,
+        sharey=True,
+    )
+    for dtype, line in zip(dtypes, grid, strict=True):
+        for name, ax in zip(names, line, strict=True):
+            over = [[float("nan")] * len(lanes) for _ in steps]
+            for cell in found:
+                if (cell.case, cell.dtype) == (name, dtype):
+                    at = lanes.index(cell.M), steps.index(cell.T)
+                    over[at[1]][at[0]] = cell.over
+                    if cell.over > 1.05:
+                        ax.text(*at, cell.fastest[0], ha="center", va="center", fontsize=8)
+            image = ax.imshow(over, aspect="auto", origin="lower", cmap="Oranges", vmin=1, vmax=1.5)
+            ax.set_title(f"{name}, {dtype}", loc="left", fontsize=9)
+            ax.set_yticks(range(len(steps)), steps)
+            ax.set_xticks(range(len(lanes)), [_power(m) for m in lanes], rotation=90)
+    figure.supxlabel("lanes")
+    figure.supylabel("time steps T")
+    figure.colorbar(image, ax=grid, label="time of None's choice over that of the fastest implementation")
+    return figure
+
+
+def _power(m):
+    extra = m - 2 ** (m.bit_length() - 1)
+    return f"$2^{{{m.bit_length() - 1}}}{f'+{extra}' if extra else ''}$"
+
+
+FIGURES = {"figures.png": (shown_rows, layers_and_resnet), "choice.png": (cells, choice)}  # file: (what it shows, how)
 
 
 def main(argv):
     if "--help" in argv:
         print(__doc__)
-    elif "--check" in argv:
+        return
+    for name, (shown, draw) in FIGURES.items():
+        path, mark = RESULTS / name, fingerprint(shown())
+        if "--check" not in argv:
+            draw().savefig(path, dpi=110, metadata={"Description": mark})
+            continue
         from PIL import Image
 
-        with Image.open(FIGURE) as image:
-            if image.text.get("Description") != fingerprint():
-                sys.exit(
-                    f"{FIGURE.name} does not show the rows in benchmarks/results: run python benchmarks/figures.py"
-                )
-    else:
-        draw()
+        with Image.open(path) as image:
+            if image.text.get("Description") != mark:
+                sys.exit(f"{name} does not show the rows in benchmarks/results: run python benchmarks/figures.py")
 
 
 if __name__ == "__main__":

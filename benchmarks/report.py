@@ -9,6 +9,8 @@ It fails if a row has failed and `EXPECTED` does not list it.
 import collections
 import sys
 
+from choices import cells
+from neurons import PAPERS
 from runner import HERE, RESULTS, rows
 
 from snnfuse.parallel.plan import LayerCost, predict
@@ -34,9 +36,11 @@ KINDS = {
     "relu": "ReLU for neurons",
 }
 COLUMNS = {  # of each table: head={format of a row's fields}
-    "core": "neuron={case}; T={T}; lanes={lanes}; dtype={dtype}; `lax.scan` ms={scan:.2f}; fused ms={ms:.3f}; "
+    "core": "neuron={case}; T={T}; lanes={lanes}; dtype={dtype}; by={by}; `lax.scan` ms={scan:.2f}; fused ms={ms:.3f}; "
     "speed-up={over_scan:.1f}x; share of the copy rate={of_copy_rate:.2f}; memory of scan={units:.1f}; "
-    "fused={peak_units:.2f}",
+    "fused={peak_units:.2f}; GPU={gpu}",
+    "papers": "neuron={case}; dtype={dtype}; `lax.scan` ms={scan:.2f}; fused ms={ms:.3f}; speed-up={over_scan:.1f}x; "
+    "share of the copy rate={of_copy_rate:.2f}; memory of scan={units:.1f}; fused={peak_units:.2f}; firing rate={firing_rate:.2f}",
     "flips": "input={case}; implementation=`{implementation}`; spikes compared={slots:,}; that differ={differ}",
     "resnet": "network={case}; input={B} x 3 x {size} x {size}; precision={dtype}; neurons={kind}; memory option={kept}; "
     "ms per step={ms:.2f}; speed-up={over:.1f}x; peak MB={peak_mb:.0f}; s to compile={compile_s:.0f}; GPU={gpu}",
@@ -49,10 +53,12 @@ COLUMNS = {  # of each table: head={format of a row's fields}
     "us per step={us_per_step:.3g}; peak MB={peak_mb:.0f}; GPU={gpu}",
     "loader": "case={case}; workers={workers}; on the device, ms={resident_ms:.2f}; fed by the loader, ms={fed_ms:.2f}; "
     "ratio={fed_over_resident:.3f}",
+    "choice": "neuron={case}; dtype={dtype}; cells={cells}; within 5 %={near}; above 50 us, within 5 %={large}; slowest choice={worst}",
     "contract": "implementation={implementation}; tests=`{tests}`; passed={passed}; failed={failed}; commit={commit}",
 }
 
 
+card = lambda r: r["device"].split()[1]  # H100 or H200: ratios compare equal cards
 digits = lambda ms: f"{ms:#.3g}".rstrip(".")
 power = lambda n: f"2^{n.bit_length() - 1}" if n & (n - 1) == 0 else str(n)
 # A row of PyTorch has the field "graph" if no CUDA graph could be captured. Then calls are compared.
@@ -104,14 +110,26 @@ def _cell(text, row):
         return ""
 
 
-def core():
-    key = lambda r: (r["case"], r["T"], r["M"], r["dtype"])
+def fused_layers():
+    """The rows of fused layers, each with the time and the memory of scan on the same GPU."""
+    key = lambda r: (r["case"], r["T"], r["M"], r["dtype"], card(r))
     layers = [r for r in rows("core") if "ms" in r]
     scans = {key(r): r for r in layers if r["implementation"] == "scan"}
     scan = lambda r: dict(scan=scans[key(r)]["ms"], units=scans[key(r)]["peak_units"], lanes=power(r["M"]))
-    copy = next(r["bytes_per_s"] for r in rows("core") if r["case"] == "copy")
-    fused = [r | scan(r) for r in layers if r["implementation"] == "pallas"]
-    return f"The copy rate was {copy / 1e12:.2f} TB/s.\n\n{table('core', fused)}"
+    named = lambda r: dict(gpu=card(r), by=r["implementation"])
+    fused = [r | scan(r) | named(r) for r in layers if r["implementation"] in ("pallas", "triton") and key(r) in scans]
+    return sorted(fused, key=lambda r: (card(r), r["by"]))
+
+
+def core():
+    copies = [r for r in rows("core") if r["case"] == "copy"]
+    copy = " and ".join(f"{r['bytes_per_s'] / 1e12:.2f} TB/s on an {card(r)}" for r in copies)
+    return f"The copy rate was {copy}.\n\n{table('core', [r for r in fused_layers() if r['case'] not in PAPERS])}"
+
+
+def papers():
+    found = [r for r in fused_layers() if r["case"] in PAPERS]
+    return table("core", sorted(found, key=lambda r: (r["dtype"], PAPERS.index(r["case"]))), COLUMNS["papers"])
 
 
 def compile_time():
@@ -129,7 +147,7 @@ def resnet():
     found = sorted(rows("resnet"), key=key)
     scans = {key(r): r["ms"] for r in found if r["implementation"] == "scan"}
     faster = lambda r: dict(over=scans[key(r)] / r["ms"]) if r["implementation"] == "pallas" and key(r) in scans else {}
-    named = lambda r: dict(kind=KINDS[r["implementation"]], kept=r["memory"] or "", gpu=r["device"].split()[1])
+    named = lambda r: dict(kind=KINDS[r["implementation"]], kept=r["memory"] or "", gpu=card(r))
     return table("resnet", [r | faster(r) | named(r) for r in found])
 
 
@@ -196,7 +214,6 @@ def predicted(r):
 def multi_gpu():
     steps = [r for r in rows("multi_gpu") if "mesh" in r]
     steps.sort(key=lambda r: (r["case"], "time" in r["mesh"], r["T"], r["devices"]))
-    card = lambda r: r["device"].split()[1]  # H100 or H200: ratios compare equal cards
     ones = {(r["case"], r["T"], r["B"], card(r)): r for r in steps if r["devices"] == 1 and r["status"] == "ok"}
     found = []
     for r in steps:
@@ -246,15 +263,33 @@ def gains():
     return "\n".join(f"| {' | '.join(line)} |" for line in lines)
 
 
+LAUNCHED = 0.05  # ms; below that, launching the kernels takes much of the time, and it varies
+
+
+def choice():
+    found = []
+    for case, dtype in dict.fromkeys((cell.case, cell.dtype) for cell in cells()):
+        mine = [cell for cell in cells() if (cell.case, cell.dtype) == (case, dtype)]
+        long = [cell for cell in mine if min(cell.ms.values()) >= LAUNCHED]
+        near = lambda some: f"{sum(cell.over <= 1.05 for cell in some)} of {len(some)}"
+        worst = max(long, key=lambda cell: cell.over)
+        says = f"{worst.over:.2f}: {worst.chosen}, not {worst.fastest}, at T = {worst.T}, {power(worst.M)} lanes"
+        found.append(dict(case=case, dtype=dtype, cells=len(mine), near=near(mine), large=near(long), worst=says))
+    body, _ = table("choice", found).split("\n\n")
+    return f"{body}\n\n{where('choice', rows('choice'))}"
+
+
 def recurrent():
     way = lambda r: r.get("implementation", "PyTorch").replace("triton", "fused").replace("scan", "`lax.scan`")
-    named = lambda r: dict(how=way(r), exact=r.get("note", r["dtype"]), gpu=r["device"].split()[1])
+    named = lambda r: dict(how=way(r), exact=r.get("note", r["dtype"]), gpu=card(r))
     found = [r | named(r) for r in rows("recurrent")]
     return table("recurrent", sorted(found, key=lambda r: (-r["B"], r["size"], r["ms"])))
 
 
 TABLES = {file: lambda file=file: table(file, rows(file)) for file in ("flips", "accuracy", "loader", "contract")}
-TABLES |= {make.__name__: make for make in (core, compile_time, recurrent, resnet, largest_T, peers, multi_gpu)}
+TABLES |= {
+    make.__name__: make for make in (core, papers, compile_time, choice, recurrent, resnet, largest_T, peers, multi_gpu)
+}
 FILES = {HERE / "README.md": TABLES, HERE.parent / "README.md": dict(gains=gains)}
 
 

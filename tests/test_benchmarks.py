@@ -64,7 +64,7 @@ def test_every_question_is_tried_and_every_results_file_has_a_writer():
     assert set(SMOKE) | {"accuracy"} == QUESTIONS  # test_paper.py runs "accuracy"
     assert {path.stem for path in runner.RESULTS.glob("*.jsonl")} == QUESTIONS
     pictures = {path.name for path in runner.RESULTS.glob("*.png")}
-    assert pictures == {figures.FIGURE.name}
+    assert pictures == set(figures.FIGURES)
 
 
 def test_every_command_has_help():
@@ -134,7 +134,7 @@ def test_no_two_rows_of_a_commit_have_the_same_name(name):
     assert len(set(names)) == len(names)
 
 
-def test_the_tables_and_the_figure_are_those_of_the_rows():
+def test_the_tables_and_the_figures_are_those_of_the_rows():
     report.main(["--check"])
     figures.main(["--check"])
 

@@ -30,9 +30,8 @@ def unroll(
       implementation: "pallas" (one fused GPU kernel forward, one backward, by Pallas through Triton), "mosaic" (the same
         through Mosaic GPU, for compute capability 9.0 and later), "triton" (the same, as Triton source called through
         jax-triton), "scan" (`jax.lax.scan`, the baseline), "interpret" (the "pallas" kernels in the interpreter of
-        Pallas). A named one runs or raises. None picks "scan" for a single step, and
-        otherwise the first of "triton", "pallas", "mosaic", "scan" that can run (up to 8 steps "pallas" comes first);
-        `snnfuse.explain` says which, and why.
+        Pallas). A named one runs or raises. None picks "scan" for a single step, and otherwise the first of "pallas",
+        "triton", "mosaic" and "scan" that can run; `snnfuse.explain` says which, and why.
       out_dtype: the dtype of the outputs, one for all or a tree like the outputs. None means that of xs (float32 if its
         leaves differ). Outputs in an integer dtype or bool carry no gradient.
       reuse_cotangents: "pallas" and "triton" may write the gradient of an input into the buffer of an output's cotangent, if the two

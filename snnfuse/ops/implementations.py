@@ -45,10 +45,11 @@ NAMES = tuple(_TABLE)
 def preference(problem: Problem) -> tuple[str, ...]:
     """The implementations that `implementation=None` tries, in this order.
 
-    A single step is one elementwise function: XLA fuses it with its neighbours, and a kernel would prevent that. Later versions of
-    JAX will drop the lowering that "pallas" needs; then "triton" is next. A ResNet-18 (T = 32) takes the same time and memory with
-    both; at T = 4 a LIF layer is slower with "triton". "mosaic" is slower: LIF, T = 32, M = 2^20 reaches 0.87 of the copy rate in
-    float32 where "pallas" reaches 0.93, and 0.82 in bfloat16 where "pallas" reaches 0.84.
+    A single step is one elementwise function: XLA fuses it with its neighbours, and a kernel would prevent that. From two steps on
+    "pallas" is the fastest wherever a layer takes 50 us or more (benchmarks/results/choice.jsonl and choice.png); "triton" takes up
+    to 7 % longer there, and up to twice as long on small layers, because XLA starts kernels of its own faster than those of
+    jax-triton. Later versions of JAX will drop the lowering that "pallas" needs; then "triton" is next. A ResNet-18 (T = 32) takes
+    the same time and memory with both. "mosaic" is slower with gradients of parameters and with numbers of lanes that are odd.
     """
     return ("scan",) if problem.T == 1 else ("pallas", "triton", "mosaic", "scan")
 
