@@ -214,9 +214,10 @@ def layer(name, T, M, dtype, implementation, tiny):
     calls = [((learned, xs), cotangent) for xs, cotangent in map(draw, range(count))]
     got = program(*calls[0])
     ms, *quartiles = device_ms(programs[0], calls)
-    row |= dict(ms=ms, quartiles=quartiles, call_ms=time_ms(program, *calls[0])[0])
+    brief = dict(repeats=3, seconds=0.02)
+    row |= dict(ms=ms, quartiles=quartiles, call_ms=time_ms(program, *calls[0], **brief)[0])
+    row |= dict(forward_ms=device_ms(programs[1], calls, **brief)[0])
     del row["compile_s"]  # with --jobs others compiled beside it
-    row |= dict(forward_ms=device_ms(programs[1], calls)[0])
     nbytes = got[0].nbytes
     row |= dict(of_copy_rate=5 * nbytes / rate(tiny) / (ms * 1e-3), peak_units=row.pop("peak_mb") * 1e6 / nbytes)
     row |= dict(firing_rate=float(jnp.mean(got[0].astype(f32))))

@@ -33,6 +33,7 @@ from snnfuse import models, nn, parallel
     devices=("1,2,4,8", "numbers of devices; those that do not exist are left out"),
     T=("32,512,4096", "time steps, for time over devices"),
     processes=(0, "so many processes, each with one device"),
+    note=("", "what is special about this run, such as XLA_FLAGS; part of the rows' names"),
 )
 def multi_gpu(args):
     if args.processes and "SNNFUSE_PROCESS" not in os.environ:
@@ -55,7 +56,7 @@ def each_in_a_process(count):
 
 
 def jax_cases(args):
-    same = dict(processes=args.processes) if args.processes else {}
+    same = (dict(processes=args.processes) if args.processes else {}) | (dict(note=args.note) if args.note else {})
     for n in [n for n in split(args.devices, int) if n <= jax.device_count()]:
         for size in ((2**10, 2**16) if args.tiny else (2**10, 2**16, 2**20, 2**24, 2**28)) if n > 1 else ():
             for kind in ("all-reduce", "hand-over"):

@@ -213,16 +213,17 @@ def predicted(r):
 
 def multi_gpu():
     steps = [r for r in rows("multi_gpu") if "mesh" in r]
-    steps.sort(key=lambda r: (r["case"], "time" in r["mesh"], r["T"], r["devices"]))
-    ones = {(r["case"], r["T"], r["B"], card(r)): r for r in steps if r["devices"] == 1 and r["status"] == "ok"}
+    steps.sort(key=lambda r: (r["case"], "time" in r["mesh"], r["T"], r["devices"], r.get("note", "")))
+    setting = lambda r: (r["case"], r["T"], card(r), r.get("note"))
+    ones = {(*setting(r), r["B"]): r for r in steps if r["devices"] == 1 and r["status"] == "ok"}
     found = []
     for r in steps:
         how = [r["case"], r["dtype"], card(r), "a process per device" if r.get("processes") else ""]
-        how += [f"sums in {r['sums']}" if r.get("sums") else ""]
+        how += [f"sums in {r['sums']}" if r.get("sums") else "", r.get("note", "")]
         row = dict(how=", ".join(filter(None, how)), over="-", predicted=predicted(r))
         row |= dict(on=",".join(f"{axis}={n}" for axis, n in r["mesh"].items()))
         if r["status"] == "ok":
-            same, part = (ones.get((r["case"], r["T"], B, card(r))) for B in (r["B"], r["B"] // r["devices"]))
+            same, part = (ones.get((*setting(r), B)) for B in (r["B"], r["B"] // r["devices"]))
             over = [f"{same['ms'] / r['ms']:.2f}x"] if same else []
             over += [f"weak {r['samples_per_s'] / part['samples_per_s']:.2f}x"] if part else []
             row |= dict(took=digits(r["ms"]), over=", ".join(over) if r["devices"] > 1 and over else "-")

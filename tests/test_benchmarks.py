@@ -97,6 +97,25 @@ def test_a_failure_is_a_row_also_of_a_process_that_died(tmp_path, capsys):
     assert "the process died" in run.row(runner.Case(dict(case="c"), ends, process="fresh"))["status"]
 
 
+@pytest.mark.parametrize("fault", [None, "compile", "time"])
+def test_a_case_compiles_first_and_is_timed_later(fault):
+    done = []
+
+    def measure(M):
+        for part in ("compile", "time"):
+            if part == fault:
+                raise ValueError(f"planted in {part}")
+            done.append(part)
+            yield dict(M=M)
+
+    halves = runner.in_halves(measure, (4,))
+    next(halves)
+    assert done == ([] if fault == "compile" else ["compile"])
+    row = next(halves)
+    assert row["status"] == (f"ValueError: planted in {fault}" if fault else "ok") and "device" in row
+    assert row.get("M") == (None if fault else 4)
+
+
 def test_a_question_without_a_gpu_needs_tiny(capsys, monkeypatch):
     monkeypatch.setattr(runner.shutil, "which", lambda name: None)
     with pytest.raises(SystemExit):
