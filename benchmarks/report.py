@@ -54,6 +54,11 @@ COLUMNS = {  # of each table: head={format of a row's fields}
     "loader": "case={case}; workers={workers}; on the device, ms={resident_ms:.2f}; fed by the loader, ms={fed_ms:.2f}; "
     "ratio={fed_over_resident:.3f}",
     "choice": "neuron={case}; dtype={dtype}; cells={cells}; within 5 %={near}; above 50 us, within 5 %={large}; slowest choice={worst}",
+    "networks": "network={case}; batch={batch}; called by or neurons={way}; precision={dtype}; ms={ms:.2f}; GPU busy={busy_ms:.2f}; "
+    "ms / busy={wall_over_busy:.2f}; images/s={samples_per_s:,.0f}; peak MB={peak_mb:.0f}; SpikingJelly / this={gain}; GPU={gpu}",
+    "small_networks": "network={case}; T={T}; batch={B}; called by={way}; steps in a call={steps}; us per step={us:.0f}; "
+    "samples/s={samples_per_s:,.0f}; over nnx.jit={gain}; GPU={gpu}",
+    "host": "called by={implementation}; ms until a call returns={call_ms:.2f}; over flat={over:.2f}; machine={where}",
     "contract": "implementation={implementation}; tests=`{tests}`; passed={passed}; failed={failed}; commit={commit}",
 }
 
@@ -267,6 +272,51 @@ def gains():
 LAUNCHED = 0.05  # ms; below that, launching the kernels takes much of the time, and it varies
 
 
+WAYS = {"scan": "`lax.scan`", "relu": "ReLU for neurons", "spikingjelly": "SpikingJelly"}
+WAYS |= {"spikingjelly channels_last": "SpikingJelly, channels last"}
+
+
+def networks():
+    """The networks at T = 4. The gain is over the fastest way of SpikingJelly on the same GPU."""
+    found, order = [r for r in rows("step_calls") if "size" in r], ["compiled_step", "nnx.jit", *WAYS]
+    network = lambda r: (card(r), r["case"])
+    theirs = {}
+    for r in found:
+        if r["implementation"].startswith("spikingjelly"):
+            theirs[network(r)] = min(r["ms"], theirs.get(network(r), r["ms"]))
+    gain = lambda r: f"{theirs[network(r)] / r['ms']:.1f}x" if network(r) in theirs else ""
+    named = lambda r: dict(way=WAYS.get(r["implementation"], f"`{r['implementation']}`"), gpu=card(r), gain=gain(r))
+    found.sort(key=lambda r: (*network(r), order.index(r["implementation"])))
+    size = lambda r: dict(batch=f"{r['B']} x 3 x {r['size']} x {r['size']}")
+    return table("step_calls", [r | named(r) | size(r) for r in found], COLUMNS["networks"])
+
+
+def small_networks():
+    found = [r for r in rows("step_calls") if "steps" in r]
+    before = {(card(r), r["case"]): r["samples_per_s"] for r in found if r["implementation"] == "nnx.jit"}
+    made = []
+    for r in sorted(found, key=lambda r: (r["case"], card(r))):
+        gain = f"{r['samples_per_s'] / before[card(r), r['case']]:.1f}x" if (card(r), r["case"]) in before else ""
+        way = (
+            "`scan`, `DeviceData`"
+            if r["implementation"] == "DeviceData"
+            else "`scan`"
+            if r["steps"] > 1
+            else f"`{r['implementation']}`"
+        )
+        made.append(r | dict(way=way, us=1e3 * r["ms"] / r["steps"], gain=gain, gpu=card(r)))
+    return table("step_calls", made, COLUMNS["small_networks"])
+
+
+def host():
+    found = [r for r in rows("step_calls") if r["case"] == "host"]
+    flat = {r["device"]: r["call_ms"] for r in found if r["implementation"] == "flat"}
+    where = lambda r: "a CPU alone" if r["device"] == "cpu" else f"with an {card(r)}"
+    return table(
+        "step_calls", [r | dict(over=r["call_ms"] / flat[r["device"]], where=where(r)) for r in found], COLUMNS["host"]
+    )
+
+
 def choice():
     found = []
     for case, dtype in dict.fromkeys((cell.case, cell.dtype) for cell in cells()):
@@ -289,7 +339,21 @@ def recurrent():
 
 TABLES = {file: lambda file=file: table(file, rows(file)) for file in ("flips", "accuracy", "loader", "contract")}
 TABLES |= {
-    make.__name__: make for make in (core, papers, compile_time, choice, recurrent, resnet, largest_T, peers, multi_gpu)
+    make.__name__: make
+    for make in (
+        core,
+        papers,
+        compile_time,
+        choice,
+        recurrent,
+        resnet,
+        networks,
+        small_networks,
+        host,
+        largest_T,
+        peers,
+        multi_gpu,
+    )
 }
 FILES = {HERE / "README.md": TABLES, HERE.parent / "README.md": dict(gains=gains)}
 
