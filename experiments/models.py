@@ -269,16 +269,22 @@ class Resnet(Network):
     depth: int = 18
     connect: str = "sum"
     stem: str = "imagenet"
+    drop_path: float = 0.0
+    """rate at which the last block drops its spikes for a whole sample; with --model.connect add"""
 
     def __post_init__(self):
         super().__post_init__()
         _check(self, depth=DEPTHS, connect=("sum", *CONNECTIONS), stem=STEMS)
+        _check_drop_path(self)
+        if self.drop_path and self.connect != "add":
+            raise ValueError(f"--model.drop_path needs --model.connect add; got {self.connect!r}")
 
     def build(self, shape: tuple[int, ...], classes: int, rngs: nnx.Rngs) -> nn.Sequential:
         make, options = models.spiking_resnet, self.options
         if self.connect != "sum":
             make, options = models.sew_resnet, options | {"connect": self.connect}
-        return make(self.depth, shape[-1], classes, stem=self.stem, rngs=rngs, **options)
+        options |= {"stem": self.stem, "drop_path": self.drop_path}
+        return make(self.depth, shape[-1], classes, rngs=rngs, **options)
 
 
 @dataclass(frozen=True)
@@ -310,16 +316,24 @@ class Spikformer(Network):
     heads: int = 12
     patch: int = 4
     """side of a token, in pixels"""
+    drop_path: float = 0.0
+    """rate at which the last encoder block drops its spikes for a whole sample"""
 
     def __post_init__(self):
         super().__post_init__()
+        _check_drop_path(self)
         _check(self, patch=PATCHES)
         if self.width % 8 or self.width % self.heads:
             raise ValueError(f"--model.width must be a multiple of 8 and of --model.heads; got {self.width}")
 
     def build(self, shape: tuple[int, ...], classes: int, rngs: nnx.Rngs) -> nn.Sequential:
-        options = {name: getattr(self, name) for name in ("depth", "width", "heads", "patch")}
+        options = {name: getattr(self, name) for name in ("depth", "width", "heads", "patch", "drop_path")}
         return models.spikformer(shape[-1], classes, rngs=rngs, **options, **self.options)
+
+
+def _check_drop_path(model):
+    if not 0 <= model.drop_path < 1:
+        raise ValueError(f"--model.drop_path must be in [0, 1); got {model.drop_path}")
 
 
 def _check(model, **known):

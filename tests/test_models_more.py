@@ -56,6 +56,16 @@ def test_shapes_of_vgg_and_spikformer(memory, policy):
         assert shape_of(make, 3, 2, 16, 33, 2) == ((3, 2, 10), jnp.float32)
 
 
+def test_drop_path_rises_over_the_blocks():
+    sew = partial(models.sew_resnet, 18, 3, 10, stem="cifar", drop_path=0.7)
+    spikformer = partial(models.spikformer, 3, 10, depth=2, width=16, heads=2, drop_path=0.7, memory="lean")
+    for make, want in ((sew, [0.1 * i for i in range(1, 8)]), (spikformer, [0.7, 0.7])):
+        model = nnx.eval_shape(lambda make=make: make(rngs=nnx.Rngs(0)))
+        rates = [module.rate for _, module in nnx.iter_modules(model) if isinstance(module, nnx.Dropout)]
+        np.testing.assert_allclose(sorted(rates), want)
+        assert shape_of(make, 2, 3, 8, 8, 3) == ((2, 3, 10), jnp.float32)
+
+
 @pytest.fixture
 def narrow(monkeypatch):
     """Make the networks a quarter as wide, and a ResNet of one block a stage; `test_shapes_of_resnets` builds all blocks."""
@@ -225,6 +235,12 @@ make_spikformer = partial(models.spikformer, 2, 4, depth=1, width=16, heads=2, r
             ValueError,
             "the hidden layer of a ResNet-19 has no name",
         ),
+        (
+            lambda: models.spiking_resnet(18, 3, 10, drop_path=0.1, rngs=nnx.Rngs(0)),
+            ValueError,
+            "drop_path goes with connect='add'; got connect='sum'",
+        ),
+        (lambda: make_spikformer(drop_path=1), ValueError, r"drop_path must be in \[0, 1\); got 1"),
         (lambda: make_vgg_13(rngs=nnx.Rngs(0)), ValueError, "depth must be one of 11, 16; got 13"),
         (lambda: models.spiking_resnet(18, 3, 10, stem="x", rngs=nnx.Rngs(0)), ValueError, "stem must be one of .*'x'"),
         (

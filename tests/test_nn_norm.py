@@ -45,17 +45,44 @@ def batch_norm(seed, **options):
     return norm
 
 
-def make(name, implementation="scan", dtype=jnp.float32, pack=False):
+def make(name, implementation="scan", dtype=jnp.float32, pack=False, **more):
     """(layer, xs, shortcut)"""
     options, shortcut, connect = LAYERS[name]
     lif = nn.LIF(decay=0.6, threshold=0.6, learn=("decay", "threshold"), shape=(N,), implementation=implementation)
     shortcut_norm = batch_norm(1) if shortcut == "normalised" else None
-    layer = nn.NormSpiking(lif, batch_norm(0, **options), shortcut_norm=shortcut_norm, connect=connect, pack=pack)
+    layer = nn.NormSpiking(
+        lif, batch_norm(0, **options), shortcut_norm=shortcut_norm, connect=connect, pack=pack, **more
+    )
     keys = jax.random.split(jax.random.key(7), 2)
     xs = (2 * jax.random.normal(keys[0], (T, B, H, N)) + 0.5).astype(dtype)
     r = jax.random.normal(keys[1], xs.shape)
     r = 0.5 * r if connect == "sum" else (r > 0).astype(jnp.float32)
     return layer, xs, None if shortcut is None else r.astype(dtype)
+
+
+@pytest.mark.parametrize("implementation", ["scan", "interpret"])
+def test_drop_path_drops_the_spikes_of_whole_samples(implementation):
+    """In training outs = gate spikes + shortcut, with a gate of 0 or 1 / (1 - rate) for each sample; later the gate is 1."""
+    layer, xs, shortcut = make("add", implementation)
+    dropping, *_ = make("add", implementation, drop_path=nnx.Dropout(0.25, rngs=nnx.Rngs(0)))
+    xs, shortcut = jnp.tile(xs, (1, 8, 1, 1)), jnp.tile(shortcut, (1, 8, 1, 1))
+
+    def run(layer):
+        graphdef, state = nnx.split(layer)
+        return jax.vjp(lambda xs, r: nnx.merge(graphdef, state, copy=True)(xs, None, r)[0], xs, shortcut)
+
+    (plain, plain_vjp), (outs, vjp) = run(layer), run(dropping)
+    gate = (outs - shortcut).max((0, 2, 3), keepdims=True)
+    assert_fires(plain - shortcut)
+    assert (
+        set(np.round(np.asarray(gate).ravel(), 4).tolist()) == {0, np.float32(1.3333)} and 12 <= (gate > 0).sum() < 24
+    )
+    np.testing.assert_allclose(outs, gate * (plain - shortcut) + shortcut, rtol=1e-6)
+    cotangents = jax.random.normal(jax.random.key(1), xs.shape)
+    d_xs, _ = plain_vjp(cotangents * gate)
+    assert_close(vjp(cotangents), (d_xs, cotangents), 1e-5)
+    dropping.drop_path.deterministic = True
+    np.testing.assert_array_equal(run(dropping)[0], plain)
 
 
 def unfused(layer, xs, state, shortcut):
@@ -488,6 +515,11 @@ image = jnp.ones((1, 4, 4, 1))
         (lambda: conv(1, 1, (3, 3), mask=ones), ValueError, r"mask .*kernel, \(3, 3, 1, 1\); got \(3, 2, 4\)"),
         (lambda: conv(1, 1, (3, 3), promote_dtype=None), TypeError, "unexpected keyword argument 'promote_dtype'"),
         (lambda: nn.max_pool(jnp.ones((1, 20, 20, 1)), window=16), ValueError, "max_pool: .*window <= 15.*window 16"),
+        (
+            lambda: norm_spiking(drop_path=nnx.Dropout(0.1, rngs=nnx.Rngs(0))),
+            ValueError,
+            "drop_path goes with connect='add'; got connect='sum'",
+        ),
         (lambda: norm_spiking(connect="or"), ValueError, "must be one of .*add, and, iand; got 'or'"),
         (
             lambda: norm_spiking(connect="add", shortcut_norm=nn.BatchNorm(4, rngs=nnx.Rngs(0))),

@@ -69,6 +69,27 @@ class Connect:
         return state, CONNECTIONS[self.how](s, shortcut)
 
 
+class GatedParams(NamedTuple):
+    """Parameters of `Gated`: those of the inner neuron, and a factor for its output."""
+
+    inner: PyTree
+    gate: Array
+
+
+@dataclass(frozen=True)
+class Gated:
+    """A neuron whose output is multiplied by a gate, the same at every step: out[t] = gate inner_out[t]."""
+
+    inner: Neuron
+
+    def init_state(self, shape):
+        return self.inner.init_state(shape)
+
+    def step(self, params, state, x):
+        state, s = self.inner.step(params.inner, state, x)
+        return state, params.gate * s
+
+
 @dataclass(frozen=True)
 class Twice:
     """The same neuron with its output returned twice, so that a kernel can store it as numbers and as bits."""

@@ -22,6 +22,13 @@ def check_option(name: str, value: Any, known: Sequence) -> None:
         raise ValueError(f"{name} must be one of {', '.join(map(str, known))}; got {value!r}")
 
 
+def rising(rate: float, blocks: int) -> list[float]:
+    """The rate of `drop_path` for each of a network's blocks: 0 for the first one, `rate` for the last one."""
+    if not 0 <= rate < 1:
+        raise ValueError(f"drop_path must be in [0, 1); got {rate}")
+    return [rate * i / max(1, blocks - 1) for i in range(blocks)]
+
+
 class Build:
     """Makes the layers and blocks of one network.
 
@@ -67,8 +74,9 @@ class Build:
     def _precision(self, policy):
         return dict(dtype=policy.dtype, precision=policy.lax, rngs=self.rngs)
 
-    def spiking(self, width: int, *, pack: bool = True, **options: Any) -> nn.NormSpiking:
+    def spiking(self, width: int, *, pack: bool = True, drop_path: float = 0.0, **options: Any) -> nn.NormSpiking:
         """Normalisation and neuron of `width` channels. It returns packed spikes if `pack`, unless memory is "fast"."""
+        options["drop_path"] = nnx.Dropout(drop_path, rngs=self.rngs) if drop_path else None
         return nn.NormSpiking(self.neuron(), self.norm(width), pack=pack and self.memory != "fast", **options)
 
     def packed(self) -> list[nn.PackSpikes]:

@@ -10,7 +10,7 @@ from snnfuse import nn
 from snnfuse.core.neuron import PyTree
 from snnfuse.core.reset import HardReset
 from snnfuse.core.surrogate import Rectangle
-from snnfuse.models.build import Build, check_option
+from snnfuse.models.build import Build, check_option, rising
 
 DEPTHS = {18: (2, 2, 2, 2), 19: (3, 3, 2), 34: (3, 4, 6, 3), 50: (3, 4, 6, 3)}
 WIDTHS = (64, 128, 256, 512)  # ResNet-19 has the last three
@@ -47,6 +47,7 @@ def spiking_resnet(
     connect: str = "sum",
     neuron: Callable[..., nn.Spiking] = paper_lif,
     stem: str = "imagenet",
+    drop_path: float = 0.0,
     policy: nn.PrecisionPolicy | str = "float32",
     memory: str = "packed",
     implementation: str | None = None,
@@ -61,6 +62,7 @@ def spiking_resnet(
         fusion paper (https://arxiv.org/abs/2408.00280). "add", "and" or "iand": see `sew_resnet`.
       neuron: makes a neuron, `neuron(implementation=...)`.
       stem: "imagenet", 7 x 7 of stride 2 and a max-pool, or "cifar", 3 x 3.
+      drop_path: the rate of `nn.NormSpiking`'s drop_path in the last block; it rises from 0 in the first one. With "add" only.
       policy, memory, implementation: see `snnfuse.models.build.Build`.
 
     ResNet-19 is the one of spiking networks on CIFAR: three stages of 128, 256 and 512 channels, and before the last layer a
@@ -78,12 +80,12 @@ def spiking_resnet(
         first = nn.Sequential(*build.layer(in_features, width, 7, stride=2, pack=False), nn.max_pool)
     else:
         first = nn.Sequential(*build.layer(in_features, width, 3, pack=False))
-    blocks = [first]
+    blocks, rates = [first], iter(rising(drop_path, sum(counts)))
     for stage, (count, middle) in enumerate(zip(counts, widths, strict=True)):
         for i in range(count):
             stride = 2 if stage and i == 0 else 1
             block = build.bottleneck if depth >= 50 else build.basic
-            blocks.append(block(width, middle, stride))
+            blocks.append(block(width, middle, stride, next(rates)))
             width = middle * (4 if depth >= 50 else 1)
     first, *others = map(build.block, blocks)
     hidden = []
@@ -115,15 +117,15 @@ class _Build(Build):
     def layer(self, features, width, size, *, stride=1, pack=True):
         return self.conv(features, width, size, stride=stride), self.spiking(width, pack=pack)
 
-    def basic(self, features, width, stride):
+    def basic(self, features, width, stride, drop_path):
         main = [*self.layer(features, width, 3, stride=stride), self.conv(width, width, 3)]
-        return self._block(main, features, width, stride)
+        return self._block(main, features, width, stride, drop_path)
 
-    def bottleneck(self, features, middle, stride):
+    def bottleneck(self, features, middle, stride, drop_path):
         main = [*self.layer(features, middle, 1), *self.layer(middle, middle, 3, stride=stride)]
-        return self._block([*main, self.conv(middle, 4 * middle, 1)], features, 4 * middle, stride)
+        return self._block([*main, self.conv(middle, 4 * middle, 1)], features, 4 * middle, stride, drop_path)
 
-    def _block(self, main, features, width, stride):
+    def _block(self, main, features, width, stride, drop_path):
         beside = shortcut_norm = None
         if stride != 1 or features != width:
             if self.connect == "sum":
@@ -132,5 +134,6 @@ class _Build(Build):
             else:
                 beside = nn.Sequential(*self.layer(features, width, 1, stride=stride, pack=False))
         # "add" makes sums, which are not bits
-        join = self.spiking(width, pack=self.connect != "add", shortcut_norm=shortcut_norm, connect=self.connect)
+        options = dict(shortcut_norm=shortcut_norm, connect=self.connect, drop_path=drop_path)
+        join = self.spiking(width, pack=self.connect != "add", **options)
         return Residual(nn.Sequential(*main), join, beside)

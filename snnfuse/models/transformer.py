@@ -11,7 +11,7 @@ from jax import Array
 from snnfuse import nn
 from snnfuse.core.reset import HardReset
 from snnfuse.core.surrogate import Sigmoid
-from snnfuse.models.build import Build, check_option
+from snnfuse.models.build import Build, check_option, rising
 from snnfuse.models.resnet import Residual
 
 PATCHES = (1, 2, 4, 8, 16)
@@ -62,6 +62,7 @@ def spikformer(
     heads: int = 8,
     expand: int = 4,
     patch: int = 4,
+    drop_path: float = 0.0,
     neuron: Callable[..., nn.Spiking] = spikformer_lif,
     policy: nn.PrecisionPolicy | str = "float32",
     memory: str = "packed",
@@ -80,6 +81,7 @@ def spikformer(
       expand: the hidden features of the MLP are expand * width.
       patch: the side of a token in pixels: 1, 2, 4, 8 or 16. Four 3 x 3 convolutions, of width / 8 to width, make the tokens;
         a 3 x 3 max-pool of stride 2 follows each of the last log2(patch) of them.
+      drop_path: the rate of `nn.NormSpiking`'s drop_path in the last encoder block; it rises from 0 in the first one.
       neuron: makes a neuron, `neuron(implementation=...)`; attention uses `neuron(threshold=0.5, implementation=...)`.
 
     The other options are those of `snnfuse.models.build.Build`. x is a sum of spikes, so it holds small integers and is stored
@@ -94,16 +96,17 @@ def spikformer(
     conv = partial(build.conv, kernel_init=normal)
     linear = partial(build.linear, kernel_init=normal)
 
-    def add(*main):
+    def add(*main, drop_path=0.0):
         """x + neuron(norm(main(x)))"""
-        return Residual(nn.Sequential(*main), build.spiking(width, connect="add", pack=False))
+        return Residual(nn.Sequential(*main), build.spiking(width, connect="add", pack=False, drop_path=drop_path))
 
-    def encoder():
+    def encoder(drop_path):
         attend = SelfAttention(heads, policy=policy)
         qkv = [linear(width, 3 * width), build.spiking(3 * width)]
         fire = build.neuron(threshold=0.5)
-        attention = add(*qkv, attend, fire, *build.packed(), linear(width, width))
-        mlp = add(linear(width, expand * width), build.spiking(expand * width), linear(expand * width, width))
+        attention = add(*qkv, attend, fire, *build.packed(), linear(width, width), drop_path=drop_path)
+        mlp = [linear(width, expand * width), build.spiking(expand * width), linear(expand * width, width)]
+        mlp = add(*mlp, drop_path=drop_path)
         return nn.Sequential(attention, mlp)
 
     layers, features, pools = [], in_features, patch.bit_length() - 1
@@ -115,5 +118,5 @@ def spikformer(
         layers += [build.block(stage), *build.packed()]
         features = out
     layers.append(build.block(add(conv(width, width, 3))))
-    layers += [build.block(encoder()) for _ in range(depth)]
+    layers += [build.block(encoder(rate)) for rate in rising(drop_path, depth)]
     return nn.Sequential(*layers, nn.mean_pool, build.head(width, classes))

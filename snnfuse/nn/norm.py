@@ -8,7 +8,7 @@ import jax.numpy as jnp
 from flax import nnx
 from jax import Array, lax
 
-from snnfuse.core.compose import Affine, AffineParams, Connect, Twice
+from snnfuse.core.compose import Affine, AffineParams, Connect, Gated, GatedParams, Twice
 from snnfuse.core.neuron import PyTree
 from snnfuse.core.neurons import LI
 from snnfuse.nn.spikes import Spikes, differentiable, values
@@ -143,6 +143,9 @@ class NormSpiking(Temporal):
         (see `snnfuse.Connect`).
       pack: True returns packed `Spikes`, whose bits the same kernel writes. Only for neurons that spike, and not for "add".
         With "and" and "iand" the shortcut must be spikes, 0 or 1.
+      drop_path: an `nnx.Dropout` that drops the spikes of whole samples, with one choice for all steps; the shortcut stays. With
+        connect="add" only. Kept spikes become 1 / (1 - rate) while it trains. Huang et al. 2016,
+        https://arxiv.org/abs/1603.09382.
 
     Bytes per element and step in training, 16 bits, no shortcut: 2 for the statistics (read x), 4 forward (read x, write s),
     6 backward (read x and ds, write du) and 6 for the gradient of the statistics (read x and du, write dx), in all 18. A separate
@@ -158,6 +161,7 @@ class NormSpiking(Temporal):
         shortcut_norm: BatchNorm | None = None,
         connect: str = "sum",
         pack: bool = False,
+        drop_path: nnx.Dropout | None = None,
     ):
         for name, given in (("norm", norm), ("shortcut_norm", shortcut_norm)):
             if not isinstance(given, BatchNorm) and (given is not None or name == "norm"):
@@ -173,7 +177,9 @@ class NormSpiking(Temporal):
             Connect(neuron.neuron, connect)  # checks it
             if shortcut_norm is not None:
                 raise ValueError(f"shortcut_norm goes with connect='sum'; got connect={connect!r}")
-        self.neuron, self.norm, self.shortcut_norm = neuron, norm, shortcut_norm
+        if drop_path is not None and connect != "add":
+            raise ValueError(f"drop_path goes with connect='add'; got connect={connect!r}")
+        self.neuron, self.norm, self.shortcut_norm, self.drop_path = neuron, norm, shortcut_norm, drop_path
         self.connect, self.pack = connect, pack
 
     def init_state(self, xs: PyTree) -> PyTree:
@@ -211,6 +217,9 @@ class NormSpiking(Temporal):
         neuron = Affine(self.neuron.neuron)
         params = AffineParams(self.neuron.params, tuple(scales), sum(shifts, 0.0))
         inputs = tuple(inputs)
+        if self.drop_path is not None and not self.drop_path.deterministic:
+            each = jnp.ones((xs.shape[1], *(1,) * (xs.ndim - 2)), jnp.float32)
+            neuron, params = Gated(neuron), GatedParams(params, lax.stop_gradient(self.drop_path(each)))
         if self.connect != "sum":
             neuron, inputs = Connect(neuron, self.connect), (inputs, values(shortcut))
         return neuron, params, inputs, self.neuron.out_dtype or xs.dtype
