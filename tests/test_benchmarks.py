@@ -14,7 +14,17 @@ from snnfuse.models import resnet as models
 
 BENCHMARKS = pathlib.Path(__file__).parents[1] / "benchmarks"
 sys.path.append(str(BENCHMARKS))  # last: it has a compare.py, as the tests have
-for script in ("accuracy", "core", "loader", "long_sequences", "multi_gpu", "recurrent", "resnet", "step_calls"):
+for script in (
+    "accuracy",
+    "core",
+    "loader",
+    "long_sequences",
+    "multi_gpu",
+    "online",
+    "recurrent",
+    "resnet",
+    "step_calls",
+):
     importlib.import_module(script)  # they register their questions
 figures, peers, runner = map(importlib.import_module, ("figures", "peers", "runner"))
 spec = importlib.util.spec_from_file_location(
@@ -46,6 +56,7 @@ SMOKE = {  # question: the options that keep it short
     "recurrent": ["--only", "^LIF scan"],
     "contract": [],
     "long_sequences": ["--only", "dense"],
+    "online": ["--only", "dense sltt"],
     "streaming": ["--only", "nn.Stream 10 "],
     "step_calls": ["--only", "host (comp|flat)|mnist.*(Device|32)"],
 }
