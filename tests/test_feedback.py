@@ -112,6 +112,15 @@ def test_monitors_record_and_count_it():
     fan_out = jax.grad(lambda x: ones(x).sum())(XS[0])  # fewer at the border of the map
     want = int((outs[:-1].sum(0) * fan_out).sum())
     assert monitor.operations(model, XS) == {"layers.0.layer": monitor.Operations(acs=want)}
+    assert monitor.operations(layer(), XS) == {"layer": monitor.Operations(acs=want)}
+    rngs = nnx.Rngs(0)
+    two = nn.Feedback(nn.LIF(tau=2.0), nnx.Sequential(nnx.Linear(3, 5, rngs=rngs), nnx.Linear(5, 3, rngs=rngs)))
+    fed = two(XS)[0][:-1]
+    counted = {
+        "layer.layers.0": monitor.Operations(acs=5 * int(fed.sum())),
+        "layer.layers.1": monitor.Operations(macs=5 * XS.size),  # its input is no spikes
+    }
+    assert fed.any() and monitor.operations(two, XS) == counted
 
 
 @pytest.mark.parametrize(

@@ -148,9 +148,21 @@ def test_spikes_with_bits_go_in_and_come_out():
     np.testing.assert_array_equal(again.bits, spikes.bits)
 
 
-def test_packed_words_are_refused():
+@pytest.mark.parametrize("length", [1, 5])
+def test_packed_words_are_refused(length):
+    with pytest.raises(ValueError, match=r"out_dtype of layer must not be Packed.*got Packed\(steps=8\)"):
+        nn.Pieces(nn.LIF(tau=3.0, out_dtype=sf.Packed()), length)(XS)
+
+
+def test_a_layer_that_returns_other_steps_is_refused():
+    class Last(nn.Temporal):
+        init_state = staticmethod(lambda xs: ())
+
+        def __call__(self, xs, state=None):
+            return xs[-1:], ()
+
     with pytest.raises(ValueError, match=r"layer must return arrays \[T, B, ...\], with T = 5 .* got \(1, 3, 5\)"):
-        nn.Pieces(nn.LIF(tau=3.0, out_dtype=sf.Packed()), 5)(XS)
+        nn.Pieces(Last(), 5)(XS)
 
 
 def test_a_monitor_sees_all_steps():

@@ -24,7 +24,7 @@ from snnfuse.core.neuron import PyTree, WithState
 from snnfuse.nn.recurrent import Feedback, Recurrent
 from snnfuse.nn.spikes import refuse_gradient, values
 from snnfuse.nn.spiking import Spiking
-from snnfuse.nn.temporal import Pieces, Remat
+from snnfuse.nn.temporal import Pieces, Remat, Timeless
 from snnfuse.ops.packing import Packed, unpack
 
 MAC, AC = 4.6e-12, 0.9e-12  # joules, see `Operations`
@@ -140,7 +140,7 @@ def operations(model: nnx.Module, *args: Any, **kwargs: Any) -> dict[str, Operat
     If the input of a layer holds only 0 and 1, its spikes are counted; any other input counts as dense. The fan-out of an
     input is the number of products that the layer makes from it, exact at the borders of a convolution too. Products of
     two activations, as in a `SelfAttention`, are not counted. Of a `Recurrent`, the products that feed back are counted; a
-    connection that its mask removes counts too. Of a `Feedback`, its Linear or Conv is counted, under its own path.
+    connection that its mask removes counts too. Of a `Feedback`, every Linear and Conv inside is counted, under its own path.
 
     Raises:
       ValueError: it is called under `jax.jit` or another transform, where there are no values to count.
@@ -149,21 +149,30 @@ def operations(model: nnx.Module, *args: Any, **kwargs: Any) -> dict[str, Operat
     for layer in _layers(copy, Remat | Pieces).values():
         _run_inside(layer)
     counts = {}
-    loops = {
-        f"{path}.layer": layer for path, layer in _layers(copy, Feedback).items()
-    }  # inside of a scan are no values
-    for path, layer in _layers(copy, nnx.Linear | nnx.Conv).items():
-        counts[path] = []
-        count = _counting(layer, counts[path].append)
-        if path in loops:
-            loops[path].unroll = _after_unroll(loops[path].unroll, partial(count, lambda rows: None))
-        else:
-            _intercept(layer, count)
+    for path, loop in _layers(
+        copy, Feedback
+    ).items():  # inside of its scan are no values: its layer runs once more, on all
+        layer = nnx.clone(loop.layer)
+        _count_calls(layer, counts, f"{path}.layer".strip("."))
+        loop.unroll = _after_unroll(loop.unroll, partial(_run_on_all_steps, layer))
+    _count_calls(copy, counts)
     for path, layer in _layers(copy, Recurrent).items():
         counts[path] = []
         layer.unroll = _after_unroll(layer.unroll, _counting_product(layer.weight.shape[-1], counts[path].append))
     copy(*args, **kwargs)
     return {path: Operations(*map(sum, zip((0, 0), *calls, strict=True))) for path, calls in counts.items()}
+
+
+def _count_calls(model: nnx.Module, counts: dict[str, list], prefix: str = "") -> None:
+    """Every Linear and Conv of the model that is not in `counts` already, adds (acs, macs) of each call to its list there."""
+    for path, layer in _layers(model, nnx.Linear | nnx.Conv).items():
+        if (path := f"{prefix}.{path}".strip(".")) not in counts:
+            counts[path] = []
+            _intercept(layer, _counting(layer, counts[path].append))
+
+
+def _run_on_all_steps(layer: nnx.Module, rows: Array) -> None:
+    layer(rows if isinstance(layer, Timeless) else rows.reshape(-1, *rows.shape[2:]))
 
 
 def _run_inside(layer: Remat | Pieces) -> None:

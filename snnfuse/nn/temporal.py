@@ -175,6 +175,11 @@ class Pieces(Temporal):
 
     def __call__(self, xs: PyTree, state: PyTree | None = None) -> tuple[PyTree, PyTree]:
         self._check_statistics()
+        if (packed := _packed_output(self.layer)) is not None:
+            raise ValueError(
+                f"out_dtype of layer must not be Packed, because words of pieces cannot be joined; got {packed}. "
+                "nn.PackSpikes() after nn.Pieces stores bits"
+            )
         xs = values(xs)
         lengths = {x.shape[0] if x.ndim else 0 for x in jax.tree.leaves(xs)}
         if len(lengths) != 1 or 0 in lengths:
@@ -191,10 +196,7 @@ class Pieces(Temporal):
             outs, state = layer(piece, state)
             steps = jax.tree.leaves(piece)[0].shape[0]
             if bad := [x.shape for x in jax.tree.leaves(values(outs)) if x.shape[:1] != (steps,)]:
-                raise ValueError(
-                    f"layer must return arrays [T, B, ...], with T = {steps} in a piece; got {bad[0]}. Words of an out_dtype "
-                    "Packed cannot be joined: nn.PackSpikes() after nn.Pieces stores bits"
-                )
+                raise ValueError(f"layer must return arrays [T, B, ...], with T = {steps} in a piece; got {bad[0]}")
             _, random_after, others = nnx.state(layer, nnx.Param, nnx.RngState, ...)
             return (state, others, random_after), outs
 
