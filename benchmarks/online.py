@@ -72,8 +72,10 @@ def build(network, rule, seed):
 def training_step(rule):
     @training.compiled_step
     def step(model, optimizer, xs, labels):
-        many = lambda outs: jnp.broadcast_to(labels, outs.shape[:2])
-        loss = lambda outs: optax.softmax_cross_entropy_with_integer_labels(outs, many(outs)).mean(1).sum() / len(xs)
+        targets = jax.nn.one_hot(labels, 10)
+        loss = lambda outs: (
+            optax.softmax_cross_entropy(outs, jnp.broadcast_to(targets, outs.shape)).mean(1).sum() / len(xs)
+        )
         if rule == "bptt":
             value, grads = nnx.value_and_grad(lambda model: loss(model(xs)[0]))(model)
         else:
