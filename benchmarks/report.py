@@ -59,6 +59,10 @@ COLUMNS = {  # of each table: head={format of a row's fields}
     "small_networks": "network={case}; T={T}; batch={B}; called by={way}; steps in a call={steps}; us per step={us:.0f}; "
     "samples/s={samples_per_s:,.0f}; over nnx.jit={gain}; GPU={gpu}",
     "host": "called by={implementation}; ms until a call returns={call_ms:.2f}; over flat={over:.2f}; machine={where}",
+    "long_sequences": "network={case}; T={T:,}; batch={B}; backward pass={memory}; input MB={inputs_mb:,.0f}; peak MB={peak_mb:,.0f}; "
+    "ms per step={ms:.1f}; spikes that differ={flips}; gradient error={gradient_error:.1e}; GPU={gpu}",
+    "streaming": "network={case}; called by=`{implementation}`; steps in a call={T}; ms per call={call_ms:.2f}; "
+    "99th percentile={late_ms:.2f}; us per step={us_per_step:.0f}",
     "contract": "implementation={implementation}; tests=`{tests}`; passed={passed}; failed={failed}; commit={commit}",
 }
 
@@ -337,11 +341,19 @@ def recurrent():
     return table("recurrent", sorted(found, key=lambda r: (-r["B"], r["size"], r["ms"])))
 
 
-TABLES = {file: lambda file=file: table(file, rows(file)) for file in ("flips", "accuracy", "loader", "contract")}
+def long_sequences():
+    found = [r | dict(gpu=r["device"].split()[1]) for r in rows("long_sequences")]
+    return table("long_sequences", sorted(found, key=lambda r: (r["case"] != "dense", r["T"], r["memory"])))
+
+
+TABLES = {
+    file: lambda file=file: table(file, rows(file)) for file in ("flips", "accuracy", "loader", "contract", "streaming")
+}
 TABLES |= {
     make.__name__: make
     for make in (
         core,
+        long_sequences,
         papers,
         compile_time,
         choice,
