@@ -153,6 +153,22 @@ def test_one_array_in_two_variables_is_not_donated_twice():
     np.testing.assert_array_equal(model.second, [0, 0, 0])
 
 
+def test_arrays_around_one_buffer_are_not_donated_twice():
+    model = Net(nnx.Rngs(0))
+    average = nnx.clone(model)  # with the same arrays, until `device_put` makes new ones around the same buffers
+    for m in (model, average):
+        nnx.update(m, jax.device_put(nnx.state(m), jax.devices()[0]))
+
+    @training.compiled_step
+    def move(model, average, x):
+        model.head.bias[...] += x
+        training.update_average(average, model, 0.5)
+
+    move(model, average, 1.0), move.scan(model, average, jnp.ones(2))
+    np.testing.assert_array_equal(model.head.bias, [3, 3, 3])
+    np.testing.assert_array_equal(average.head.bias, [2.125, 2.125, 2.125])
+
+
 def test_a_replaced_module_variable_or_switch_is_seen():
     xs, labels = batches(1)
     compiled, reference = training.compiled_step(predict), nnx.jit(predict)

@@ -195,6 +195,7 @@ class _Binding:
                 now if now is last else self.program.place(now, name, commit)
                 for now, last, name in zip(arrays, self.arrays, self.program.names, strict=True)
             ]
+            arrays = _without_shared_buffers(arrays)
         self.arrays = [None] * len(arrays)
         if max(map(sys.getrefcount, arrays), default=0) > ALONE:
             references = list(map(sys.getrefcount, arrays))
@@ -420,6 +421,19 @@ class _Program:
         if not isinstance(array, jax.Array):
             array = jnp.array(array)
         return jax.device_put(array, array.sharding, may_alias=False) if commit else array
+
+
+def _without_shared_buffers(arrays):
+    """The arrays, with a copy of each one whose buffer an earlier one has, since no buffer can be donated twice.
+
+    `nnx.clone` copies no arrays, and `jax.device_put` makes new ones around the same buffer.
+    """
+    seen, out = set(), []
+    for array in arrays:
+        buffer = array.addressable_data(0).unsafe_buffer_pointer() if array.size else None
+        out.append(jnp.copy(array) if buffer in seen else array)
+        seen |= {buffer} - {None}
+    return out
 
 
 _DELETED = (

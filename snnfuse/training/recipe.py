@@ -56,7 +56,8 @@ def update_average(average: nnx.Module, model: nnx.Module, decay: float | Array)
     def moved(old, new):  # a schedule's float32 must not widen weights of 16 bits
         return new.replace((decay * old[...] + (1 - decay) * new[...]).astype(old[...].dtype))
 
-    moved = [(path, moved(ours[path], v) if isinstance(v, nnx.Param) else v) for path, v in theirs.items()]
+    variables = [(path, v) for path, v in theirs.items() if isinstance(v, nnx.Variable)]  # other arrays are constants
+    moved = [(path, moved(ours[path], v) if isinstance(v, nnx.Param) else v) for path, v in variables]
     nnx.update(average, nnx.from_flat_state(moved))
 
 
