@@ -3,7 +3,7 @@
     python benchmarks/accuracy.py --data mnist5k --model r18                              pallas and scan
     python benchmarks/accuracy.py --data cifar10 --model r50 --implementations pallas
     python benchmarks/accuracy.py --implementations mosaic,scan --more='--steps=200'      further keys of train.py
-    python benchmarks/accuracy.py --recipe cifar10_94 --more='--seed=1'                   a recipe of recipes.py
+    python benchmarks/accuracy.py --recipe cifar10 --more='--seed=1'                      a recipe of recipes.py
     python benchmarks/accuracy.py --script spoken_digits --implementations triton,scan --more='--data.held_out=theo'
 
 Rows go to results/accuracy.jsonl, the runs with their loss curves to runs/. Both runs see the same batches and the same
@@ -67,6 +67,8 @@ def run(script: str, arguments: list[str]) -> int:
 def measure(script, arguments, path, curves):
     if status := run(script, [*arguments, f"--out={path.parent}", f"--name={path.name}"]):
         return dict(status=f"exit {status}")
+    import jax  # noqa: F401  # now that the run has given the GPU back: the row says which device and version it had
+
     config, summary = (json.loads((path / name).read_text()) for name in ("config.json", "summary.json"))
     rows = map(json.loads, (path / "metrics.jsonl").read_text().splitlines())
     curves.append(np.array([row["loss"] for row in rows if "loss" in row]))
