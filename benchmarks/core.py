@@ -31,7 +31,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from neurons import NEURONS, PAPERS, SCALE
-from runner import HERE, Case, main, question, split
+from runner import HERE, Case, job, main, question, split
 from with_jax import bf16, compiled, copy_rate, device_ms, f32, forward_backward, repeated, time_ms
 
 import snnfuse as sf
@@ -86,10 +86,6 @@ def core(args):
         for implementation in names if i < EVERYONE else [n for n in names if n in ("scan", "pallas", "interpret")]:
             key = dict(case=name, T=T, M=M, dtype=jnp.dtype(dtype).name, implementation=implementation)
             yield Case(key, layer, (name, T, M, dtype, implementation, args.tiny), job(args, i))
-
-
-def job(args, i):
-    return f"job {i % args.jobs}" if args.jobs > 1 else ""
 
 
 def grid():

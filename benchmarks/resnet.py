@@ -10,8 +10,8 @@ temporary arrays. Rows go to results/resnet.jsonl.
 
 import itertools
 
-from runner import Case, main, question, split
-from with_jax import batches, resnet, time_step, training_step
+from runner import Case, job, main, question, split
+from with_jax import batches, compile_then_time, resnet, training_step
 
 SHAPES = {"28": (100, 28), "32": (100, 32), "dvs": (10, 128)}  # B, H = W
 
@@ -32,12 +32,13 @@ def cases(args):
         implementation, _, memory = kind.partition("_")
         memory = None if kind == "relu" else memory or "packed"
         key = dict(case=f"spiking-resnet-{depth}", implementation=implementation, memory=memory, dtype=dtype)
-        yield Case(key | dict(T=T, B=B, size=size), measure, (implementation, depth, dtype, memory, T, B, size))
+        key |= dict(T=T, B=B, size=size, input="random input")
+        yield Case(key, measure, (implementation, depth, dtype, memory, T, B, size), job(args))
 
 
 def measure(implementation, depth, dtype, memory, T, B, size):
     step = training_step(resnet(implementation, depth, dtype, memory))
-    return time_step(step, list(batches(T, B, size))) | dict(input="random input")
+    yield from compile_then_time(step, list(batches(T, B, size)))
 
 
 if __name__ == "__main__":

@@ -19,6 +19,7 @@ If several rows have the same named fields, the last one counts (`rows`).
 import argparse
 import datetime
 import inspect
+import itertools
 import json
 import multiprocessing
 import os
@@ -30,7 +31,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
-from concurrent.futures import ProcessPoolExecutor, wait
+from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass
 from functools import cache
@@ -204,16 +205,15 @@ class Runner:
             args = (*args, need)
         return case.key | self._run(case, args)
 
-    def compile(self, cases, seconds):
-        """Compiles cases in their worker processes, all processes at once. Returns those that did not begin within `seconds`."""
+    def compile(self, cases, until):
+        """Compiles cases in their worker processes, all processes at once, until `until()`. Returns those that are not ready."""
         begun = [
             (case, self._submit(case.process, compile_ahead, case.name, case.measure, case.args)) for case in cases
         ]
-        wait([future for _, future in begun], seconds)
-        late = [case for case, future in begun if future.cancel()]
-        self.ready = {case.name for case, future in begun if not future.cancelled()}
-        wait([future for _, future in begun])
-        return late
+        while not until() and not all(future.done() for _, future in begun):
+            time.sleep(0.2)
+        self.ready = {case.name for case, future in begun if future.done()}
+        return [case for case, future in begun if future.cancel() or case.name not in self.ready]
 
     def _submit(self, process, f, *args):
         if process not in self.workers:
@@ -242,9 +242,9 @@ class Runner:
                 process.kill()
             worker.shutdown(wait=not kill)
 
-    def close(self):
+    def close(self, kill=False):
         for name in list(self.workers):
-            self._end(name)
+            self._end(name, kill)
 
 
 def main(doc: str, *names: str, argv=None, here=False) -> list[dict]:
@@ -260,6 +260,7 @@ def main(doc: str, *names: str, argv=None, here=False) -> list[dict]:
     parser.add_argument("--budget", type=float, default=float("inf"), help="seconds after which no further case starts")
     parser.add_argument("--out", type=pathlib.Path, help="append the rows to this file instead")
     parser.add_argument("--jobs", type=int, default=1, help="so many processes compile at once, then time in turn")
+    parser.add_argument("--wait", type=pathlib.Path, help="with --jobs: time when this file exists; compile until then")
     for option, (default, text) in options.items():
         parser.add_argument(f"--{option}", type=type(default), default=default, help=f"{text} (default: {default!r})")
     args = parser.parse_args(argv)
@@ -272,16 +273,29 @@ def main(doc: str, *names: str, argv=None, here=False) -> list[dict]:
     chosen = [case for case in cases(args) if re.search(args.only, case.name)]
     chosen = [case for case in chosen if not any(case.key.items() <= row.items() for row in done)]
     if args.jobs > 1 and not args.list:
-        late = runner.compile([case for case in chosen if case.process], min(left() / 2, 1e6))
+        half, alone = left() / 2, (lambda: args.wait is None or args.wait.exists())
+        until = (lambda: left() < half) if args.wait is None else alone
+        late = runner.compile([case for case in chosen if case.process], until)
         print(f"{len(runner.ready)} of {len(chosen)} cases compiled in {time.perf_counter() - start:.0f} s", flush=True)
+        while not alone():
+            time.sleep(0.2)
+        start = start if args.wait is None else time.perf_counter()  # the budget is for the GPU
     for case in chosen:
         if args.list or left() < 0 or case in late:
             print(case.name if args.list else f"not run, the budget is spent: {case.name}")
         else:
             made.append(runner.row(case))
             record(path, made[-1])
-    runner.close()
+    runner.close(kill=bool(late))
     return made
+
+
+_count = itertools.count()
+
+
+def job(args, i: int | None = None) -> str:
+    """The `process` of a case for `--jobs`: number i, or the next one."""
+    return f"job {(next(_count) if i is None else i) % args.jobs}" if args.jobs > 1 else ""
 
 
 def split(text: str, kind=str) -> list:

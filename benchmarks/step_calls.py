@@ -34,7 +34,7 @@ import optax
 import runner
 from flax import nnx
 from flax.nnx import graphlib
-from runner import Case, main, question, split
+from runner import Case, job, main, question, split
 from with_jax import peak_mb, with_relu
 
 from snnfuse import models, nn, training
@@ -63,20 +63,21 @@ def cases(args):
     if not (args.tiny or jax.default_backend() == "gpu"):
         return
     first, *others = split(args.ways)
-    yield from workloads([first], args.tiny)
+    yield from workloads([first], args)
     for name, (steps_of_time, B, _) in SMALL.items():
         for way, steps in (("nnx.jit", 1), ("compiled_step", 1), ("compiled_step", 32), ("DeviceData", 32)):
             key = dict(case=name, implementation=way, T=steps_of_time, B=B, dtype="float32", steps=steps)
-            yield Case(key, small, (name, way, steps, args.tiny))
-    yield from workloads(others, args.tiny)
+            yield Case(key, small, (name, way, steps, args.tiny), job(args))
+    yield from workloads(others, args)
 
 
-def workloads(ways, tiny):
+def workloads(ways, args):
     for way in ways:
         for name, (B, size, _, _) in WORKLOADS.items():
             theirs = way.startswith("spikingjelly")
             key = dict(case=name, implementation=way, T=T, B=B, size=size, dtype="tf32" if theirs else "bfloat16")
-            yield Case(key, by_spikingjelly if theirs else workload, (name, way, tiny), "torch" if theirs else "")
+            measure, where = (by_spikingjelly, "torch") if theirs else (workload, job(args))
+            yield Case(key, measure, (name, way, args.tiny), where)
 
 
 def bind(way, step, objects):
@@ -145,7 +146,10 @@ def training_step(read):
 
 
 def timed(call, batches, samples):
-    """Wall and busy milliseconds of a call, over batches in turn. With `compiled_step` also the memory of its program."""
+    """Wall and busy milliseconds of a call, over batches in turn. With `compiled_step` also the memory of its program.
+
+    In the two halves of a `runner.Case`.
+    """
     start = time.perf_counter()
     call(*batches[0]).block_until_ready()
     row = dict(compile_s=time.perf_counter() - start)
@@ -157,12 +161,13 @@ def timed(call, batches, samples):
         turn[0] += 1
         return call(*batches[turn[0] % len(batches)])
 
-    ms, *quartiles = runner.time_ms(next_call, jax.block_until_ready, seconds=0.2)
+    yield
+    ms, *quartiles = runner.time_ms(next_call, jax.block_until_ready, repeats=5, seconds=0.2)
     row |= dict(ms=ms, quartiles=quartiles, samples_per_s=samples / ms * 1e3)
     if jax.default_backend() == "gpu":
         busy = busy_ms(next_call)
         row |= dict(busy_ms=busy, wall_over_busy=ms / busy)
-    return row
+    yield row
 
 
 def busy_ms(call, calls=4):
@@ -192,7 +197,7 @@ def workload(name, way, tiny):
 
     keys = jax.random.split(jax.random.key(0), 4)
     batches = [(jax.random.normal(key, (B, size, size, 3)), jnp.arange(B) % classes) for key in keys]
-    return timed(bind(way, step, with_adam(model)), batches, B)
+    yield from timed(bind(way, step, with_adam(model)), batches, B)
 
 
 def by_spikingjelly(name, way, tiny):
@@ -202,8 +207,11 @@ def by_spikingjelly(name, way, tiny):
     version = libraries.spikingjelly().version  # this call says which kernels run
     B, size, classes, _ = WORKLOADS[name]
     step = with_torch.zoo_step(name, "channels_last" in way, T, *((2, 32) if tiny else (B, size)), classes)
+    step()
+    with_torch.sync()
+    yield
     row = with_torch.measure(step, [()], no_graph="called as its users call it")
-    return row | dict(samples_per_s=B / row["ms"] * 1e3, version=version, torch=with_torch.torch.__version__)
+    yield row | dict(samples_per_s=B / row["ms"] * 1e3, version=version, torch=with_torch.torch.__version__)
 
 
 def small(name, way, steps, tiny):
@@ -231,12 +239,13 @@ def small(name, way, steps, tiny):
             )
 
         call = functools.partial(training.compiled_step(step).scan, *objects, data, steps=steps)
-        return timed(call, [()], steps * B)
+        yield from timed(call, [()], steps * B)
+        return
     shape = (steps, T, B, widths[0]) if steps > 1 else (T, B, widths[0])
     xs = jnp.asarray(rng.random(shape) < 0.1, jnp.float32)
     labels = jnp.asarray(rng.integers(0, widths[-1], (steps, B) if steps > 1 else B))
     call = functools.partial(training.compiled_step(train).scan, *objects) if steps > 1 else bind(way, train, objects)
-    return timed(call, [(xs, labels)], steps * B)
+    yield from timed(call, [(xs, labels)], steps * B)
 
 
 if __name__ == "__main__":

@@ -95,14 +95,21 @@ def training_step(model, read=nn.membrane_mean, *, mesh=None, specs=ALONG_DATA, 
 
 def time_step(step, data) -> dict:
     """Milliseconds of a training step on the batches of `data` in turn, its memory, its first metrics and its first losses."""
+    *_, row = compile_then_time(step, data)
+    return row
+
+
+def compile_then_time(step, data):
+    """`time_step` in the two halves of a `runner.Case`."""
     _, row = compiled(step.func, *step.args, *data[0])
     row |= {name: float(value) for name, value in step(*data[0]).items()}
+    yield
     turn = itertools.cycle([*data[1:], data[0]])
     call = lambda: step(*next(turn))["loss"]
     losses = [row["loss"], *(float(call()) for _ in range(5))]
     agree = lambda count: int(multihost_utils.broadcast_one_to_all(count))
     ms, *quartiles = runner.time_ms(call, jax.block_until_ready, seconds=0.07, agree=agree)
-    return row | dict(ms=ms, quartiles=quartiles, losses=losses)
+    yield row | dict(ms=ms, quartiles=quartiles, losses=losses)
 
 
 def batches(T, B, size, count=8):
