@@ -67,9 +67,9 @@ def fashion_mnist():
 @recipe
 def cifar10():
     """CIFAR-10, SEW-ResNet-18 of LIF neurons, T = 4."""
-    changes = "--data.flip --data.shift=4 --data.cutout=15".split()
+    changes = "--data.flip --data.shift=4 --data.cutout=12".split()
     sgd = [*SGD, "--average=0.999", "--loss=tet", "--warmup=0.1"]
-    return [*SEW, "--data=cifar10", *IMAGES, *changes, *sgd, *_schedule(50_000, 128, 50, evaluations=2)]
+    return [*SEW, "--data=cifar10", *IMAGES, *changes, *sgd, *_schedule(50_000, 128, 42, evaluations=3)]
 
 
 def table() -> str:

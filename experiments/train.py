@@ -401,8 +401,9 @@ def _loop(run, config, fixed, objects, step, lower, K, test_source, start):
         kept = f" (programs are kept in {cache})" if (cache := jax.config.jax_compilation_cache_dir) else ""
         bar.write(f"compiling the first step{kept}", sys.stdout)
         sys.stdout.flush()
-    with bar, ThreadPoolExecutor() as pool, interrupt.noted() as interrupted:
-        compiling = {}  # programs compile side by side; the second one while the first one trains
+    # One program at a time, because XLA times kernels while it compiles; the others compile while the first one trains.
+    with bar, ThreadPoolExecutor(max_workers=1) as pool, interrupt.noted() as interrupted:
+        compiling, began = {}, time.perf_counter()
         if lower:
             for at in dict.fromkeys([start, max(start, config.first_steps)]):
                 compiling[at] = pool.submit(lower(objects, at).compile)
@@ -412,6 +413,7 @@ def _loop(run, config, fixed, objects, step, lower, K, test_source, start):
         for before, now in itertools.pairwise([start, *ends]):
             if before in compiling:
                 compiling.pop(before).result()
+                bar.write(f"compiled after {time.perf_counter() - began:.0f} s", sys.stdout)
             meter.add(before + 1, step(objects, before, now - before))
             bar.update(now - before)
             stopping = now < config.steps and (before < (config.stop_at or 0) <= now or interrupted())
