@@ -48,7 +48,7 @@ from models import MODELS, READOUTS, prepare
 from runs import NOT_COMPARED, Meter, Run, Stopped, keep_compiled
 from tqdm import tqdm
 
-from snnfuse import parallel, training
+from snnfuse import nn, parallel, training
 from snnfuse.data.loader import Batches, load
 
 CHOICES = {"model": MODELS, "data": DATASETS}
@@ -80,6 +80,11 @@ class Config(Generic[Model, Data]):
     """learning rate of the neurons' parameters, as a multiple of --learning_rate"""
     loss: str = "mean"
     """cross-entropy of the readout (mean), or of the outputs of every time step (tet)"""
+    piece: int | None = None
+    """time steps of a piece of `nn.Pieces`, for long sequences: the backward pass recomputes one piece at a time. BatchNorm takes
+    the statistics of each piece"""
+    truncate: bool = False
+    """cut the gradient between pieces: truncated backpropagation through time"""
     label_smoothing: float = 0.0
     """share of each label that is spread over all classes"""
     average: float | None = None
@@ -121,6 +126,8 @@ class Config(Generic[Model, Data]):
                 raise ValueError(f"--{name} must be {known[0]} or {known[1]}; got {value!r}")
         if not 0 <= self.label_smoothing < 1:
             raise ValueError(f"--label_smoothing must be in [0, 1); got {self.label_smoothing}")
+        if self.piece is not None and self.piece < 1 or self.truncate and self.piece is None:
+            raise ValueError(f"--piece must be at least 1, and --truncate needs it; got {self.piece}")
         if self.average is not None and not 0 <= self.average < 1:
             raise ValueError(f"--average must be None or in [0, 1); got {self.average}")
         for name in ("seed", "workers", "on_device"):
@@ -178,7 +185,9 @@ def _update(config, objects, key, batch):
     xs = config.data.encode(noise, batch, config.model.T)
 
     def loss_of(model):
-        outs = model(xs)[0]
+        options = dict(statistics="piece", truncate=config.truncate)
+        run = nn.Pieces(model, config.piece, **options) if config.piece else model
+        outs = run(xs)[0]
         logits = READOUTS[config.model.readout](outs)
         if config.loss == "tet":
             loss = training.temporal_cross_entropy(outs, targets)

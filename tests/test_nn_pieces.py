@@ -51,6 +51,22 @@ def test_outputs_states_and_gradients_are_those_of_the_whole(length):
     same(gradients(network(length=length), XS), whole)
 
 
+def test_truncation_gives_the_sum_of_the_gradients_of_the_pieces():
+    model, cut = network(), nn.Pieces(network(), 5, truncate=True)
+    state, want = None, 0
+    for start in range(0, T, 5):
+        piece = XS[start : start + 5]
+        loss = lambda model, piece=piece, state=state: (lambda outs: ((outs[0] ** 2).sum(), outs[1]))(
+            model(piece, state)
+        )
+        grads, state = nnx.grad(loss, has_aux=True)(model)
+        want = jax.tree.map(jnp.add, want, nnx.to_pure_dict(grads)) if want else nnx.to_pure_dict(grads)
+    got = nnx.to_pure_dict(nnx.grad(lambda model: (model(XS)[0] ** 2).sum())(cut))["layer"]
+    assert_close(got, want, 1e-5)
+    whole = nnx.to_pure_dict(nnx.grad(lambda model: (model(XS)[0] ** 2).sum())(model))
+    assert np.abs(got["layers"][0]["kernel"] - whole["layers"][0]["kernel"]).max() > 0.01
+
+
 def test_a_state_goes_in_and_comes_out():
     model, pieces = network(), network(length=5)
     _, state = model(XS[:4])

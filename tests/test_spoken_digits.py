@@ -124,7 +124,7 @@ def test_a_short_run_learns(tmp_path, recurrent, monkeypatch):
         f"--out={tmp_path}",
     ]
     more = ["--data.held_out=theo", "--data.code=level_crossing", "--model.channels=3"]
-    options += more if recurrent else ["--model.max_delay=3"]
+    options += more if recurrent else ["--model.max_delay=3", "--piece=8", "--truncate"]
     assert train.main([*spoken_digits.DEFAULTS, *options]) == 0
     summary = json.loads((tmp_path / "spoken_digits" / "summary.json").read_text())
     assert summary["held_out_accuracy"] >= 0.8

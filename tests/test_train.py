@@ -392,6 +392,7 @@ def test_every_listed_data_set_can_be_trained_on(name):
         (("--steps", "ten"), "--steps.*'ten'"),
         (("--steps", "0"), "--steps must be at least 1; got 0"),
         (("--steps_per_call", "4"), "--steps_per_call must divide --log_every and --eval_every; got 4"),
+        (("--truncate",), "--piece must be at least 1, and --truncate needs it; got None"),
         (("--first_T", "1"), "--first_T needs --first_steps, a number below --steps; got 1 and 0"),
         (("--first_T", "1", "--first_steps", "15"), "--first_steps a multiple of --log_every; got 1 and 15"),
         (("--model", "vgg", "--model.depth", "13"), "--model.depth must be one of 11, 16; got 13"),

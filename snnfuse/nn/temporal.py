@@ -157,18 +157,20 @@ class Pieces(Temporal):
       statistics: "refuse" (the default) raises ValueError if a BatchNorm in the layer takes the statistics of its batch, because
         those of a piece are not those of the sequence. "piece" takes those of each piece, and averages them all into the
         running ones. To freeze them, set `use_running_average` of the norms; then both are exact.
+      truncate: False by default. True cuts the gradient between pieces: truncated backpropagation through time, where the loss
+        at a step moves the weights of the steps of its piece alone.
 
     Chen et al. 2016, https://arxiv.org/abs/1604.06174.
     """
 
-    def __init__(self, layer: Temporal, length: int, *, statistics: str = "refuse"):
+    def __init__(self, layer: Temporal, length: int, *, statistics: str = "refuse", truncate: bool = False):
         if not isinstance(layer, Temporal):
             raise TypeError(f"layer must run along time, such as nn.Sequential(...); got {layer!r}")
         if not isinstance(length, int | np.integer) or isinstance(length, bool) or length < 1:
             raise ValueError(f"length must be a whole number of steps, at least 1; got {length!r}")
         if statistics not in ("refuse", "piece"):
             raise ValueError(f"statistics must be 'refuse' or 'piece'; got {statistics!r}")
-        self.layer, self.length, self.statistics = layer, int(length), statistics
+        self.layer, self.length, self.statistics, self.truncate = layer, int(length), statistics, truncate
 
     def init_state(self, xs: PyTree) -> PyTree:
         return self.layer.init_state(xs)
@@ -191,6 +193,7 @@ class Pieces(Temporal):
         @partial(jax.checkpoint, prevent_cse=False)
         def run(carry, piece):
             state, others, _ = carry
+            state = lax.stop_gradient(state) if self.truncate else state
             here = jax.tree.map(lambda x: x, (params, random))  # variables of this trace
             layer = nnx.merge(graphdef, *here, others)
             outs, state = layer(piece, state)
