@@ -902,6 +902,19 @@ def _(draw):
     close(got[sure], (h >= 0)[sure])
 
 
+@case("nn.Quantised", "nn.TEBN")
+def _(draw):
+    xs, bits, T = currents(draw), one_of(draw, *WHOLE), one_of(draw, 3, *WHOLE)
+    linear = nn.Linear(3, 4, use_bias=False, rngs=nnx.Rngs(0))
+    layer, kernel = call(nn.Quantised, linear, bits), np.asarray(linear.kernel[...], np.float64)
+    step = np.abs(kernel).max(0) / (2 ** (int(bits) - 1) - 1)
+    close(call(layer, xs), np.asarray(xs, np.float64) @ (np.round(kernel / step) * step), 0.03)
+    norm = call(nn.TEBN, len(xs) if T == 3 else T, 3, rngs=nnx.Rngs(0))
+    wide = np.asarray(xs, np.float64)
+    want = (wide - wide.mean((0, 1))) / np.sqrt(wide.var((0, 1)) + norm.epsilon)
+    close(call(norm, xs), want, 1e-4 if xs.dtype == jnp.float32 else 0.03)
+
+
 @case("nn.Dropout")
 def _(draw):
     xs, rate = array(draw, (4, 5, 6), 0.5, 2), one_of(draw, 0.25, *NUMBER)

@@ -11,11 +11,13 @@ from snnfuse.nn.norm import BatchNorm, NormSpiking
 from snnfuse.nn.pool import max_pool, mean_pool
 from snnfuse.nn.precision import PrecisionPolicy
 from snnfuse.nn.psn import PSN, MaskedPSN, SlidingPSN
+from snnfuse.nn.quantised import Quantised
 from snnfuse.nn.readout import membrane_last, membrane_max, membrane_mean, spike_rate
 from snnfuse.nn.recurrent import Feedback, Recurrent
 from snnfuse.nn.spikes import Spikes
 from snnfuse.nn.spiking import IF, LI, LIF, AdaptiveLIF, CubaLIF, ExpIF, Fixed, Izhikevich, ParametricLIF, Spiking
 from snnfuse.nn.stream import Stream
+from snnfuse.nn.tebn import TEBN
 from snnfuse.nn.temporal import (
     Dropout,
     Folded,
@@ -35,6 +37,7 @@ __all__ = [
     "LI",
     "LIF",
     "PSN",
+    "TEBN",
     "AdaptiveLIF",
     "BatchNorm",
     "Conv",
@@ -53,6 +56,7 @@ __all__ = [
     "PackSpikes",
     "ParametricLIF",
     "PrecisionPolicy",
+    "Quantised",
     "Recurrent",
     "Pieces",
     "Remat",
