@@ -24,6 +24,7 @@ import interrupt  # isort: skip  # the first import: Ctrl-C during the others is
 if __name__ == "__main__":
     interrupt.quietly()
 
+import contextlib
 import dataclasses
 import itertools
 import json
@@ -50,6 +51,7 @@ from tqdm import tqdm
 
 from snnfuse import nn, parallel, training
 from snnfuse.data.loader import Batches, load
+from snnfuse.nn import monitor
 
 CHOICES = {"model": MODELS, "data": DATASETS}
 Model, Data = TypeVar("Model"), TypeVar("Data")
@@ -87,6 +89,16 @@ class Config(Generic[Model, Data]):
     """cut the gradient between pieces: truncated backpropagation through time"""
     label_smoothing: float = 0.0
     """share of each label that is spread over all classes"""
+    rate_upper: float | None = None
+    """firing rate, in spikes a step, above which neurons are punished"""
+    rate_lower: float | None = None
+    """firing rate below which neurons are punished"""
+    rate_weight: float = 1.0
+    """of that punishment, beside the loss"""
+    rate_per: str = "neuron"
+    """whose rate it is: neuron, channel or layer"""
+    rates: bool = False
+    """measure the firing rate of each layer at every evaluation, for report.png"""
     average: float | None = None
     """evaluate an exponential moving average of the weights with this decay, such as 0.999, instead of the weights"""
     clip: float | None = 1.0
@@ -124,10 +136,22 @@ class Config(Generic[Model, Data]):
         ).items():
             if (value := getattr(self, name)) not in known:
                 raise ValueError(f"--{name} must be {known[0]} or {known[1]}; got {value!r}")
+        if self.rate_per not in ("neuron", "channel", "layer") or self.rate_weight < 0:
+            raise ValueError(
+                f"--rate_per must be neuron, channel or layer, and --rate_weight at least 0; got {self.rate_per!r} and "
+                f"{self.rate_weight}"
+            )
+        lower, upper = (x if x is not None else d for x, d in ((self.rate_lower, 0.0), (self.rate_upper, np.inf)))
+        if not 0 <= lower <= upper:
+            raise ValueError(
+                f"--rate_lower must be from 0 to --rate_upper; got {self.rate_lower} and {self.rate_upper}"
+            )
         if not 0 <= self.label_smoothing < 1:
             raise ValueError(f"--label_smoothing must be in [0, 1); got {self.label_smoothing}")
         if self.piece is not None and self.piece < 1 or self.truncate and self.piece is None:
             raise ValueError(f"--piece must be at least 1, and --truncate needs it; got {self.piece}")
+        if self.piece is not None and (self.rate_lower, self.rate_upper) != (None, None):
+            raise ValueError("--rate_lower and --rate_upper count over the whole sequence: not with --piece")
         if self.average is not None and not 0 <= self.average < 1:
             raise ValueError(f"--average must be None or in [0, 1); got {self.average}")
         for name in ("seed", "workers", "on_device"):
@@ -184,15 +208,20 @@ def _update(config, objects, key, batch):
     batch, targets = config.data.augment(place, batch, targets)
     xs = config.data.encode(noise, batch, config.model.T)
 
+    band = {k: v for k, v in (("lower", config.rate_lower), ("upper", config.rate_upper)) if v is not None}
+
     def loss_of(model):
         options = dict(statistics="piece", truncate=config.truncate)
         run = nn.Pieces(model, config.piece, **options) if config.piece else model
-        outs = run(xs)[0]
+        with _counting(model, bool(band)) as counts:
+            outs = run(xs)[0]
         logits = READOUTS[config.model.readout](outs)
         if config.loss == "tet":
             loss = training.temporal_cross_entropy(outs, targets)
         else:
             loss = optax.softmax_cross_entropy(logits, targets).mean()
+        if band:
+            loss += config.rate_weight * training.rate_penalty(counts, len(xs), per=config.rate_per, **band)
         return loss, (logits.argmax(-1) == labels).mean()
 
     (loss, accuracy), grads = nnx.value_and_grad(loss_of, has_aux=True)(model)
@@ -202,6 +231,11 @@ def _update(config, objects, key, batch):
         step = optimizer.step[...].astype(jnp.float32)
         training.update_average(average[0], model, jnp.minimum(config.average, (1 + step) / (10 + step)))
     return {"loss": loss, "accuracy": accuracy, "grad_norm": optax.tree.norm(grads)}
+
+
+def _counting(model, wanted):
+    """A block in which `model` runs, which fills a dictionary {layer: spike counts [B, ...]} if that is wanted."""
+    return monitor.watch(model, what="counts") if wanted else contextlib.nullcontext({})
 
 
 @lru_cache  # the functions below: what is compiled for a configuration is found again
@@ -240,20 +274,23 @@ def eval_step(config: Config) -> training.CompiledStep:
     def eval_step(model, batch, index):
         model.eval()
         xs, labels = config.data.encode(_key(config, 1, index), batch, config.model.T), batch["label"]
-        outs, state = model(xs)
+        with _counting(model, config.rates) as counts:
+            outs, state = model(xs)
         logits = READOUTS[config.model.readout](outs)
         real = labels >= 0
         losses = optax.softmax_cross_entropy_with_integer_labels(logits, jnp.where(real, labels, 0))
         # a membrane that is NaN never spikes, and the loss alone would not show it
         finite = jnp.stack([jnp.isfinite(leaf).all() for leaf in jax.tree.leaves(state)]).all()
         losses = jnp.where(finite, losses, jnp.nan)
-        return {"loss": (losses * real).sum(), "accuracy": ((logits.argmax(-1) == labels) & real).sum()}
+        mean = lambda count: count.reshape(len(real), -1).mean(1) / len(xs)
+        rates = {f"rate {path}": (mean(count) * real).sum() for path, count in counts.items()}
+        return {"loss": (losses * real).sum(), "accuracy": ((logits.argmax(-1) == labels) & real).sum(), **rates}
 
     return eval_step
 
 
 def evaluate(config: Config, model: nnx.Module, source: Sequence[dict], batch: int = 250) -> dict:
-    """The mean loss and accuracy over all samples of `source`."""
+    """The mean loss and accuracy over all samples of `source`, and with --rates the firing rate of each layer."""
     sums = [eval_step(config)(model, *some) for some in _eval_batches(config, source, batch)]
     return {name: float(sum(s[name] for s in sums)) / len(source) for name in sums[0]}
 

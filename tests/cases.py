@@ -9,6 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 
 import snnfuse as sf
+from snnfuse.core.compose import counted
 
 
 class AffineParams(NamedTuple):
@@ -71,6 +72,7 @@ NEURONS = {
     "izhikevich": (sf.Izhikevich(), sf.IzhikevichParams(), 20.0, 0.5, 1e-4),  # mV: the squares cancel to 1e-2
     "li": (sf.LI(decay_input=True), sf.LIParams(0.8), 1.0, 0.0, 1e-5),
     "affine": (AffineResidualLIF(), AffineParams(1.2, -0.1, sf.LIFParams(0.6, 1.0)), 1.0, 0.0, 1e-5),
+    "counted": (counted(sf.CubaLIF()), sf.CubaLIFParams(0.5, 0.7, 1.0), 0.6, 0.1, 1e-5),
     "outputs": (TwoOutputs(), sf.LIFParams(0.5, 1.0), 2.0, 0.1, 1e-5),
 }
 

@@ -213,7 +213,7 @@ def test_bad_arguments():
     model, xs = Net(), inputs(6)
     with pytest.raises(ValueError, match="operations must be called outside of jax.jit .*; got a tracer"):
         nnx.jit(monitor.operations)(model, xs)
-    with pytest.raises(ValueError, match="what must be 'spikes', 'state' or 'membrane'; got 'v'"):
+    with pytest.raises(ValueError, match="what must be 'spikes', 'state', 'membrane' or 'counts'; got 'v'"):
         monitor.record(model, xs, what="v")
     with pytest.raises(
         ValueError, match=r"layers must be a list of paths of spiking layers, from \['block.*got 'head'"
@@ -241,3 +241,64 @@ def test_the_membrane_before_the_reset():
     assert 0.02 < np.mean(s[first]) < 0.6 and np.max(u[first]) > 1
     with pytest.raises(ValueError, match="Izhikevich has no field `reset`"):
         monitor.record(nn.Sequential(nn.Izhikevich()), xs, what="membrane")
+
+
+class Counts(nnx.Module):
+    """Bits, a shortcut inside of a kernel, a Recurrent, and a layer that is called twice, with a state."""
+
+    def __init__(self):
+        rngs = nnx.Rngs(0)
+        self.norm = nn.NormSpiking(nn.LIF(tau=2.0), nn.BatchNorm(6, rngs=rngs), connect="and", pack=True)
+        self.loop = nn.Recurrent(nn.AdaptiveLIF(tau=2.0, tau_adapt=9.0), 6, rngs=rngs)
+        self.last = nn.LIF(tau=3.0)
+
+    def __call__(self, xs):
+        first, _ = self.norm(2 * xs, None, (xs[:, ::-1] > 0.3).astype(xs.dtype))
+        second, state = self.loop(3 * first.values + xs)
+        third, state = self.loop(3 * first.values, state)
+        once, state = self.last(second + third + xs)
+        return self.last(second + once, state)[0]
+
+
+def test_counts_are_the_sums_of_spikes_and_carry_their_gradients():
+    model, xs, weights = Counts(), inputs(6), jax.random.normal(jax.random.key(5), (2, B, 6))
+
+    def loss(model, what):
+        with monitor.watch(model, what=what) as records:
+            outs = model(xs)
+        sums = {path: r if what == "counts" else r.astype(jnp.float32).sum(0) for path, r in records.items()}
+        return sum((w * sums[path]).sum() for w, path in zip(weights, ("loop", "last"), strict=True)), (outs, sums)
+
+    grad = lambda what: nnx.grad(lambda model: loss(model, what), has_aux=True)(nnx.clone(model))
+    (ours, (outs, counts)), (theirs, (want_outs, sums)) = grad("counts"), grad("spikes")
+    assert_same_spikes(outs, want_outs)
+    for path in ("loop", "last"):
+        np.testing.assert_array_equal(counts[path], sums[path])
+        assert 0.02 < float(counts[path].mean()) / (2 * T) < 0.6
+    ours, theirs = (dict(nnx.to_flat_state(g)) for g in (ours, theirs))
+    assert ours.keys() == theirs.keys()
+    for path, got in ours.items():
+        assert jnp.abs(theirs[path][...]).max() > 0.01, path
+        np.testing.assert_allclose(got[...], theirs[path][...], rtol=1e-4, atol=1e-4)
+    norm = next(path for path in counts if path.startswith("norm"))
+    assert (counts[norm] >= sums[norm]).all() and (counts[norm] > sums[norm]).any()  # the shortcut lets only some pass
+
+
+def test_counts_store_nothing_over_time():
+    layer, xs = nn.LIF(tau=2.0, learn="decay", implementation="interpret"), jnp.ones((256, 2, 64))
+
+    def stored(what):
+        def run(layer):
+            with monitor.watch(layer, what=what) as records:
+                layer(xs)
+            (record,) = records.values()
+            return record.sum()
+
+        graph, state = nnx.split(layer)
+        return sum(
+            x.size
+            for x in jax.tree.leaves(jax.eval_shape(lambda s: jax.vjp(lambda s: run(nnx.merge(graph, s)), s)[1], state))
+        )
+
+    assert stored("counts") < 1.5 * xs.size  # xs itself, and a few states
+    assert stored("spikes") < 1.5 * xs.size

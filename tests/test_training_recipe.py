@@ -1,5 +1,7 @@
 """Groups of parameters, the average of the weights, and the loss of every time step."""
 
+from functools import partial
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -8,6 +10,7 @@ import pytest
 from flax import nnx
 
 from snnfuse import nn, training
+from snnfuse.nn import monitor
 
 
 def network(seed=0):
@@ -119,3 +122,45 @@ def test_the_loss_of_sequences_of_other_lengths_is_that_of_each_alone():
 def test_bad_input_of_the_loss_is_named(outs, targets, mse, message):
     with pytest.raises(ValueError, match=message):
         training.temporal_cross_entropy(jnp.zeros(outs), jnp.zeros(targets, jnp.int32), mse=mse)
+
+
+def test_rate_penalty_is_zero_inside_of_the_band_and_squares_outside():
+    counts = {"a": jnp.array([[0.0, 4.0, 10.0], [0.0, 2.0, 6.0]]), "b": jnp.full((2, 5, 4), 3.0)}  # T = 10
+    rates = np.array([0.0, 0.3, 0.8])
+    want = (np.square(np.maximum(rates - 0.5, 0)) + np.square(np.maximum(0.1 - rates, 0))).mean() / 2
+    penalty = partial(training.rate_penalty, counts, 10)
+    np.testing.assert_allclose(penalty(lower=0.1, upper=0.5), want, rtol=1e-6)
+    assert penalty(lower=0.1, upper=0.5, per="layer") == 0
+    np.testing.assert_allclose(penalty(upper=0.2, per="layer"), ((11 / 30 - 0.2) ** 2 + 0.1**2) / 2, rtol=1e-5)
+    only = lambda per: training.rate_penalty({"b": counts["b"].at[:, 0].set(0.0)}, 10, lower=0.25, per=per)
+    np.testing.assert_allclose([only("neuron"), only("channel")], [0.25**2 / 5, 0.01**2], rtol=1e-4)
+    for error, call in (
+        ("lower and upper must be 0 <= lower <= upper; got 0.5 and 0.2", lambda: penalty(lower=0.5, upper=0.2)),
+        ("per must be one of neuron, channel, layer; got 'lane'", lambda: penalty(per="lane")),
+        ("counts must have at least one layer", lambda: training.rate_penalty({}, 10)),
+        ("steps must be at least 1", lambda: training.rate_penalty(counts, 0)),
+    ):
+        with pytest.raises(ValueError, match=error):
+            call()
+
+
+def test_a_rate_penalty_makes_a_network_sparser():
+    def rate(weight):
+        layer, xs = nn.Sequential(nn.Linear(5, 20, rngs=nnx.Rngs(0)), nn.LIF(tau=2.0)), 3 * jnp.ones((8, 4, 5))
+        optimizer = nnx.Optimizer(layer, optax.sgd(1.0), wrt=nnx.Param)
+
+        @nnx.jit
+        def step(layer, optimizer):
+            def loss(layer):
+                with monitor.watch(layer, what="counts") as counts:
+                    layer(xs)
+                return weight * training.rate_penalty(counts, 8, lower=0.1, upper=0.2, per="layer"), counts
+
+            grads, counts = nnx.grad(loss, has_aux=True)(layer)
+            optimizer.update(layer, grads)
+            return sum(count.mean() / 8 for count in counts.values())
+
+        return [float(step(layer, optimizer)) for _ in range(60)]
+
+    free, held = rate(0.0), rate(10.0)
+    assert free[0] == free[-1] > 0.25 and 0.09 < held[-1] < 0.21

@@ -3,6 +3,8 @@
 from dataclasses import dataclass, replace
 from typing import NamedTuple
 
+import jax
+import jax.numpy as jnp
 from jax import Array
 
 from snnfuse.core.neuron import Neuron, PyTree
@@ -102,6 +104,39 @@ class Twice:
     def step(self, params, state, x):
         state, out = self.inner.step(params, state, x)
         return state, (out, out)
+
+
+class CountedState(NamedTuple):
+    """The state of the neuron, and the sum of its outputs so far."""
+
+    inner: PyTree
+    count: Array
+
+
+@dataclass(frozen=True)
+class Counted:
+    """The same neuron, which also adds up its outputs in its state, so that a kernel counts spikes without storing them.
+
+        count[t] = count[t-1] + s[t]
+
+    The count after the last step has a gradient, so a loss may use it. Of several outputs, the first one counts.
+    """
+
+    inner: Neuron
+
+    def init_state(self, shape):
+        return CountedState(self.inner.init_state(shape), jnp.zeros(shape, jnp.float32))
+
+    def step(self, params, state, x):
+        inner, out = self.inner.step(params, state.inner, x)
+        return CountedState(inner, state.count + jax.tree.leaves(out)[0]), out
+
+
+def counted(neuron: Neuron) -> Neuron:
+    """The neuron, counted inside of what wraps it: the count is of its own spikes, without the shortcut of a `Connect`."""
+    if isinstance(neuron, Affine | Connect | Twice):
+        return replace(neuron, inner=counted(neuron.inner))
+    return Counted(neuron)
 
 
 @dataclass(frozen=True)

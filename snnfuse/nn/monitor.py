@@ -19,13 +19,14 @@ from flax import nnx
 from jax import Array
 
 from snnfuse.core import neurons
-from snnfuse.core.compose import Twice, WithMembrane
+from snnfuse.core.compose import CountedState, Twice, WithMembrane, counted
 from snnfuse.core.neuron import PyTree, WithState
 from snnfuse.nn.recurrent import Feedback, Recurrent
 from snnfuse.nn.spikes import refuse_gradient, values
 from snnfuse.nn.spiking import Spiking
 from snnfuse.nn.temporal import Pieces, Remat, Timeless
 from snnfuse.ops.packing import Packed, unpack
+from snnfuse.ops.recurrent import RecurrentState
 
 MAC, AC = 4.6e-12, 0.9e-12  # joules, see `Operations`
 
@@ -36,16 +37,17 @@ def record(
     """Call `model(*args, **kwargs)` and record its neurons: (what the model returned, {path: record}).
 
     Args:
-      layers: paths of the `Spiking`, `Recurrent` and `Feedback` layers to record. None records all of them, except `LI` for "spikes", which never spikes.
+      layers: paths of the `Spiking`, `Recurrent` and `Feedback` layers to record. None records all of them, except `LI`, which never spikes, unless `what` is "state".
       what: "spikes" records the outputs [T, *B, N] of a layer; "state" records its states after every step, a tree of
         float32 [T, *B, N] (`.v` is the membrane after the reset); "membrane" records the membrane before the reset, float32
-        [T, *B, N], which is what is compared with the threshold. A neuron needs a field `reset` for it.
+        [T, *B, N], which is what is compared with the threshold. A neuron needs a field `reset` for it. "counts" records how
+        often each neuron spiked, float32 [*B, N]: the kernel adds up spikes and stores none of them.
 
-    A `NormSpiking` with connect="add" adds the shortcut inside its kernel, so its recorded outputs include the shortcut.
-    If a layer is called more than once, its records are joined along time. This works under `jax.jit`.
+    A `NormSpiking` with connect="add" adds the shortcut inside its kernel, so its recorded outputs include the shortcut; its
+    counts do not. If a layer is called more than once, its records are joined along time, and its counts are added. This works under `jax.jit`.
 
     Raises:
-      ValueError: `what` is none of the three, or a path in `layers` is not that of a spiking layer.
+      ValueError: `what` is none of the four, or a path in `layers` is not that of a spiking layer.
       TypeError: it is called in a function that is differentiated with regard to the model. The copy draws the dropout mask
         of the next call, and the BatchNorm statistics of the model would not change: use `watch` there.
     """
@@ -63,16 +65,16 @@ def watch(
 ) -> Iterator[dict[str, PyTree]]:
     """Record the neurons of `model` while it runs, in training too: for a rate penalty, or rates beside the loss.
 
-        with monitor.watch(model) as spikes:
+        with monitor.watch(model, what="counts") as counts:
             outs, state = model(xs)
-        rates = monitor.firing_rates(spikes)  # their gradient reaches the model
+        loss += 0.1 * training.rate_penalty(counts, T, upper=0.2)  # its gradient reaches the model
 
     The dictionary {path: record} is filled at the end of the block; `layers`, `what` and the records are those of `record`.
     The whole block must lie inside of one transform, such as the function that `nnx.grad` takes. In the block a `Remat`
     or `Pieces` runs as the layer inside it, on all T, so it stores more memory.
     """
-    if what not in ("spikes", "state", "membrane"):
-        raise ValueError(f"what must be 'spikes', 'state' or 'membrane'; got {what!r}")
+    if what not in ("spikes", "state", "membrane", "counts"):
+        raise ValueError(f"what must be 'spikes', 'state', 'membrane' or 'counts'; got {what!r}")
     found = _layers(model, Spiking | Recurrent | Feedback)
     inside = {f"{path}.neuron" for path, m in found.items() if not isinstance(m, Spiking)}
     found = {path: m for path, m in found.items() if path not in inside}
@@ -98,7 +100,8 @@ def watch(
                 object.__delattr__(found[path], "unroll")
             elif own[path] is not None:
                 object.__setattr__(found[path], "unroll", own[path])
-    records |= {path: jax.tree.map(lambda *pieces: jnp.concatenate(pieces), *r) for path, r in calls.items() if r}
+    join = (lambda *pieces: sum(pieces)) if what == "counts" else (lambda *pieces: jnp.concatenate(pieces))
+    records |= {path: jax.tree.map(join, *r) for path, r in calls.items() if r}
 
 
 def firing_rates(spikes: dict[str, Array]) -> dict[str, Array]:
@@ -221,7 +224,18 @@ def _recording(unroll: Callable, what: str, keep: Callable) -> Callable:
         keep(kept)
         return outs, final
 
-    return {"spikes": spikes, "state": states, "membrane": membranes}[what]
+    def counts(neuron, params, state, xs, **options):
+        recurrent = isinstance(state, RecurrentState)
+        if state is not None:
+            inner = state.neuron if recurrent else state
+            inner = CountedState(inner, jnp.zeros(jax.tree.leaves(xs)[0].shape[1:], jnp.float32))
+            state = state._replace(neuron=inner) if recurrent else inner
+        outs, final = unroll(counted(neuron), params, state, xs, **options)
+        kept = final.neuron if isinstance(final, RecurrentState) else final
+        keep(kept.count)
+        return outs, final._replace(neuron=kept.inner) if isinstance(final, RecurrentState) else kept.inner
+
+    return {"spikes": spikes, "state": states, "membrane": membranes, "counts": counts}[what]
 
 
 def _after_unroll(unroll: Callable, count: Callable) -> Callable:

@@ -19,7 +19,7 @@ After each call the model and the optimizer hold the new arrays: read, print, sa
 from snnfuse.training.checkpoint import compare_settings, from_arrays, restore, save, settings, to_arrays
 from snnfuse.training.compiled import CompiledStep, compiled_step
 from snnfuse.training.device_data import DeviceData
-from snnfuse.training.recipe import parameter_groups, temporal_cross_entropy, update_average
+from snnfuse.training.recipe import parameter_groups, rate_penalty, temporal_cross_entropy, update_average
 
 __all__ = [
     "CompiledStep",
@@ -31,6 +31,7 @@ __all__ = [
     "restore",
     "save",
     "settings",
+    "rate_penalty",
     "temporal_cross_entropy",
     "to_arrays",
     "update_average",

@@ -1,4 +1,4 @@
-"""Pieces of training recipes: groups of parameters for optax, an average of the weights, and the loss of every time step."""
+"""Pieces of training recipes: groups of parameters for optax, an average of the weights, losses of time steps and of rates."""
 
 import jax
 import jax.numpy as jnp
@@ -96,3 +96,45 @@ def temporal_cross_entropy(
     entropy = optax.softmax_cross_entropy(outs, jnp.broadcast_to(targets, outs.shape))
     losses = (1 - mse) * entropy + mse * jnp.square(outs - level).mean(-1)
     return losses.mean() if real is None else (jnp.where(real[..., 0], losses, 0).sum(0) / real.sum((0, 2))).mean()
+
+
+def rate_penalty(
+    counts: dict[str, Array], steps: int, *, lower: float = 0.0, upper: float = 1.0, per: str = "neuron"
+) -> Array:
+    """How far the firing rates of layers leave the band from `lower` to `upper`: a float32 number, 0 inside of it.
+
+        L = mean over layers of mean_n (max(0, r[n] - upper)^2 + max(0, lower - r[n])^2);   r = mean of counts / steps
+
+    Only `upper` makes a network sparse, only `lower` keeps neurons from falling silent; both together are a band. The counts come
+    from the run that is trained, and no spike is stored for them:
+
+        with monitor.watch(model, what="counts") as counts:
+            outs, state = model(xs)
+        loss = cross_entropy + 0.1 * training.rate_penalty(counts, len(xs), upper=0.2)
+
+    Args:
+      counts: {name: spikes of each neuron over the sequence, [B, *space, N]}, as `snnfuse.nn.monitor.watch` gives them. A
+        dictionary of some layers only, or one call for each layer, gives layers bands of their own.
+      steps: T.
+      lower, upper: rates in spikes a step, 0 <= lower <= upper.
+      per: whose rates are meant. "neuron": r is the mean over the batch; "channel": over batch and space, one r for each of
+        N; "layer": over all neurons of a layer.
+
+    Raises ValueError for other bounds, for no layers, and for another `per`.
+    """
+    if not 0 <= lower <= upper:
+        raise ValueError(f"lower and upper must be 0 <= lower <= upper; got {lower} and {upper}")
+    if steps < 1:
+        raise ValueError(f"steps must be at least 1; got {steps}")
+    if not counts:
+        raise ValueError("counts must have at least one layer; got none")
+    losses = []
+    for name, count in counts.items():
+        if count.ndim < 2:
+            raise ValueError(f"counts of {name!r} must be [B, *space, N]; got shape {count.shape}")
+        axes = {"neuron": (0,), "channel": tuple(range(count.ndim - 1)), "layer": None}
+        if per not in axes:
+            raise ValueError(f"per must be one of {', '.join(axes)}; got {per!r}")
+        rate = count.mean(axes[per], dtype=jnp.float32) / steps
+        losses.append(jnp.mean(jnp.square(jnp.maximum(rate - upper, 0)) + jnp.square(jnp.maximum(lower - rate, 0))))
+    return sum(losses) / len(losses)
