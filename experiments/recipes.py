@@ -72,6 +72,61 @@ def cifar10():
     return [*SEW, "--data=cifar10", *IMAGES, *changes, *sgd, *_schedule(50_000, 128, 42, evaluations=3)]
 
 
+# Recordings: events, signals and sound. None of their sets is large; each recipe says how many recordings test it.
+
+EVENTS = "--data.store=events --data.split=time --data.channels=None".split()
+ADAM = "--weight_decay=1e-2 --average=0.995 --rates --log_every=50".split()
+
+
+@recipe
+def nmnist_subset():
+    """N-MNIST, a convolutional network, T = 20: events are moved, scaled, turned and dropped at random.
+
+    For the first 1,000 training and 100 test recordings of N-MNIST: one test recording is 1 %.
+    """
+    network = "--model=conv --model.T=20 --model.channels 32 64".split()
+    changes = "--data.shift=2 --data.scale=0.1 --data.turn=10 --data.drop=0.2".split()
+    schedule = "--batch=50 --steps=1000 --eval_every=200".split()
+    return [*network, "--data=nmnist", "--data.bins=20", *EVENTS, *changes, *ADAM, *schedule]
+
+
+@recipe
+def dvs128_objects():
+    """Five objects before a DVS128, windows of 100 ms, a convolutional network, T = 10: one series trains, the other tests."""
+    network = "--model=conv --model.T=10 --model.channels 32 64 128 --model.dropout=0.1".split()
+    frames = "--data.bins=10 --data.events=4096 --data.size=64".split()
+    changes = "--data.shift=20 --data.flip --data.scale=0.3 --data.turn=20 --data.drop=0.3".split()
+    schedule = "--batch=64 --steps=1200 --eval_every=200".split()
+    return [*network, "--data=dvs128_objects", *frames, *EVENTS, *changes, *ADAM, *schedule]
+
+
+@recipe
+def emg_roshambo():
+    """Rock, paper, scissors by muscle activity, two layers of adaptive LIF neurons, T = 20: session 3 of each person tests.
+
+    Each channel is divided by its strength over the session of the person, which needs no labels, but all of the session.
+    --data.relative_to subject uses the strength over all sessions of the person instead.
+    """
+    network = "--model=recurrent --model.no_recurrent --model.T=20".split()
+    changes = "--data.size=340 --data.early=30 --data.gain=0.3".split()
+    relative = "--data.relative_to subject session".split()
+    schedule = "--batch=64 --steps=800 --eval_every=100 --learning_rate=1e-2".split()
+    return [*network, "--data=emg_roshambo", *changes, *relative, *ADAM, *schedule]
+
+
+@recipe
+def speech_commands():
+    """Speech Commands, its test files split by speaker, convolutions over time and bands, T = 50: 12 classes.
+
+    python -m snnfuse.data prepare speech_commands --manual my_folders --rate 8000
+    """
+    network = "--model=timeconv --model.T=50 --model.dropout=0.1".split()
+    changes = "--data.shift=0.1 --data.tempo=0.1 --data.pitch=2 --data.mask_steps=8 --data.mask_bands=8 --data.noise=15".split()
+    decay = "--weight_decay=0.03 --label_smoothing=0.1 --average=0.999 --rates".split()
+    schedule = "--batch=128 --steps=3000 --eval_every=600 --log_every=100 --learning_rate=4e-3".split()
+    return [*network, "--data=speech_commands", "--data.seconds=1", *changes, *decay, *schedule]
+
+
 def table() -> str:
     """Every recipe with the newest result of each seed, from benchmarks/results."""
     path = RESULTS / "accuracy.jsonl"

@@ -42,6 +42,105 @@ def draw(path: Path, rows: list[dict], config, model, source) -> Path:
     return path
 
 
+def draw_mistakes(path: Path, rows: list[dict], config, model, source, logits, labels) -> Path:
+    """What the network confuses, its worst mistakes as pictures, its firing rates over training, and its energy."""
+    figure = plt.figure(figsize=(14, 8.6), constrained_layout=True)
+    wrong = int((logits.argmax(-1) != labels).sum())
+    figure.suptitle(f"{path.parent}: {wrong:,} of {len(labels):,} held-out samples are wrong")
+    top, bottom = figure.subfigures(2, 1, height_ratios=(1.15, 1))
+    rates = {name.removeprefix("eval_rate "): [] for row in rows for name in row if name.startswith("eval_rate ")}
+    confusion, *others = top.subplots(1, 2 + bool(rates), width_ratios=(1.1, 1, 1)[: 2 + bool(rates)])
+    _confusions(confusion, logits.argmax(-1), labels, config.data.labels)
+    _energy(others[-1], config, model, source)
+    if rates:
+        _rates(others[0], rows, list(rates))
+    _worst(bottom, config, source, logits, labels)
+    for axes in others:
+        axes.spines[["top", "right"]].set_visible(False)
+    figure.savefig(path, dpi=110)
+    plt.close(figure)
+    return path
+
+
+def _confusions(axes, answers, labels, names):
+    n = len(names)
+    counts = np.zeros((n, n), int)
+    np.add.at(counts, (labels, answers), 1)
+    part = counts / np.maximum(counts.sum(1, keepdims=True), 1)
+    axes.imshow(part, cmap="Blues", vmin=0, vmax=1)
+    if n <= 20:
+        axes.set_xticks(range(n), [name[:12] for name in names], rotation=45, ha="right", fontsize=8)
+        axes.set_yticks(range(n), [name[:12] for name in names], fontsize=8)
+        for i, j in np.argwhere(counts):
+            axes.text(
+                j, i, counts[i, j], ha="center", va="center", fontsize=7, color="white" if part[i, j] > 0.5 else "black"
+            )
+    axes.set(xlabel="answer", ylabel="class", title="confusions")
+
+
+def _rates(axes, rows, paths):
+    for i, path in enumerate(paths):
+        steps, rate = np.array(
+            [(row["step"], row[f"eval_rate {path}"]) for row in rows if f"eval_rate {path}" in row]
+        ).T
+        axes.plot(steps, rate, "o-", ms=3, color=plt.cm.viridis(i / max(1, len(paths) - 1)), label=path)
+    axes.set(xlabel="step", ylabel="spikes a step", ylim=(0, None), title="firing rates of layers, held out")
+    if len(paths) <= 8:
+        axes.legend(frameon=False, fontsize=8)
+
+
+def _energy(axes, config, model, source):
+    """Of one sample: `monitor.operations`, an estimate for 45 nm CMOS that leaves memory out."""
+    batch = next(iter(load([source[0]], config.data.example(), batch=1, shuffle=False, device=False)))
+    xs = config.data.encode(jax.random.key(config.seed), batch, config.model.T)
+    found = {path: of for path, of in monitor.operations(model, xs).items() if of.acs + of.macs}
+    names, joules = list(found), np.array([of.joules for of in found.values()])
+    spikes = np.array([monitor.Operations(of.acs).joules for of in found.values()])
+    axes.barh(names, spikes * 1e6, color=COLOURS[1], label="additions: inputs are spikes")
+    axes.barh(
+        names, (joules - spikes) * 1e6, left=spikes * 1e6, color=COLOURS[3], label="multiplications: they are not"
+    )
+    axes.invert_yaxis()
+    axes.tick_params(labelsize=8)
+    axes.set(
+        xlabel="microjoules, an estimate without memory", title=f"one sample: {joules.sum() * 1e6:.3g} microjoules"
+    )
+    axes.legend(frameon=False, fontsize=8)
+
+
+def _worst(figure, config, source, logits, labels, count=10):
+    """The mistakes with the largest loss; without mistakes, the samples with the largest loss."""
+    shifted = logits - logits.max(-1, keepdims=True)
+    losses = np.log(np.exp(shifted).sum(-1)) - shifted[np.arange(len(labels)), labels]
+    wrong = logits.argmax(-1) != labels
+    order = np.lexsort((-losses, ~wrong))[:count]
+    names = config.data.labels
+    figure.suptitle(
+        "worst mistakes: class, and answer" if wrong.any() else "no mistake; the samples with the largest loss"
+    )
+    axes = figure.subplots(2, -(-len(order) // 2), squeeze=False).ravel()
+    for cell, index in zip(axes, order, strict=False):
+        batch = next(iter(load([source[int(index)]], config.data.example(), batch=1, shuffle=False, device=False)))
+        xs = np.asarray(config.data.encode(jax.random.key(config.seed), batch, config.model.T))[:, 0]
+        strip = _strip(xs) if hasattr(config.data, "bins") else _picture(xs)
+        cell.imshow(strip, cmap="gray_r", aspect="auto" if xs.ndim < 4 else "equal", interpolation="nearest")
+        cell.set_title(f"{names[labels[index]]}, {names[int(logits[index].argmax())]}", fontsize=9)
+    for cell in axes:
+        cell.set(xticks=[], yticks=[])
+        cell.set_frame_on(False)
+
+
+def _strip(xs, parts=4):
+    """Events [T, H, W, P] as four pictures, one after another, two by two; more events are darker, OFF and ON red and blue."""
+    frames = np.stack([part.sum(0) for part in np.array_split(xs, parts)])  # [4, H, W, P]
+    top = max(np.percentile(frames[frames > 0], 95), 1e-6) if frames.any() else 1.0
+    ink = np.clip(frames / top, 0, 1)
+    off, on = ink[..., 0], ink[..., min(1, ink.shape[-1] - 1)]
+    colours = np.stack([1 - on, 1 - np.maximum(on, off), 1 - off], -1)
+    colours[:, [0, -1]], colours[:, :, [0, -1]] = 0.8, 0.8  # a frame
+    return np.concatenate([np.concatenate(colours[i : i + 2], 1) for i in (0, 2)])
+
+
 def _curves(axes, rows, name, label):
     steps, values = np.array([(r["step"], r[name]) for r in rows if name in r]).T
     axes.plot(steps, values, color=COLOURS[0], alpha=0.25, lw=0.8)

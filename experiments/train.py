@@ -14,6 +14,7 @@ A run is a directory, runs/<name>:
     config.json          the configuration              metrics.jsonl   a row a step and a row an evaluation
     checkpoints/         Orbax, the last two            tensorboard/    the same metrics
     summary.json         how it ended                   report.png      curves, spikes and membranes
+    mistakes.png         confusions, worst mistakes, energy; with --rates the firing rates of layers over training
 
 Step k of a run depends on its configuration and on k alone: batches, encoding and augmentation are keyed by the step.
 So a resumed run gives, bit for bit, the result of a run that never stopped.
@@ -268,7 +269,7 @@ def train_step_from_host(config: Config, names: tuple[str, ...]) -> training.Com
 
 @lru_cache
 def eval_step(config: Config) -> training.CompiledStep:
-    """Sums over the samples whose label is not -1. The others only fill the last batch."""
+    """(sums over the samples whose label is not -1, the logits [B, classes]). The others only fill the last batch."""
 
     @training.compiled_step
     def eval_step(model, batch, index):
@@ -284,15 +285,23 @@ def eval_step(config: Config) -> training.CompiledStep:
         losses = jnp.where(finite, losses, jnp.nan)
         mean = lambda count: count.reshape(len(real), -1).mean(1) / len(xs)
         rates = {f"rate {path}": (mean(count) * real).sum() for path, count in counts.items()}
-        return {"loss": (losses * real).sum(), "accuracy": ((logits.argmax(-1) == labels) & real).sum(), **rates}
+        sums = {"loss": (losses * real).sum(), "accuracy": ((logits.argmax(-1) == labels) & real).sum(), **rates}
+        return sums, logits
 
     return eval_step
 
 
 def evaluate(config: Config, model: nnx.Module, source: Sequence[dict], batch: int = 250) -> dict:
     """The mean loss and accuracy over all samples of `source`, and with --rates the firing rate of each layer."""
-    sums = [eval_step(config)(model, *some) for some in _eval_batches(config, source, batch)]
+    sums = [eval_step(config)(model, *some)[0] for some in _eval_batches(config, source, batch)]
     return {name: float(sum(s[name] for s in sums)) / len(source) for name in sums[0]}
+
+
+def predict(config: Config, model: nnx.Module, source: Sequence[dict], batch: int = 250) -> tuple:
+    """(logits [n, classes], labels [n]) of all samples, by the program of `evaluate`."""
+    parts = [(eval_step(config)(model, *some)[1], some[0]["label"]) for some in _eval_batches(config, source, batch)]
+    logits, labels = (np.concatenate([np.asarray(part) for part in column]) for column in zip(*parts, strict=True))
+    return logits[labels >= 0], labels[labels >= 0]
 
 
 def _eval_batches(config, source, batch):
@@ -435,7 +444,7 @@ def train(config: Config) -> dict:
         print(f"training samples come from the {'device' if lower else 'host'}; steps in a call: {K}")
         lower = lower if K == 1 and start < config.steps else None
         _loop(run, config, fixed, objects, step, lower, K, test_source, start)
-        return _finish(run, config, objects, len(train_source), test_source, time.perf_counter() - began)
+        return _finish(run, config, fixed, objects, len(train_source), test_source, time.perf_counter() - began)
     finally:
         run.close()
 
@@ -493,7 +502,7 @@ def _evaluated(objects):
     return objects[0] if len(objects) == 2 else objects[2]
 
 
-def _finish(run, config, objects, examples, test_source, seconds):
+def _finish(run, config, fixed, objects, examples, test_source, seconds):
     model = _evaluated(objects)
     run.save(config.steps, *objects)
     rows = run.rows()
@@ -512,6 +521,10 @@ def _finish(run, config, objects, examples, test_source, seconds):
     }
     model.eval()
     summary["report"] = str(report.draw(run.path / "report.png", rows, config, model, test_source))
+    predicted = predict(fixed, model, test_source, min(250, 10 * config.batch))
+    summary["mistakes"] = str(
+        report.draw_mistakes(run.path / "mistakes.png", rows, config, model, test_source, *predicted)
+    )
     (run.path / "summary.json").write_text(json.dumps(summary, indent=1) + "\n")
     return summary
 

@@ -122,5 +122,18 @@ def test_a_run_learns_which_channel_is_strong(tmp_path, monkeypatch):
     options = ["--data=gestures", "--data.size=100", "--data.width=20", "--data.gain=0.2", "--model=recurrent"]
     options += ["--model.no_recurrent", "--model.T=5", "--model.hidden", "16", "--learning_rate=1e-2", "--steps=60"]
     options += ["--batch=8", "--eval_every=60", f"--out={tmp_path}", "--name=run"]
+    options += ["--rates", "--rate_upper=0.05", "--rate_lower=0.01", "--rate_per=layer"]
     assert train.main(options) == 0
     assert json.loads((tmp_path / "run" / "summary.json").read_text())["held_out_accuracy"] == 1
+    rows = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
+    (rate,) = [value for name, value in rows[-1].items() if name.startswith("eval_rate ")]
+    assert 0.005 < rate < 0.07
+    for picture in ("report.png", "mistakes.png"):
+        assert (tmp_path / "run" / picture).stat().st_size > 10_000
+
+
+def test_punished_rates_must_be_a_band():
+    with pytest.raises(ValueError, match="--rate_lower must be from 0 to --rate_upper; got 0.5 and 0.2"):
+        dataclasses.replace(train.Config(), rate_lower=0.5, rate_upper=0.2)
+    with pytest.raises(ValueError, match="--rate_per must be neuron, channel or layer.*; got 'lane' and 1.0"):
+        dataclasses.replace(train.Config(), rate_per="lane")
