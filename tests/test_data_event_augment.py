@@ -133,3 +133,17 @@ def test_what_is_refused():
         signals.noise(KEY, jnp.ones((2, 3, 4), jnp.int32), 0.1)
     with pytest.raises(ValueError, match="most must be at least 0 and finite; got -1"):
         signals.gain(KEY, SIGNAL, -1.0)
+
+
+def test_a_piece_is_a_stretch_of_the_recording_with_its_own_times():
+    many = jnp.tile(PACKED[:1], (64, 1, 1))
+    whole = places(PACKED[0])
+    made, durations = event_augment.piece(KEY, many, 100_000, 1.0), []
+    for one in made:
+        one = places(one)
+        (at,) = [i for i in range(len(whole) - len(one) + 1) if np.array_equal(whole[i : i + len(one), 1:], one[:, 1:])]
+        assert len(set(whole[at : at + len(one), 0] - one[:, 0])) == 1 and one[0, 0] >= 0
+        durations.append(one[-1, 0])
+    assert 30_000 < min(durations) < 60_000 and 150_000 < max(durations) < 200_000
+    plain = [places(one)[-1, 0] for one in event_augment.piece(KEY, many, 100_000)]
+    assert max(plain) < 100_000 and np.mean(plain) > 93_000

@@ -197,7 +197,8 @@ def own_events(folder, *more):
 
 def test_your_own_events_are_cut_into_windows(tmp_path):
     a, b, c = own_events(tmp_path)
-    catalog.prepare("cups", tmp_path / "data", manual=tmp_path, size=(128, 128), window=10)
+    made = catalog.prepare("cups", tmp_path / "data", manual=tmp_path, size=(128, 128), window=10)
+    assert made.info.metadata["window"] == 10_000
     train, test = (list(catalog.source("cups", split, tmp_path / "data")) for split in ("train", "test"))
     assert (len(train), len(test)) == (6, 3)  # 3 windows of 10 ms in each of 35
     assert [int(s["label"]) for s in train] == [0] * 3 + [1] * 3

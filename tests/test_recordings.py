@@ -15,7 +15,7 @@ sys.path.insert(0, str(Path(__file__).parent.parent / "experiments"))
 
 pytest.importorskip("tensorflow_datasets", reason="the experiments need the extra `data`")
 import train
-from inputs import DATASETS, Audio, Signals
+from inputs import DATASETS, Audio, Signals, two_windows
 from models import MODELS
 from test_data_formats import recording
 
@@ -91,6 +91,23 @@ def test_events_are_changed_before_they_become_frames():
         dataclasses.replace(DATASETS["nmnist"], shift=1.0)
     with pytest.raises(ValueError, match="--data.drop must be at least 0, and at most 1; got 2"):
         dataclasses.replace(data, drop=2.0)
+
+
+def test_two_windows_are_those_that_follow_one_another():
+    def window(start, label, times):
+        return {
+            "start": np.int64(start),
+            "label": label,
+            "events": {"t": np.array(times, np.uint32), "x": np.array(times) % 7},
+        }
+
+    samples = [window(0, 1, [1, 5]), window(10, 1, [0, 9]), window(20, 2, [3]), window(50, 2, [4])]
+    (both,) = two_windows(samples, 10)
+    assert both["events"]["t"].tolist() == [1, 5, 10, 19] and both["events"]["x"].tolist() == [1, 5, 0, 2]
+    data = dataclasses.replace(DATASETS["dvs128_objects"], store="events", tempo=0.5)
+    assert catalog.data_set(data.name).WINDOW == 100_000
+    with pytest.raises(ValueError, match="--data.tempo must be None .* cut into windows; got 0.5 for nmnist"):
+        dataclasses.replace(DATASETS["nmnist"], store="events", tempo=0.5)
 
 
 def test_sound_is_mixed_with_its_targets_and_gets_noise():

@@ -74,7 +74,8 @@ def _own_prepared(name: str, path: Path) -> type:
     if "signal" in features:
         return own("signals", "SignalFolder", CHANNELS=int(told["channels"]))
     if "events" in features:
-        return own("cameras", "EventFolder", SENSOR=Sensor(*map(int, told["sensor"])))
+        window = int(told["window"]) if "window" in told else None
+        return own("cameras", "EventFolder", SENSOR=Sensor(*map(int, told["sensor"])), WINDOW=window)
     return own("images", "ImageFolder", SHAPE=_shape(path))
 
 

@@ -67,6 +67,7 @@ class EventSet(DataSet):
 
     SENSOR: Sensor
     EXTRA: tuple[str, ...] = ()
+    WINDOW: int | None = None  # microseconds of a sample, if recordings are cut into windows
 
     def features(self) -> dict[str, Feature | dict[str, Feature]]:
         dtypes = {"t": np.uint32, "p": np.bool_}
@@ -76,7 +77,8 @@ class EventSet(DataSet):
         return {"events": events, "start": (np.int64, ())} | dict.fromkeys(self.EXTRA, (np.int64, ()))
 
     def metadata(self) -> dict:
-        return {"sensor": list(self.SENSOR), "unit": "microseconds"}
+        window = {} if self.WINDOW is None else {"window": self.WINDOW}
+        return {"sensor": list(self.SENSOR), "unit": "microseconds"} | window
 
     def checked(self, name: str, features: dict, on_unsorted: str, was_sorted: list[str]) -> dict:
         features = super().checked(name, features, on_unsorted, was_sorted)

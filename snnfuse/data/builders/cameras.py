@@ -27,7 +27,6 @@ class EventFolder(TableSet, EventSet):
     """Your own recordings of events: .npz files (t, x, y, p) or .aedat files, and a table split.csv of their labels."""
 
     JOBS_PER_SHARD = 50
-    WINDOW: int | None = None  # microseconds of a sample; None: a row of the table is one sample
 
     @classmethod
     def of(
