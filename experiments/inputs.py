@@ -167,9 +167,9 @@ class Recordings(Labelled):
     """training recordings are turned by up to this many degrees"""
     drop: float = 0.0
     """training recordings lose up to this part of their events"""
-    tempo: float | None = None
-    """training on a random stretch of two windows that follow one another, up to this part longer or shorter than a window, so
-    that motion seems faster or slower; for recordings that were cut into windows. None: on the windows themselves"""
+    longer: float | None = None
+    """training on random stretches of two windows that follow one another, up to this part longer than a window, so that motion
+    seems faster; for recordings that were cut into windows. None: on the windows themselves"""
 
     def __post_init__(self):
         for name in ("bins", "events") + ("size",) * (self.size is not None):
@@ -184,17 +184,18 @@ class Recordings(Labelled):
         for name, most in (("shift", np.inf), ("scale", np.inf), ("turn", 180), ("drop", 1)):
             if not 0 <= (value := getattr(self, name)) <= most:
                 raise ValueError(f"--data.{name} must be at least 0, and at most {most}; got {value}")
-        if self.tempo is not None and not (0 <= self.tempo <= 1 and catalog.data_set(self.name).WINDOW):
+        if self.longer is not None and not (0 <= self.longer <= 1 and catalog.data_set(self.name).WINDOW):
             raise ValueError(
-                f"--data.tempo must be None or in [0, 1], and for recordings cut into windows; got {self.tempo} for {self.name}"
+                f"--data.longer must be None or in [0, 1], and for recordings cut into windows; got {self.longer} for {self.name}"
             )
-        changed = [name for name in ("size", "shift", "flip", "scale", "turn", "drop", "tempo") if getattr(self, name)]
+        changed = [name for name in ("size", "shift", "flip", "scale", "turn", "drop") if getattr(self, name)]
+        changed += ["longer"] * (self.longer is not None)
         if changed and self.store != "events":
             raise ValueError(f"--data.{changed[0]} needs --data.store events; got {self.store!r}")
 
     def sources(self) -> Sources:
         train, test = _sources(self.name)
-        if self.tempo is not None:
+        if self.longer is not None:
             train = two_windows(in_memory(train, f"{self.name}, train"), catalog.data_set(self.name).WINDOW)
         return train, test
 
@@ -209,9 +210,9 @@ class Recordings(Labelled):
 
     def augment(self, key: Array, batch: Batch, targets: Array) -> tuple[Batch, Array]:
         move, drop = jax.random.split(key)
-        if self.tempo is not None:
+        if self.longer is not None:
             cut, length = jax.random.fold_in(key, 1), catalog.data_set(self.name).WINDOW
-            batch = batch | {"frames": event_augment.piece(cut, batch["frames"], length, self.tempo)}
+            batch = batch | {"frames": event_augment.piece(cut, batch["frames"], length, self.longer)}
         if self.shift or self.flip or self.scale or self.turn:
             changes = dict(shift=self.shift, flip=0.5 * self.flip, scale=self.scale, turn=self.turn)
             batch = batch | {"frames": event_augment.move(move, batch["frames"], self.sensor, **changes)}

@@ -104,10 +104,10 @@ def test_two_windows_are_those_that_follow_one_another():
     samples = [window(0, 1, [1, 5]), window(10, 1, [0, 9]), window(20, 2, [3]), window(50, 2, [4])]
     (both,) = two_windows(samples, 10)
     assert both["events"]["t"].tolist() == [1, 5, 10, 19] and both["events"]["x"].tolist() == [1, 5, 0, 2]
-    data = dataclasses.replace(DATASETS["dvs128_objects"], store="events", tempo=0.5)
+    data = dataclasses.replace(DATASETS["dvs128_objects"], store="events", longer=0.5)
     assert catalog.data_set(data.name).WINDOW == 100_000
-    with pytest.raises(ValueError, match="--data.tempo must be None .* cut into windows; got 0.5 for nmnist"):
-        dataclasses.replace(DATASETS["nmnist"], store="events", tempo=0.5)
+    with pytest.raises(ValueError, match="--data.longer must be None .* cut into windows; got 0.5 for nmnist"):
+        dataclasses.replace(DATASETS["nmnist"], store="events", longer=0.5)
 
 
 def test_sound_is_mixed_with_its_targets_and_gets_noise():

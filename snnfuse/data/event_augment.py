@@ -91,18 +91,18 @@ def resize(packed: Array, sensor: Sensor, height: int, width: int) -> Array:
     return _with_places(packed, there, x * width // sensor.width, y * height // sensor.height, p, small)
 
 
-@partial(jax.jit, static_argnames=("length", "tempo"))
-def piece(key: Array, packed: Array, length: int, tempo: float = 0.0) -> Array:
+@partial(jax.jit, static_argnames=("length", "longer"))
+def piece(key: Array, packed: Array, length: int, longer: float = 0.0) -> Array:
     """A random stretch of each recording, which counts its time from 0: its duration is `length` microseconds times a factor.
 
-        ln(factor) uniform in -ln(1 + tempo) .. ln(1 + tempo);   the stretch lies inside of the recording, if that is long enough
+        ln(factor) uniform in 0 .. ln(1 + longer);   the stretch lies inside of the recording, if that is long enough
 
-    Frames of equal duration of a longer stretch show faster motion, of a shorter one slower motion.
+    In as many frames of equal duration, a longer stretch shows faster motion.
     """
-    packed, (long, at) = _check(packed, tempo=(tempo, 0, 1e3)), jax.random.split(key)
-    length, top, B = at_least("length", length, 1), jnp.log1p(tempo), len(packed)
+    packed, (long, at) = _check(packed, longer=(longer, 0, 1e3)), jax.random.split(key)
+    length, top, B = at_least("length", length, 1), jnp.log1p(longer), len(packed)
     t, there = packed[..., 0], packed[..., 1] != PADDING
-    duration = length * jnp.exp(jax.random.uniform(long, (B, 1), minval=-top, maxval=top))
+    duration = length * jnp.exp(jax.random.uniform(long, (B, 1), maxval=top))
     whole = jnp.where(there, t, 0).max(1, keepdims=True).astype(jnp.float32) + 1
     start = (jax.random.uniform(at, (B, 1)) * jnp.maximum(whole - duration, 0)).astype(jnp.uint32)
     there &= (t >= start) & (t < start + duration.astype(jnp.uint32))
