@@ -1,10 +1,11 @@
 """Do online rules learn as well as backpropagation through time, and does their memory stay the same?
 
-    python benchmarks/online.py                  on a GPU; 2 minutes on an H100 with --jobs 8; rows go to results/online.jsonl
+    python benchmarks/online.py                  rows go to results/online.jsonl
+    python benchmarks/online.py --steps 300 --seeds 1         less, for a CPU
 
 The task is MNIST row by row: 28 steps of 28 pixels, 4,000 digits for training and 1,000 held out. All rules of a network start from
 the same weights and see the same batches; the loss is the cross-entropy of the outputs at every step. "bptt" differentiates the whole
-sequence; the other rules take one step at a time with `online.gradients`. `held_out_accuracy` is the mean over three seeds, `accuracies`
+sequence; the other rules take one step at a time with `online.gradients`. `held_out_accuracy` is the mean over the seeds, `accuracies`
 has each. Rows of the case "memory" hold `temporary_mb`: what a training step with a batch of 100 needs beside its input, weights and
 optimizer, for sequences of T steps. They are compiled and not run.
 """
@@ -31,12 +32,14 @@ DECAY, OUT_DECAY, HIDDEN, B = 0.8, 0.9, 128, 100
 ADAM = optax.adam(2e-3)  # one for all models, so that a rule compiles once
 
 
-@question("online")
+@question("online", gpu=False, steps=(1500, "training steps"), seeds=(3, "runs of each rule"))
 def cases(args):
     for network, rules in RULES.items():
         for rule in rules:
-            key = dict(case=f"MNIST by rows, {network}", implementation=rule, T=28, B=B, steps=4 if args.tiny else 1500)
-            yield Case(key, accuracy, (network, rule, key["steps"]), f"{network} {rule}")
+            key = dict(
+                case=f"MNIST by rows, {network}", implementation=rule, T=28, B=B, steps=4 if args.tiny else args.steps
+            )
+            yield Case(key, accuracy, (network, rule, key["steps"], args.seeds), f"{network} {rule}")
     for T in (28,) if args.tiny else (100, 1_000, 10_000):
         for network, rules in RULES.items():
             for rule in rules[:2]:
@@ -100,10 +103,10 @@ def digits():
     return np.asarray(images, np.float32)[order].reshape(-1, 28, 28) / 255, labels[order].astype(np.int32)
 
 
-def accuracy(network, rule, steps):
+def accuracy(network, rule, steps, seeds):
     images, labels = digits()
     step, evaluate, found = training_step(rule), nnx.jit(lambda model, xs: model(xs)[0].sum(0)), []
-    for seed in range(3):
+    for seed in range(seeds):
         model, optimizer = with_adam(build(network, rule, seed))
         rng = np.random.default_rng(seed)
         for _ in range(steps):
