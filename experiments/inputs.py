@@ -317,6 +317,12 @@ class Audio(Labelled):
     """nepers of power between the loudest place, 1, and what is taken for silence, 0"""
     centre: float = 0.5
     """part of a recording's mean spectrum that is taken out of it"""
+    fit: bool = False
+    """the loud part of a recording takes all time steps, so words of fast and of slow speakers get equally long"""
+    quiet: float = 0.3
+    """where it begins and ends, in [0, 1]: the first and the last step with a louder band"""
+    envelope: int = 0
+    """the spectrum of a step is smoothed to that many cosines, which leaves out the voice's harmonics; 0 leaves it"""
     code: str = "bands"
     """bands: numbers; level_crossing or lif: spikes of them"""
     threshold: float = 0.1
@@ -329,6 +335,8 @@ class Audio(Labelled):
     """the same, without a change of pitch"""
     pitch: float = 0.0
     """training recordings move up or down by up to this many bands"""
+    warp: float = 0.0
+    """frequencies of training recordings are multiplied by a factor up to this much above or below 1, as by another throat"""
     mask_steps: int = 0
     """longest stretch of time steps that is hidden in a training recording"""
     mask_bands: int = 0
@@ -394,11 +402,19 @@ class Audio(Labelled):
 
     def encode(self, key: Array, batch: Batch, T: int) -> Array:
         sound, window = batch["audio"], round(0.032 * self.rate)
-        hop = (sound.shape[-1] - window) // max(T - 1, 1)
-        log = audio.log_mel(sound, self.rate, window=window, hop=hop, bands=self.bands, low=self.low)[:T]
-        bands = audio.centre(audio.loudness(log, self.range), self.centre)
+        steps = 3 * T if self.fit else T  # finer than the steps, as a short word is played slower
+        hop = max((sound.shape[-1] - window) // max(steps - 1, 1), 1)
+        log = audio.log_mel(sound, self.rate, window=window, hop=hop, bands=self.bands, low=self.low)[:steps]
+        bands = audio.loudness(log, self.range)
+        if self.fit:
+            bands = audio.fit(bands, T, self.quiet)
+        if self.envelope:
+            bands = audio.envelope(bands, self.envelope)
+        bands = audio.centre(bands, self.centre)
         if "key" in batch:
-            stretch, mask = jax.random.split(batch["key"])
+            stretch, mask, warp = jax.random.split(batch["key"], 3)
+            if self.warp:
+                bands = audio.warp(warp, bands, self.warp, self.rate, low=self.low)
             bands = audio.stretch(stretch, bands, self.tempo, self.pitch)
             bands = audio.mask(mask, bands, self.mask_steps, self.mask_bands, self.masks)
         if self.code == "bands":

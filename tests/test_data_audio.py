@@ -179,6 +179,34 @@ def test_stretch_interpolates_between_places():
     np.testing.assert_array_equal(audio.stretch(KEY, BANDS), BANDS)
 
 
+def test_fit_plays_the_loud_part_in_all_steps():
+    ramp = np.broadcast_to(np.arange(20.0)[:, None, None], (20, 3, 2)).copy()
+    ramp[:, 0] = np.where((ramp[:, 0] >= 4) & (ramp[:, 0] <= 13), ramp[:, 0], 0)
+    ramp[:, 1] = 0  # silence is taken whole
+    made = np.asarray(audio.fit(jnp.asarray(ramp, jnp.float32), 7, 2.5))
+    np.testing.assert_allclose(made[:, 0, 1], np.linspace(4, 13, 7), rtol=1e-6)
+    np.testing.assert_allclose(made[:, 2, 1], np.linspace(3, 19, 7), rtol=1e-6)
+    assert made.shape == (7, 3, 2) and not made[:, 1].any()
+
+
+def test_envelope_keeps_the_slow_cosines_alone():
+    K, i = 12, np.arange(12)[:, None]
+    cosines = np.cos(np.pi / K * i * (np.arange(K) + 0.5)).astype(np.float32)
+    made = audio.envelope(jnp.asarray(cosines), 5)
+    np.testing.assert_allclose(made, np.where(i < 5, cosines, 0), atol=1e-5)
+
+
+def test_warp_multiplies_frequencies_by_one_factor():
+    K, low = 24, 100.0
+    mel = np.linspace(*(2595 * np.log10(1 + np.array([low, RATE / 2]) / 700)), K + 2)[1:-1]
+    made = np.asarray(audio.warp(KEY, jnp.broadcast_to(jnp.asarray(mel, jnp.float32), (3, 64, K)), 0.2, RATE, low=low))
+    hertz = lambda mel: 700 * (10 ** (mel / 2595) - 1)
+    factors = (hertz(made) / hertz(mel))[0, :, 6:-6]  # beyond the first and the last band it repeats them
+    assert 1 / 1.2 <= factors.min() < 0.87 and 1.15 < factors.max() <= 1.2001 and len(np.unique(factors[:, 0])) == 64
+    np.testing.assert_allclose(factors, factors[:, :1].repeat(K - 12, 1), rtol=1e-3)
+    np.testing.assert_allclose(audio.warp(KEY, BANDS, 0.0, RATE), BANDS, atol=1e-5)
+
+
 def test_mask_hides_whole_steps_and_whole_bands():
     made = np.asarray(audio.mask(KEY, BANDS, steps=6, width=4, count=2))
     hidden = made == 0

@@ -83,6 +83,7 @@ def test_augmentation_changes_what_its_options_say():
         dict(speed=0.2),
         dict(tempo=0.2),
         dict(pitch=3.0),
+        dict(warp=0.2),
         dict(mask_steps=5, mask_bands=8),
     ):
         data = dataclasses.replace(DIGITS, **options)
@@ -92,6 +93,16 @@ def test_augmentation_changes_what_its_options_say():
         assert 0.001 < float(jnp.abs(got - plain).mean()) < 0.3, options
         assert jnp.array_equal(got, data.encode(key, data.augment(key, batch, targets)[0], T))
     np.testing.assert_array_equal(DIGITS.encode(key, DIGITS.augment(key, batch, targets)[0], T), plain)
+
+
+def test_a_fitted_word_does_not_depend_on_the_silence_around_it():
+    data, batch, T = dataclasses.replace(DIGITS, fit=True, centre=0.0, envelope=20), whole(DIGITS), 20
+    moved = lambda windows: (
+        batch | {"audio": jnp.roll(batch["audio"], 104 * windows, -1)}
+    )  # 104 samples between windows
+    word, later = (data.encode(jax.random.key(0), moved(windows), T) for windows in (3, 9))
+    assert float(word[-1].max()) > 0.1 < float(word.std()) and word.shape == (T, 12, 40)
+    np.testing.assert_allclose(later, word, atol=1e-4)
 
 
 def test_your_own_folder_is_an_input():
@@ -104,6 +115,7 @@ def test_your_own_folder_is_an_input():
     [
         (dict(code="delta"), "--data.code must be bands, level_crossing or lif; got 'delta'"),
         (dict(seconds=0), "--data.seconds must be above 0; got 0"),
+        (dict(warp=-1.0), "--data.warp must be at least 0; got -1"),
         (dict(pitch=-1.0), "--data.pitch must be at least 0; got -1"),
     ],
 )

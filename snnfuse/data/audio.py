@@ -43,12 +43,7 @@ def mel_filters(rate: float, window: int, bands: int = 40, low: float = 0.0, hig
     melscale_fbanks and as librosa's filters.mel with htk=True and norm=None.
     """
     window, bands = at_least("window", window, 2), at_least("bands", bands, 1)
-    rate, low = _number("rate", rate, above=True), _number("low", low)
-    high = rate / 2 if high is None else _number("high", high)
-    if not low < high <= rate / 2:
-        raise ValueError(f"low and high must be 0 <= low < high <= rate / 2 = {rate / 2:g}; got {low:g} and {high:g}")
-    mel = 2595 * np.log10(1 + np.array([low, high]) / 700)
-    p = 700 * (10 ** (np.linspace(*mel, bands + 2) / 2595) - 1)
+    _, p = _mel_places(rate, bands, low, high)
     f = np.arange(window // 2 + 1)[:, None] * (rate / window)
     rise, fall = (f - p[:-2]) / (p[1:-1] - p[:-2]), (p[2:] - f) / (p[2:] - p[1:-1])
     filters = np.maximum(0, np.minimum(rise, fall))
@@ -58,6 +53,16 @@ def mel_filters(rate: float, window: int, bands: int = 40, low: float = 0.0, hig
             f"or a higher low"
         )
     return filters.astype(np.float32)
+
+
+def _mel_places(rate, bands, low, high) -> tuple[np.ndarray, np.ndarray]:
+    """p[0] .. p[bands + 1], in mel and in hertz."""
+    rate, low = _number("rate", rate, above=True), _number("low", low)
+    high = rate / 2 if high is None else _number("high", high)
+    if not low < high <= rate / 2:
+        raise ValueError(f"low and high must be 0 <= low < high <= rate / 2 = {rate / 2:g}; got {low:g} and {high:g}")
+    mel = np.linspace(*(2595 * np.log10(1 + np.array([low, high]) / 700)), bands + 2)
+    return mel, 700 * (10 ** (mel / 2595) - 1)
 
 
 def samples(sound: Array) -> Array:
@@ -136,6 +141,37 @@ def centre(bands: Array, part: float = 1.0) -> Array:
     return bands - part * mean
 
 
+@partial(jax.jit, static_argnames=("steps", "quiet"))
+def fit(bands: Array, steps: int, quiet: float = 0.3) -> Array:
+    """The part of each recording [T, B, K] from its first to its last loud step, played so fast that it takes `steps` steps.
+
+        out[t, k] = bands[a + t (b - a) / (steps - 1), k], linearly interpolated
+
+    a and b are the first and the last step with a band above `quiet`. So words of fast and of slow speakers get equally long.
+    A recording without such a step is taken whole.
+    """
+    bands, steps = _check("bands", bands, "T, B, K"), at_least("steps", steps, 2)
+    loud = bands.max(-1) > _number("quiet", quiet)
+    first, last = loud.argmax(0), len(bands) - 1 - loud[::-1].argmax(0)
+    part = np.arange(steps, dtype=np.float32) / (steps - 1)
+    return _interpolated(bands, first[:, None] + (last - first)[:, None] * part, 0)
+
+
+@partial(jax.jit, static_argnames=("count",))
+def envelope(bands: Array, count: int) -> Array:
+    """Bands [..., K] made of their first `count` cosines: the shape of the mouth, without the harmonics of the voice.
+
+        out = C^T C bands;   C[i, k] = a[i] cos(pi i (k + 1/2) / K), i < count;   a[0] = sqrt(1 / K), else sqrt(2 / K)
+
+    C bands is the mel cepstrum. Davis and Mermelstein 1980, https://doi.org/10.1109/TASSP.1980.1163420.
+    """
+    bands, count = jnp.asarray(bands), at_least("count", count, 1)
+    K = bands.shape[-1]
+    C = np.cos(np.pi / K * np.arange(count)[:, None] * (np.arange(K) + 0.5)) * np.sqrt(2 / K)
+    C[0] = np.sqrt(1 / K)
+    return jnp.matmul(bands, (C.T @ C).astype(np.float32), precision="highest")
+
+
 @partial(jax.jit, static_argnames=("most",))
 def shift(key: Array, sound: Array, most: int) -> Array:
     """Each recording of [B, n] starts up to `most` samples later, or earlier; silence comes in."""
@@ -205,6 +241,23 @@ def stretch(key: Array, bands: Array, steps: float = 0.0, pitch: float = 0.0) ->
     at = jnp.exp(jax.random.uniform(tempo, (B, 1), minval=-top, maxval=top)) * np.arange(T, dtype=np.float32)
     to = jax.random.uniform(move, (B, 1), minval=-pitch, maxval=pitch) + np.arange(K, dtype=np.float32)
     return _interpolated(_interpolated(bands, at, 0), to, -1)
+
+
+@partial(jax.jit, static_argnames=("most", "rate", "low", "high"))
+def warp(key: Array, bands: Array, most: float, rate: float, *, low: float = 0.0, high: float | None = None) -> Array:
+    """Bands [T, B, K] of `log_mel`, each recording as if of a speaker with a longer or a shorter vocal tract.
+
+        out[t, k] = bands at the frequency factor f[k];   ln(factor) uniform in -ln(1 + most) .. ln(1 + most)
+
+    f[k] is the middle of band k; between the middles it interpolates linearly. `rate`, `low` and `high` are those of `log_mel`.
+    Jaitly and Hinton 2013, "Vocal tract length perturbation (VTLP) improves speech recognition".
+    """
+    bands, top = _check("bands", bands, "T, B, K"), float(np.log1p(_number("most", most)))
+    _, B, K = bands.shape
+    mel, p = _mel_places(rate, K, low, high)
+    factor = jnp.exp(jax.random.uniform(key, (B, 1), minval=-top, maxval=top))
+    at = 2595 * jnp.log10(1 + factor * p[1:-1].astype(np.float32) / 700)
+    return _interpolated(bands, (at - mel[1]) / (mel[1] - mel[0]), -1)
 
 
 def _interpolated(bands, at, axis):
