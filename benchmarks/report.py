@@ -45,8 +45,8 @@ COLUMNS = {  # of each table: head={format of a row's fields}
     "resnet": "network={case}; input={B} x 3 x {size} x {size}; precision={dtype}; neurons={kind}; memory option={kept}; "
     "ms per step={ms:.2f}; speed-up={over:.1f}x; peak MB={peak_mb:.0f}; s to compile={compile_s:.0f}; GPU={gpu}",
     "largest_T": "library={of}; dtype={dtype}; memory option={kept}; T={T:,}; peak GB={gb:.1f}; ms per step={ms:.0f}",
-    "accuracy": "run={case}; implementation=`{implementation}`; mesh={mesh}; steps={steps}; "
-    "held-out accuracy={held_out_accuracy:.1%}; final loss={final_loss:.4f}; seconds={seconds:.0f}",
+    "accuracy": "run={case}; implementation=`{implementation}`; mesh={mesh}; seed={seed}; steps={steps}; "
+    "held-out accuracy={held_out_accuracy:.2%}; final loss={final_loss:.4f}; seconds={seconds:.0f}; remark={note}",
     "multi_gpu": "case={how}; devices={devices}; mesh={on}; T={T}; batch={B}; ms per step={took}; "
     "samples/s={samples_per_s:,.0f}; peak MB per device={peak_mb:,.0f}; over one device={over}; predicted ms={predicted}",
     "recurrent": "layer={case}; T={T}; B={B}; H={size}; run by={how}; precision={exact}; ms={ms:.3g}; forward ms={forward_ms:.3g}; "

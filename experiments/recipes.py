@@ -48,12 +48,13 @@ SGD = "--optimizer=sgd --learning_rate=0.1 --weight_decay=5e-4 --label_smoothing
 
 @recipe
 def mnist():
-    """MNIST, the Spiking-ResNet-18 of the temporal fusion paper, T = 32: twelve epochs.
+    """MNIST, the Spiking-ResNet-18 of the temporal fusion paper, T = 32: ten epochs, 99.37 %.
 
-    paper.py mnist r18 is the same network with the paper's recipe: five epochs of Adam.
+    paper.py mnist r18 is the same network with the paper's recipe, five epochs of Adam: 98.03 %. Here images move by up to 2
+    pixels, the learning rate falls to 0, and an average of the weights is evaluated.
     """
-    adam = "--learning_rate=1e-3 --weight_decay=1e-2 --label_smoothing=0.1 --data.shift=2 --average=0.999".split()
-    return ["--model=resnet", "--data=mnist", *adam, *_schedule(60_000, 100, 12, evaluations=2)]
+    adam = "--learning_rate=1e-3 --weight_decay=1e-2 --data.shift=2 --average=0.999".split()
+    return ["--model=resnet", "--data=mnist", *adam, *_schedule(60_000, 100, 10, evaluations=2)]
 
 
 @recipe
