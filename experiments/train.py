@@ -77,7 +77,8 @@ class Config(Generic[Model, Data]):
     weight_decay: float = 1e-2
     """of weights alone, not of biases, normalisations and neurons; AdamW with 0 is Adam"""
     first_T: int | None = None
-    """time steps of the network in the first --first_steps training steps; fewer are faster. None: always --model.T"""
+    """time steps of the network in the first --first_steps training steps; fewer are faster. None: always --model.T.
+    Evaluations have --model.T steps from the beginning, so they say little before the network has trained with them"""
     first_steps: int = 0
     neuron_rate: float = 1.0
     """learning rate of the neurons' parameters, as a multiple of --learning_rate"""
