@@ -3,6 +3,7 @@
     python benchmarks/multi_gpu.py                             all of it on 1, 2, 4 and 8 devices, or as many as there are
     python benchmarks/multi_gpu.py --devices 2 --only 'all-reduce|resnet18'
     python benchmarks/multi_gpu.py --processes 2               one process for each device
+    XLA_FLAGS=--xla_gpu_use_memcpy_local_p2p=true python benchmarks/multi_gpu.py --only sew --note memcpy_local_p2p
     XLA_FLAGS=--xla_force_host_platform_device_count=4 python benchmarks/multi_gpu.py --tiny        on a CPU
 
 Rows go to results/multi_gpu.jsonl. A training step is forward, backward and Adam on random input; `peak_mb` is what its

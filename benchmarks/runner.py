@@ -282,7 +282,7 @@ def main(doc: str, *names: str, argv=None, here=False) -> list[dict]:
         start = start if args.wait is None else time.perf_counter()  # the budget is for the GPU
     for case in chosen:
         if args.list or left() < 0 or case in late:
-            print(case.name if args.list else f"not run, the budget is spent: {case.name}")
+            print(case.name if args.list else f"not run, its time was over: {case.name}")
         else:
             made.append(runner.row(case))
             record(path, made[-1])
