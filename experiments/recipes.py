@@ -126,9 +126,16 @@ def speech_commands():
     """
     network = "--model=timeconv --model.T=50 --model.dropout=0.1".split()
     changes = "--data.shift=0.1 --data.tempo=0.1 --data.pitch=2 --data.mask_steps=8 --data.mask_bands=8 --data.noise=15".split()
-    decay = "--weight_decay=0.03 --label_smoothing=0.1 --average=0.999 --rates".split()
-    schedule = "--batch=128 --steps=3000 --eval_every=600 --log_every=100 --learning_rate=4e-3".split()
+    decay = "--weight_decay=0.03 --label_smoothing=0.1 --average=0.995 --rates".split()
+    schedule = "--batch=128 --steps=2400 --eval_every=400 --log_every=100 --learning_rate=4e-3".split()
     return [*network, "--data=speech_commands", "--data.seconds=1", *changes, *decay, *schedule]
+
+
+@recipe
+def speech_commands_wide():
+    """The same with about twice as many channels, more dropout, and recordings mixed in pairs."""
+    wider = "--model.channels 64 96 128 --model.hidden 512 --model.dropout=0.2 --data.mixup=0.2".split()
+    return [*speech_commands(), *wider]
 
 
 def table() -> str:
