@@ -248,7 +248,8 @@ class Signals(Labelled):
     """columns, such as subject and session: each channel is divided by its root mean square over the recordings that agree in
     them, without looking at labels; of the held-out recordings too"""
     code: str = "level"
-    """level: the log of each window's root mean square; level_crossing or lif: spikes of it"""
+    """level: the log of each window's root mean square; level_crossing: its level crossings; lif: spikes of LIF neurons that the
+    root mean square drives"""
     threshold: float = 0.2
     """of a level crossing"""
     gain: float = 0.0
@@ -299,7 +300,9 @@ class Signals(Labelled):
         level = signals.log_rms(xs, self.width, (self.size - self.width) // max(T - 1, 1))[:T]
         if self.code == "level":
             return level
-        return encoders.lif(level) if self.code == "lif" else encoders.level_crossing(level, self.threshold)
+        if self.code == "lif":
+            return encoders.lif(jnp.exp(level))  # LIF neurons are driven by the root mean square itself
+        return encoders.level_crossing(level, self.threshold)
 
 
 @dataclass(frozen=True)

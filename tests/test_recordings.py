@@ -67,6 +67,8 @@ def test_signals_become_windows_and_training_ones_change():
     assert changed["signal"].shape == (3, 100, 2)
     for code, shape in (("level", (9, 3, 2)), ("level_crossing", (9, 3, 2, 2)), ("lif", (9, 3, 2))):
         assert dataclasses.replace(data, code=code).encode(KEY, changed, 9).shape == shape
+    spikes = dataclasses.replace(data, code="lif").encode(KEY, changed, 9)
+    assert set(np.unique(spikes)) == {0, 1} and 0.2 < spikes.mean() < 0.95
     level = data.encode(KEY, batch, 9)
     np.testing.assert_allclose(
         level[1, 0], np.log(0.01 + np.sqrt(np.square(batch["signal"][0, 10:30]).mean(0))), rtol=1e-4
