@@ -101,7 +101,7 @@ def test_load_torch_says_what_is_wrong_and_changes_nothing():
 @pytest.mark.parametrize(
     "options, message",
     [
-        (dict(depth=19), "depth must be one of 18, 34, 50; got 19"),
+        (dict(depth=20), "depth must be one of 18, 19, 34, 50; got 20"),
         (dict(stem="tiny"), "stem must be one of imagenet, cifar; got 'tiny'"),
         (dict(memory="little"), "memory must be one of fast, packed, lean; got 'little'"),
         (dict(policy="int8"), "policy must be one of bfloat16, tf32, float32; got 'int8'"),
