@@ -16,14 +16,8 @@ the other.
     backward   d_s[t] = d_out[t] + weight d_current[t+1];  then the pullback of the step, which gives d_current[t]
 
 The forward kernel stores current[t] for the backward kernel. So the backward kernel recomputes the states of a chunk without
-any product. The other functions of the text (`step`, `pullback`) are those of `snnfuse.ops.triton_source`.
-
-A number becomes the sum of `parts` bfloat16 numbers for the tensor cores (`split`): one part has 8 bits of mantissa, two
-have 16, three have all 24 of float32. Spikes are 0 or 1, so one part holds them exactly.
-
-`get` and `put` load and store with inline assembly. Triton gives the result of `tl.load` a layout of its own, and each step
-would wait at four more barriers to change it into the layout of the product; the result of inline assembly takes the layout
-that its user needs.
+any product. The other functions of the text are those of `snnfuse.ops.triton_source` (`step`, `pullback`) and of
+`snnfuse.ops.recurrent_product` (`product`, `everyone`, `get`, `put`).
 """
 
 from typing import NamedTuple
@@ -33,6 +27,7 @@ import numpy as np
 from snnfuse.ops import triton_equations as equations
 from snnfuse.ops.fused import Wanted
 from snnfuse.ops.problem import Problem, Recurrence
+from snnfuse.ops.recurrent_product import access, exchange, functions, get, head_mask, lane_mask, put
 from snnfuse.ops.triton_source import (
     Names,
     Periods,
@@ -80,7 +75,7 @@ def forward_text(
     names = Names(problem)
     step, _ = step_function(problem, names, blocks.tile)
     forward = _forward(problem, names, blocks, periods, recurrence, save)
-    return module(problem, _access(_masked(problem, blocks, recurrence)), step, forward)
+    return module(problem, access(lane_mask(problem, blocks, recurrence)), step, forward)
 
 
 def backward_text(
@@ -94,145 +89,8 @@ def backward_text(
     inner = Wanted(wanted.params, wanted.state, (True, *wanted.xs[1:]))
     pullback = pullback_function(problem, names, blocks.tile, inner, fed_back, known)
     backward = _backward(problem, names, blocks, periods, recurrence, inner, live_outs, live_state, live_fed)
-    return module(problem, _access(_masked(problem, blocks, recurrence)), step, pullback, backward)
+    return module(problem, access(lane_mask(problem, blocks, recurrence)), step, pullback, backward)
 
-
-_ACCESS = """
-@triton.jit
-def get({get_arguments}):
-    if pointer.dtype.element_ty.primitive_bitwidth == 32:
-        bits = tl.inline_asm_elementwise(
-            "{load_32}", "=r,l{constraint}", [pointer.to(tl.int64){operand}], tl.int32, is_pure=True, pack=1
-        )
-    else:
-        bits = tl.inline_asm_elementwise(
-            "{load_16}", "=h,l{constraint}", [pointer.to(tl.int64){operand}], tl.int16, is_pure=True, pack=1
-        )
-    return bits.to(pointer.dtype.element_ty, bitcast=True)
-
-
-@triton.jit
-def put({put_arguments}):
-    width: tl.constexpr = pointer.dtype.element_ty.primitive_bitwidth
-    if width == 32:
-        tl.inline_asm_elementwise(
-            "{store_32}", "=r,l,r{constraint}", [pointer.to(tl.int64), value.to(tl.int32, bitcast=True){operand}],
-            tl.int32, is_pure=False, pack=1,
-        )
-    elif width == 16:
-        tl.inline_asm_elementwise(
-            "{store_16}", "=r,l,h{constraint}", [pointer.to(tl.int64), value.to(tl.int16, bitcast=True){operand}],
-            tl.int32, is_pure=False, pack=1,
-        )
-    elif width < 16:
-        tl.inline_asm_elementwise(
-            "{store_8}", "=r,l,h{constraint}", [pointer.to(tl.int64), value.to(tl.int16){operand}],
-            tl.int32, is_pure=False, pack=1,
-        )
-    else:
-        tl.store(pointer, value{mask})
-"""
-
-
-def _access(masked):
-    """`get` and `put`, with a mask if there is one."""
-
-    def load(bits):
-        one = f"ld.global.nc.b{bits} $0, [$1];"
-        return f"{{ .reg .pred p; setp.ne.b32 p, $2, 0; mov.b{bits} $0, 0; @p {one} }}" if masked else one
-
-    def store(bits):
-        one = f"st.global.b{bits} [$1], $2;"
-        one = f"{{ .reg .pred p; setp.ne.b32 p, $3, 0; @p {one} }}" if masked else one
-        return f"{one} mov.b32 $0, 0;"
-
-    holes = {f"load_{bits}": [load(bits)] for bits in (16, 32)} | {
-        f"store_{bits}": [store(bits)] for bits in (8, 16, 32)
-    }
-    return fill(
-        _ACCESS,
-        get_arguments=["pointer", *masked],
-        put_arguments=["pointer", "value", *masked],
-        constraint=[",r" if masked else ""],
-        operand=[", mask.to(tl.int32)" if masked else ""],
-        mask=[", mask=mask" if masked else ""],
-        **holes,
-    )
-
-
-_SPLIT = """
-@triton.jit
-def split(value, PARTS: tl.constexpr):
-    parts = ()
-    for i in tl.static_range(PARTS):
-        part = value.to(tl.bfloat16)
-        parts += (part,)
-        if i < PARTS - 1:
-            value -= part.to(tl.float32)
-    return parts
-"""
-
-_PRODUCT = """
-@triton.jit
-def product(weight_at, value_at, SIZE: tl.constexpr, ROWS: tl.constexpr, PARTS: tl.constexpr):
-    total = tl.zeros([SIZE, ROWS], tl.float32)
-    for order in tl.static_range(PARTS - 1, -1, -1):  # the smallest products first; those smaller yet are left out
-        for i in tl.static_range(order + 1):
-            if order - i < len(value_at):
-                total = tl.dot(weight_at[i], value_at[order - i], total)
-    return total
-
-
-@triton.jit
-def load_weight(
-    weight_ptr, head, to, source, HEAD: tl.constexpr, PARTS: tl.constexpr, HEADS: tl.constexpr, TURN: tl.constexpr
-):
-    weight_at = ()
-    for i in tl.static_range(PARTS):
-        first = (i * HEADS + head) * HEAD * HEAD
-        {mask}
-        weight_at += ({get_weight},)
-    return weight_at
-"""
-
-_GROUP = """
-@triton.jit
-def product(
-    weight, value_at, SIZE: tl.constexpr, ROWS: tl.constexpr, PARTS: tl.constexpr, STACK: tl.constexpr,
-    PROGRAMS: tl.constexpr,
-):
-    total = tl.zeros([SIZE * STACK, ROWS], tl.float32)
-    for i in tl.static_range(len(value_at) - 1, -1, -1):  # the smallest products first
-        total = tl.dot(weight, value_at[i], total)
-    return {total}
-
-
-@triton.jit
-def load_weight(weight_ptr, head, to, source, HEAD: tl.constexpr, STACK: tl.constexpr, TURN: tl.constexpr):
-    weight_ptr += head * HEAD * HEAD * STACK
-    {mask}
-    return {get_weight}
-
-
-@triton.jit
-def arrive(counter_ptr):
-    tl.debug_barrier()
-    tl.atomic_add(counter_ptr, 1, sem="release")
-
-
-@triton.jit
-def wait(counter_ptr, count):  # a difference, because a counter may pass 2^31; an error, if nothing comes for a minute
-    tl.inline_asm_elementwise(
-        "{{ .reg .pred p; .reg .b32 v, n; mov.b32 n, 0; again: ld.acquire.gpu.global.b32 v, [$1]; sub.s32 v, v, $2; "
-        "add.s32 n, n, 1; setp.gt.s32 p, n, 0x8000000; @p trap; setp.lt.s32 p, v, 0; @p bra again; mov.b32 $0, v; }}",
-        "=r,l,r,~{{memory}}", [counter_ptr.to(tl.int64), count], tl.int32, is_pure=False, pack=1,
-    )
-
-
-@triton.jit
-def everyone({arguments}):
-    return {load}
-"""
 
 _TILE = """
 {place}
@@ -330,48 +188,8 @@ def _shape(blocks):
     return ["SIZE", "ROWS", "PARTS", *(["STACK", "PROGRAMS"] if blocks.programs > 1 else [])]
 
 
-def _masked(problem, blocks, recurrence):
-    """["mask"] if some tile has lanes that do not exist, else []."""
-    rows = problem.M // problem.lane_shape[-1]
-    return ["mask"] if problem.lane_shape[-1] // recurrence.heads % blocks.size or rows % blocks.rows else []
-
-
-def _head_masked(problem, blocks, recurrence):
-    """["head_mask"] if some tile [WIDTH, ROWS] of a whole head has lanes that do not exist, else []."""
-    head, rows = problem.lane_shape[-1] // recurrence.heads, problem.M // problem.lane_shape[-1]
-    return ["head_mask"] if head & (head - 1) or head < 16 or rows % blocks.rows else []
-
-
-def _functions(problem, blocks, recurrence):
-    """The functions that multiply by the weight and, for a split head, exchange."""
-    masked = _head_masked(problem, blocks, recurrence)
-    mask = ["mask"] * len(masked)
-    if blocks.programs == 1:
-        at = "weight_ptr + first + (to * HEAD + source if TURN else source * HEAD + to)"
-        exist = [f"{m} = (to < HEAD) & (source < HEAD)" for m in mask]
-        return _SPLIT + "\n\n" + fill(_PRODUCT, mask=exist, get_weight=[_get(at, mask)])
-    at = "weight_ptr + (to * HEAD + source if TURN else source * (HEAD * STACK) + to)"
-    return (
-        _SPLIT
-        + "\n\n"
-        + fill(
-            _GROUP,
-            total=["tl.sum(tl.reshape(total, [SIZE, STACK, ROWS]), 1)" if stack(recurrence) > 1 else "total"],
-            mask=[f"{m} = (to < HEAD * STACK) & (source < HEAD)" for m in mask],
-            get_weight=[_load(at, mask)],
-            arguments=["pointer", *masked],
-            load=[_load("pointer", masked, ', cache_modifier=".cg"')],  # what other programs stored is not in L1
-        )
-    )
-
-
-def stack(recurrence):
-    """How many rows of a split head's weight belong to one neuron: the parts, and zeros to make it a power of two."""
-    return 1 << (recurrence.parts - 1).bit_length()
-
-
 def _tile(problem, names, blocks, periods, recurrence, transposed):
-    masked, exist = _masked(problem, blocks, recurrence), "(row < M // (HEAD * HEADS))"
+    masked, exist = lane_mask(problem, blocks, recurrence), "(row < M // (HEAD * HEADS))"
     mask = [f"{m} = (neuron < HEAD) & {exist}" for m in masked]
     if blocks.programs == 1:
         place = ["block, head = tl.program_id(0), tl.program_id(1)", "neuron = tl.arange(0, SIZE)[:, None]"]
@@ -384,7 +202,7 @@ def _tile(problem, names, blocks, periods, recurrence, transposed):
             "source = tl.arange(0, WIDTH)[:, None]",
         ]
         mask += ["every = row * (HEAD * HEADS) + head * HEAD + source"]
-        mask += [f"{m} = (source < HEAD) & {exist}" for m in _head_masked(problem, blocks, recurrence)]
+        mask += [f"{m} = (source < HEAD) & {exist}" for m in head_mask(problem, blocks, recurrence)]
         to = "(tl.program_id(0) * (SIZE * STACK) + tl.arange(0, SIZE * STACK))[:, None]"
         across = "tl.arange(0, WIDTH)[None, :]"
         weight = f"weight_at = load_weight(weight_ptr, head, {to}, {across}, HEAD, STACK, {transposed})"
@@ -401,18 +219,9 @@ def _body(blocks, text):
     return [*loop, *("    " + line for line in text.splitlines())]
 
 
-def _exchange(pointer, masked, store, ahead):
-    """The lines that store the results of a step, the first of which is at `pointer`, and load that of the whole head.
-
-    `ahead` loads what the next chunk needs, while this program waits.
-    """
-    meet = ["arrive(meet_ptr)", *store[1:], *ahead, "count += PROGRAMS", "wait(meet_ptr, count)"]
-    return [store[0], *meet, call(["whole"], "everyone", [f"{pointer} + every_at + k * M", *masked])]
-
-
 def _group_arguments(problem, blocks, recurrence):
     """The further arguments of a chunk if the head is split. The first is the count that a program waits for."""
-    more = ["count", "meet_ptr", "ahead", "lane", "every_at", *_head_masked(problem, blocks, recurrence)]
+    more = ["count", "meet_ptr", "ahead", "lane", "every_at", *head_mask(problem, blocks, recurrence)]
     return more if blocks.programs > 1 else []
 
 
@@ -435,20 +244,8 @@ def _params(problem, names, periods, masked):
             lines.append(f"{name} = tl.full([SIZE, ROWS], tl.load({name}_ptr).to(tl.float32), tl.float32)")
         else:
             where = "lane" if period == problem.M else f"lane % {period}"
-            lines.append(f"{name} = {_get(f'{name}_ptr + {where}', masked)}.to(tl.float32)")
+            lines.append(f"{name} = {get(f'{name}_ptr + {where}', masked)}.to(tl.float32)")
     return lines
-
-
-def _get(where, masked):
-    return f"get({', '.join([where, *masked])})"
-
-
-def _load(where, masked, more=""):
-    return f"tl.load({where}{f', mask={masked[0]}, other=0' if masked else ''}{more})"
-
-
-def _put(where, what, masked):
-    return f"put({', '.join([where, what, *masked])})"
 
 
 def _load_chunk(function, names, masked):
@@ -459,7 +256,7 @@ def _load_chunk(function, names, masked):
         name=[function],
         arguments=[*pointers(names), "at", *masked, "M: tl.constexpr", "K: tl.constexpr"],
         empty=[f"{n} = ()" for n in at],
-        load=[f"{n}_at += ({_get(f'{n}_ptr + at + k * M', masked)},)" for n in names],
+        load=[f"{n}_at += ({get(f'{n}_ptr + at + k * M', masked)},)" for n in names],
         give_back=returned(at),
     )
     return text, at
@@ -471,7 +268,7 @@ def _cast(names):
 
 def _forward(problem, names, blocks, periods, recurrence, save):
     T, K = problem.T, blocks.chunk
-    masked = _masked(problem, blocks, recurrence)
+    masked = lane_mask(problem, blocks, recurrence)
     x_ptrs, out_ptrs, saved = pointers(names.xs), pointers(names.outs), ["current_ptr"] if save else []
     load_chunk, loaded = _load_chunk("load_chunk", names.xs, masked)
     group = _group_arguments(problem, blocks, recurrence)
@@ -481,7 +278,7 @@ def _forward(problem, names, blocks, periods, recurrence, save):
     inputs += x_ptrs if group else []
     fed = names.outs[recurrence.feedback]
     stored = [fed, *(o for o in names.outs if o != fed)] + ["current"] * save
-    store = [_put(f"{n}_ptr + at + k * M", f"{n}.to({n}_ptr.dtype.element_ty)", masked) for n in stored]
+    store = [put(f"{n}_ptr + at + k * M", f"{n}.to({n}_ptr.dtype.element_ty)", masked) for n in stored]
     carried = [*names.state, "back", *group[:1], *loaded * bool(group)]
 
     def load(c, size="K", suffix=""):
@@ -494,10 +291,10 @@ def _forward(problem, names, blocks, periods, recurrence, save):
         return [*at, call(results, "forward_chunk", given, ["M", size], _shape(blocks))]
 
     def checkpoint(c):
-        return [_put(f"{s}_saved_ptr + {offset(c, 'M', problem)} + lane", s, masked) for s in names.state if save]
+        return [put(f"{s}_saved_ptr + {offset(c, 'M', problem)} + lane", s, masked) for s in names.state if save]
 
     if problem.initial is None:
-        initial = [f"{s} = {_get(f'{s}_start_ptr + lane', masked)}" for s in names.state]
+        initial = [f"{s} = {get(f'{s}_start_ptr + lane', masked)}" for s in names.state]
     else:
         values = zip(names.state, problem.initial, strict=True)
         initial = [f"{s} = tl.full([SIZE, ROWS], {equations.literal(np.float32(v))}, tl.float32)" for s, v in values]
@@ -511,7 +308,7 @@ def _forward(problem, names, blocks, periods, recurrence, save):
             "    rest -= part.to(tl.float32)",
         ]
     elif recurrence.starts:
-        start = [f"fed_at = split({_get('fed_start_ptr + lane', masked)}, 3)"]
+        start = [f"fed_at = split({get('fed_start_ptr + lane', masked)}, 3)"]
         start += [f"back = product(weight_at, (fed_at[{i}],), {shape}){' + back' * (i < 2)}" for i in (2, 1, 0)]
     body = fill(
         _FORWARD_BODY,
@@ -531,7 +328,7 @@ def _forward(problem, names, blocks, periods, recurrence, save):
         ]
         if T % K
         else [],
-        store_final=[_put(f"{s}_end_ptr + lane", s, masked) for s in names.state],
+        store_final=[put(f"{s}_end_ptr + lane", s, masked) for s in names.state],
     )
     text = fill(
         _FORWARD,
@@ -539,7 +336,7 @@ def _forward(problem, names, blocks, periods, recurrence, save):
         x=[names.xs[0]],
         step=[call([*names.state, *names.outs], "step", names.params, names.state, ["current"], _cast(names.xs[1:]))],
         store=[] if group else store,
-        exchange=_exchange(f"{fed}_ptr", group[5:], store, ["if k == K - 1:", "    " + load("ahead")[0]])
+        exchange=exchange(f"{fed}_ptr", group[5:], store, ["if k == K - 1:", "    " + load("ahead")[0]])
         if group
         else [],
         fed=["whole" if group else fed],
@@ -553,12 +350,12 @@ def _forward(problem, names, blocks, periods, recurrence, save):
         ],
         body=_body(blocks, body),
     )
-    return "\n\n".join([_functions(problem, blocks, recurrence), load_chunk, text])
+    return "\n\n".join([functions(problem, blocks, recurrence), load_chunk, text])
 
 
 def _backward(problem, names, blocks, periods, recurrence, wanted, live_outs, live_state, live_fed):
     T, K = problem.T, blocks.chunk
-    masked = _masked(problem, blocks, recurrence)
+    masked = lane_mask(problem, blocks, recurrence)
     sequences = ["current", *names.xs[1:]]
     d_outs, d_xs = d_of(pick(names.outs, live_outs)), d_of(pick(names.xs, wanted.xs))
     fed = f"d_{names.outs[recurrence.feedback]}"
@@ -589,7 +386,7 @@ def _backward(problem, names, blocks, periods, recurrence, wanted, live_outs, li
 
     def load(c, size="K", suffix=""):
         at = f"{offset(c, 'M', problem)} + lane"
-        states = [f"{s}{suffix} = {_get(f'{s}_saved_ptr + {at}', masked)}" for s in names.state]
+        states = [f"{s}{suffix} = {get(f'{s}_saved_ptr + {at}', masked)}" for s in names.state]
         groups = pointers(sequences), pointers(d_outs), [f"{offset(c, 'K * M', problem)} + lane"], masked, ["M", size]
         return [*states, call([n + suffix for n in loaded], "load_chunk_backward", *groups)]
 
@@ -599,12 +396,12 @@ def _backward(problem, names, blocks, periods, recurrence, wanted, live_outs, li
         return [*at, call(to, "backward_chunk", given, ["M", size], _shape(blocks))]
 
     def final(live, pointer):
-        return _get(f"{pointer} + lane", masked) if live else "tl.zeros([SIZE, ROWS], tl.float32)"
+        return get(f"{pointer} + lane", masked) if live else "tl.zeros([SIZE, ROWS], tl.float32)"
 
     before_step = names.params, at_step(names.state), _cast(sequences)
     d_current = d_xs[0]
     ahead = ["if k == 0:", *("    " + line for line in load("ahead"))]
-    store = [_put(f"{d}_ptr + at + k * M", f"{d}.to({d}_ptr.dtype.element_ty)", masked) for d in d_xs]
+    store = [put(f"{d}_ptr + at + k * M", f"{d}.to({d}_ptr.dtype.element_ty)", masked) for d in d_xs]
     if group:
         multiplied = "whole"
     else:
@@ -624,10 +421,10 @@ def _backward(problem, names, blocks, periods, recurrence, wanted, live_outs, li
         load_ahead=["ahead = tl.maximum(c - 1, 0)", *([] if group else load("ahead", suffix="_ahead"))],
         run=run("c"),
         take_ahead=[f"{n} = {n}_ahead" for n in (*names.state, *loaded) if not group],
-        store_d_params=[_put(f"{d}_ptr + lane", d, masked) for d in d_params],
+        store_d_params=[put(f"{d}_ptr + lane", d, masked) for d in d_params],
         store_d_state=[
-            *(_put(f"{d}_start_ptr + lane", d, masked) for d in wanted_state),
-            *([_put("d_fed_start_ptr + lane", "back", masked)] if recurrence.starts else []),
+            *(put(f"{d}_start_ptr + lane", d, masked) for d in wanted_state),
+            *([put("d_fed_start_ptr + lane", "back", masked)] if recurrence.starts else []),
         ],
     )
     text = fill(
@@ -640,7 +437,7 @@ def _backward(problem, names, blocks, periods, recurrence, wanted, live_outs, li
         pullback=[call([*d_state, *here, *d_xs], "pullback", *before_step, d_state, values)],
         add=[f"{d} += {h}" for d, h in zip(d_params, here, strict=True)],
         store=[] if group else store,
-        exchange=_exchange(f"{d_current}_ptr", group[5:], store, ahead) if group else [],
+        exchange=exchange(f"{d_current}_ptr", group[5:], store, ahead) if group else [],
         d_current=[multiplied],
         shape=_shape(blocks),
         give_back=returned(results),
@@ -653,4 +450,4 @@ def _backward(problem, names, blocks, periods, recurrence, wanted, live_outs, li
         ],
         body=_body(blocks, body),
     )
-    return "\n\n".join([_functions(problem, blocks, recurrence), load_chunk, text])
+    return "\n\n".join([functions(problem, blocks, recurrence), load_chunk, text])

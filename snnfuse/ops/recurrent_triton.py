@@ -15,7 +15,7 @@ from jax.custom_derivatives import SymbolicZero
 from jax.extend import core as jex
 from jax.sharding import NamedSharding, PartitionSpec
 
-from snnfuse.ops import fused, recurrent_source, triton, triton_source
+from snnfuse.ops import fused, recurrent_product, recurrent_source, triton, triton_source
 from snnfuse.ops.device import compute_capability, multiprocessors
 from snnfuse.ops.fused import Wanted
 from snnfuse.ops.packing import Packed, pack
@@ -106,7 +106,7 @@ def _split_blocks(problem, recurrence):
     """
     head, rows = problem.lane_shape[-1] // recurrence.heads, problem.M // problem.lane_shape[-1]
     one = recurrence.parts == 1
-    size = (64 if one or head > 512 else 128) // recurrent_source.stack(recurrence)
+    size = (64 if one or head > 512 else 128) // recurrent_product.stack(recurrence)
     programs = -(-head // size)
     slots = multiprocessors() // programs
     wanted = -(-rows * recurrence.heads // max(slots, 1))  # samples a program, if all groups run at once
@@ -208,7 +208,7 @@ class RecurrentKernels:
             grid, zeroed = (programs, min(groups, slots)), (len(out_shape),)
             out_shape = [*out_shape, jax.ShapeDtypeStruct((32 * grid[1],), jnp.int32)]  # where programs meet
             constants |= dict(
-                WIDTH=1 << (width // heads - 1).bit_length(), STACK=recurrent_source.stack(self.recurrence)
+                WIDTH=1 << (width // heads - 1).bit_length(), STACK=recurrent_product.stack(self.recurrence)
             )
             constants |= dict(PROGRAMS=programs, GROUPS=groups, SLOTS=grid[1])
         results = triton.triton_call(name, text, (*args, T // K), out_shape, grid, warps, constants, zeroed)
@@ -300,7 +300,7 @@ def _parts(kernels, weight, axis):
     parts = split(weight, kernels.recurrence.parts)
     if kernels.blocks.programs == 1:
         return jnp.stack(parts)
-    zeros = recurrent_source.stack(kernels.recurrence) - len(parts)
+    zeros = recurrent_product.stack(kernels.recurrence) - len(parts)
     return jnp.stack(parts + [jnp.zeros_like(parts[0])] * zeros, axis)
 
 
