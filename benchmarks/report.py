@@ -338,7 +338,7 @@ def recurrent():
     way = lambda r: r.get("implementation", "PyTorch").replace("triton", "fused").replace("scan", "`lax.scan`")
     named = lambda r: dict(how=way(r), exact=r.get("note", r["dtype"]), gpu=card(r))
     found = [r | named(r) for r in rows("recurrent")]
-    return table("recurrent", sorted(found, key=lambda r: (-r["B"], r["size"], r["ms"])))
+    return table("recurrent", sorted(found, key=lambda r: (-r["B"], r["size"], r["gpu"], r["ms"])))
 
 
 def long_sequences():
