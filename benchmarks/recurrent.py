@@ -1,6 +1,6 @@
 """How long does a recurrent layer take, beside `lax.scan` and beside cuDNN's recurrent networks?
 
-    python benchmarks/recurrent.py --jobs 10      on a GPU, two minutes with ten CPU cores; rows go to results/recurrent.jsonl
+    python benchmarks/recurrent.py --jobs 10      on a GPU, about four minutes; rows go to results/recurrent.jsonl
 
 One layer s[t] = LIF(x[t] + s[t-1] @ W), forward and backward, with the gradients of x and W, in bfloat16, W rounded to bfloat16:
 "triton" is the fused kernel, "scan" `jax.lax.scan`, "unroll=8" the same loop written by hand with eight steps in an iteration.
