@@ -61,6 +61,8 @@ COLUMNS = {  # of each table: head={format of a row's fields}
     "host": "called by={implementation}; ms until a call returns={call_ms:.2f}; over flat={over:.2f}; machine={where}",
     "long_sequences": "network={case}; T={T:,}; batch={B}; backward pass={memory}; input MB={inputs_mb:,.0f}; peak MB={peak_mb:,.0f}; "
     "ms per step={ms:.1f}; spikes that differ={flips}; gradient error={gradient_error:.1e}; GPU={gpu}",
+    "online": "network={network}; rule={implementation}; training steps={steps}; held-out accuracy={held_out_accuracy:.1%}; "
+    "temporary MB, T = 100={mb100:.1f}; T = 1,000={mb1000:.1f}",
     "streaming": "network={case}; called by=`{implementation}`; steps in a call={T}; ms per call={call_ms:.2f}; "
     "99th percentile={late_ms:.2f}; us per step={us_per_step:.0f}",
     "contract": "implementation={implementation}; tests=`{tests}`; passed={passed}; failed={failed}; commit={commit}",
@@ -341,6 +343,20 @@ def recurrent():
     return table("recurrent", sorted(found, key=lambda r: (-r["B"], r["size"], r["gpu"], r["ms"])))
 
 
+def online():
+    """One line for each rule: its accuracy, and the memory of a step for each T."""
+    found, memory = [], {}
+    for r in rows("online"):
+        if r["case"].startswith("memory"):
+            key = r["case"].removeprefix("memory, "), r["implementation"]
+            memory.setdefault(key, {})[f"mb{r['T']}"] = r["temporary_mb"]
+    for r in rows("online"):
+        if not r["case"].startswith("memory"):
+            network = r["case"].rpartition(", ")[2]
+            found.append(r | dict(network=network) | memory.get((network, r["implementation"]), {}))
+    return table("online", found)
+
+
 def long_sequences():
     found = [r | dict(gpu=r["device"].split()[1]) for r in rows("long_sequences")]
     return table("long_sequences", sorted(found, key=lambda r: (r["case"] != "dense", r["T"], r["memory"])))
@@ -354,6 +370,7 @@ TABLES |= {
     for make in (
         core,
         long_sequences,
+        online,
         papers,
         compile_time,
         choice,
