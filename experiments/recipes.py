@@ -81,9 +81,9 @@ ADAM = "--weight_decay=1e-2 --average=0.995 --rates --log_every=50".split()
 
 @recipe
 def nmnist_subset():
-    """N-MNIST, a convolutional network, T = 20: events are moved, scaled, turned and dropped at random.
+    """N-MNIST, the first 1,000 training and 100 test recordings, a convolutional network, T = 20: 98 %.
 
-    For the first 1,000 training and 100 test recordings of N-MNIST: one test recording is 1 %.
+    Events are moved, scaled, turned and dropped at random. One test recording is 1 %. 44 s on an H200 that other runs shared.
     """
     network = "--model=conv --model.T=20 --model.channels 32 64".split()
     changes = "--data.shift=2 --data.scale=0.1 --data.turn=10 --data.drop=0.2".split()
@@ -95,7 +95,8 @@ def nmnist_subset():
 def dvs128_objects():
     """Five objects before a DVS128, windows of 100 ms, a convolutional network, T = 10: one series trains, the other tests.
 
-    The objects turn faster in the series that tests: --data.longer was chosen after a look at its pictures.
+    The objects turn faster in the series that tests: --data.longer was chosen after a look at its pictures. With larger random
+    changes and without --data.longer a run reached 81.7 %.
     """
     network = "--model=conv --model.T=10 --model.channels 16 32 64 --model.dropout=0.1".split()
     frames = "--data.bins=10 --data.events=8192 --data.size=64".split()
@@ -106,10 +107,11 @@ def dvs128_objects():
 
 @recipe
 def emg_roshambo():
-    """Rock, paper, scissors by muscle activity, two layers of adaptive LIF neurons, T = 20: session 3 of each person tests.
+    """Rock, paper, scissors by muscle activity, two layers of adaptive LIF neurons, T = 20: 95.3 %. Session 3 tests.
 
-    Each channel is divided by its strength over the session of the person, which needs no labels, but all of the session.
-    --data.relative_to subject uses the strength over all sessions of the person instead.
+    Each channel is divided by its strength over the session of the person, which needs no labels, but all gestures of the
+    session. --data.relative_to subject uses the strength over all sessions of the person instead: 90.7 %. 17 s on an H200 that
+    other runs shared.
     """
     network = "--model=recurrent --model.no_recurrent --model.T=20".split()
     changes = "--data.size=340 --data.early=30 --data.gain=0.3".split()
