@@ -361,7 +361,8 @@ class Audio(Labelled):
                 raise ValueError(f"--data.{name} must be above 0; got {getattr(self, name)}")
         if not 0 <= self.centre <= 1:
             raise ValueError(f"--data.centre must be in [0, 1]; got {self.centre}")
-        for name in ("low", "shift", "speed", "tempo", "pitch", "mask_steps", "mask_bands", "masks", "mixup"):
+        zero = "low quiet envelope shift speed tempo pitch warp mask_steps mask_bands masks mixup"
+        for name in zero.split():
             if not getattr(self, name) >= 0:
                 raise ValueError(f"--data.{name} must be at least 0; got {getattr(self, name)}")
 
@@ -406,7 +407,7 @@ class Audio(Labelled):
     def encode(self, key: Array, batch: Batch, T: int) -> Array:
         sound, window = batch["audio"], round(0.032 * self.rate)
         steps = 3 * T if self.fit else T  # finer than the steps, as a short word is played slower
-        hop = max((sound.shape[-1] - window) // max(steps - 1, 1), 1)
+        hop = (sound.shape[-1] - window) // max(steps - 1, 1)
         log = audio.log_mel(sound, self.rate, window=window, hop=hop, bands=self.bands, low=self.low)[:steps]
         bands = audio.loudness(log, self.range)
         if self.fit:
