@@ -28,8 +28,7 @@ RULES = {
     "recurrent": ("bptt", "ottt"),
     "adaptive": ("bptt", "e-prop", "e-prop, random feedback"),
 }
-DECAY, OUT_DECAY, B = 0.8, 0.9, 100
-HIDDEN = dict(dense=128, recurrent=128, adaptive=64)  # neurons of a layer
+DECAY, OUT_DECAY, HIDDEN, B = 0.8, 0.9, 128, 100
 ADAM = optax.adam(2e-3)  # one for all models, so that a rule compiles once
 
 
@@ -50,25 +49,25 @@ def cases(args):
 
 def build(network, rule, seed):
     """A network that learns by a rule; its weights depend on the network and the seed only."""
-    rngs, size = nnx.Rngs(seed), HIDDEN[network]
+    rngs = nnx.Rngs(seed)
     linear = lambda n, m: nn.Linear(n, m, kernel_init=nnx.initializers.lecun_normal(), rngs=rngs)
-    last = [linear(size, 10), nn.LI(decay=OUT_DECAY)]
+    last = [linear(HIDDEN, 10), nn.LI(decay=OUT_DECAY)]
     if network == "adaptive":
         options = dict(decay=DECAY, decay_adapt=0.95, beta=0.3, reset=sf.SoftReset(detach=True))
-        hidden = online.Eprop(nn.AdaptiveLIF(**options), 28, size, decay_out=OUT_DECAY, rngs=rngs)
+        hidden = online.Eprop(nn.AdaptiveLIF(**options), 28, HIDDEN, decay_out=OUT_DECAY, rngs=rngs)
         if rule == "bptt":
-            first = nn.Linear(28, size, use_bias=False, rngs=nnx.Rngs(0))
-            again = nn.Recurrent(nn.AdaptiveLIF(**options), size, self_connections=False, rngs=nnx.Rngs(0))
+            first = nn.Linear(28, HIDDEN, use_bias=False, rngs=nnx.Rngs(0))
+            again = nn.Recurrent(nn.AdaptiveLIF(**options), HIDDEN, self_connections=False, rngs=nnx.Rngs(0))
             first.kernel[...], again.weight[...] = hidden.kernel[...], hidden.weight[...]
             return nn.Sequential(first, again, *last)
         if rule.endswith("feedback"):
-            back = online.RandomFeedback(size, 10, rngs=nnx.Rngs(seed))
+            back = online.RandomFeedback(HIDDEN, 10, rngs=nnx.Rngs(seed))
             back.kernel[...], last[0] = last[0].kernel[...], back
         return nn.Sequential(hidden, *last)
-    second = [linear(size, size), nn.LIF(decay=DECAY)]
+    second = [linear(HIDDEN, HIDDEN), nn.LIF(decay=DECAY)]
     if network == "recurrent":
-        second = [nn.Recurrent(nn.LIF(decay=DECAY), size, scale=0.5, rngs=rngs)]
-    first = [linear(28, size)] if network == "recurrent" else [linear(28, size), nn.LIF(decay=DECAY)]
+        second = [nn.Recurrent(nn.LIF(decay=DECAY), HIDDEN, scale=0.5, rngs=rngs)]
+    first = [linear(28, HIDDEN)] if network == "recurrent" else [linear(28, HIDDEN), nn.LIF(decay=DECAY)]
     model = nn.Sequential(*first, *second, *last)
     return model if rule == "bptt" else getattr(online, rule)(model)
 

@@ -61,8 +61,8 @@ COLUMNS = {  # of each table: head={format of a row's fields}
     "host": "called by={implementation}; ms until a call returns={call_ms:.2f}; over flat={over:.2f}; machine={where}",
     "long_sequences": "network={case}; T={T:,}; batch={B}; backward pass={memory}; input MB={inputs_mb:,.0f}; peak MB={peak_mb:,.0f}; "
     "ms per step={ms:.1f}; spikes that differ={flips}; gradient error={gradient_error:.1e}; GPU={gpu}",
-    "online": "network={network}; rule={implementation}; training steps={steps}; held-out accuracy={held_out_accuracy:.1%}; "
-    "temporary MB, T = 100={mb100:.1f}; T = 1,000={mb1000:.1f}",
+    "online": "network={network}; rule={implementation}; held-out accuracy={held_out_accuracy:.1%}; of each seed={each}; "
+    "temporary MB, T = 100={mb100:.1f}; T = 1,000={mb1000:.1f}; T = 10,000={mb10000:,.1f}",
     "streaming": "network={case}; called by=`{implementation}`; steps in a call={T}; ms per call={call_ms:.2f}; "
     "99th percentile={late_ms:.2f}; us per step={us_per_step:.0f}",
     "contract": "implementation={implementation}; tests=`{tests}`; passed={passed}; failed={failed}; commit={commit}",
@@ -353,7 +353,8 @@ def online():
     for r in rows("online"):
         if not r["case"].startswith("memory"):
             network = r["case"].rpartition(", ")[2]
-            found.append(r | dict(network=network) | memory.get((network, r["implementation"]), {}))
+            named = dict(network=network, each=", ".join(f"{a:.1%}" for a in r["accuracies"]))
+            found.append(r | named | memory.get((network, r["implementation"]), {}))
     return table("online", found)
 
 
