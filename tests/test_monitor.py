@@ -302,3 +302,19 @@ def test_counts_store_nothing_over_time():
 
     assert stored("counts") < 1.5 * xs.size  # xs itself, and a few states
     assert stored("spikes") < 1.5 * xs.size
+
+
+def test_counts_are_of_spikes_and_not_of_what_drop_path_makes_of_them():
+    """The gate of drop-path is 0 or 2 for a sample; its neurons spike all the same."""
+    rngs = nnx.Rngs(0)
+    options = {"connect": "add", "drop_path": nnx.Dropout(0.5, rngs=rngs)}
+    layer = nn.NormSpiking(nn.LIF(tau=2.0), nn.BatchNorm(5, rngs=rngs), **options)
+    xs = 2 * jax.random.normal(jax.random.key(0), (9, 8, 5))
+    with monitor.watch(layer, what="counts") as counts:
+        outs, _ = layer(xs, shortcut=jnp.zeros_like(xs))
+    spikes = nn.NormSpiking(nn.LIF(tau=2.0), nn.BatchNorm(5, rngs=rngs), connect="add")(
+        xs, shortcut=jnp.zeros_like(xs)
+    )[0]
+    assert_fires(spikes)
+    assert (outs == 0).all((0, 2)).any() and (outs == 2).any()
+    np.testing.assert_array_equal(counts["neuron"], spikes.sum(0))
