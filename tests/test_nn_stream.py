@@ -77,3 +77,19 @@ def test_bad_arguments_are_named():
         nn.Stream(nn.mean_pool, XS[0])
     with pytest.raises(TypeError, match="read must be a function"):
         nn.Stream(nn.LIF(tau=2.0), XS[0], read="argmax")
+
+
+def test_a_state_of_16_bits_is_saved_and_restored(tmp_path):
+    """NumPy's format has no bfloat16: the file holds its bytes."""
+    xs = XS.astype(jnp.bfloat16)
+    stream, other = (nn.Stream(nn.Sequential(nn.Delay(5, 4, rngs=nnx.Rngs(0))), xs[0]) for _ in range(2))
+    stream(xs[:6])
+    stream.save(tmp_path / "state.npz")
+    other.restore(tmp_path / "state.npz")
+    np.testing.assert_array_equal(other(xs[6:]), stream(xs[6:]))
+
+
+def test_a_list_in_place_of_an_array_is_refused():
+    stream = nn.Stream(nn.Sequential(nn.Delay(5, 4, rngs=nnx.Rngs(0))), XS[0])
+    with pytest.raises(TypeError, match=r"xs must be arrays \[K, B, ...\]; got a float in it"):
+        stream([[0.5]])

@@ -56,6 +56,8 @@ class Stream:
         self.state = self._first
 
     def __call__(self, xs: PyTree) -> PyTree:
+        if bad := [x for x in jax.tree.leaves(xs) if not hasattr(x, "shape")]:
+            raise TypeError(f"xs must be arrays [K, B, ...]; got a {type(bad[0]).__name__} in it")
         got, want = ([(x.shape[1:], x.dtype) for x in jax.tree.leaves(tree)] for tree in (xs, self._like))
         if got != want or not all(len(x) for x in jax.tree.leaves(xs)):
             wanted = ", ".join(f"{dtype}[K, {', '.join(map(str, shape))}]" for shape, dtype in want)
@@ -75,6 +77,10 @@ class Stream:
         with np.load(path) as file:
             found = [file[name] for name in file.files]
         wanted, tree = jax.tree.flatten(self._first)
+        if len(found) == len(wanted):  # NumPy has no bfloat16: the file has its bytes
+            found = [
+                x.view(w.dtype) if x.dtype == f"V{w.dtype.itemsize}" else x for x, w in zip(found, wanted, strict=True)
+            ]
         shapes = [[(x.shape, str(x.dtype)) for x in arrays] for arrays in (wanted, found)]
         if shapes[0] != shapes[1]:
             raise ValueError(f"path must hold the state of this network, arrays {shapes[0]}; {path} has {shapes[1]}")
