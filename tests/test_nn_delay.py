@@ -166,6 +166,13 @@ def test_training_finds_a_delay_while_the_width_shrinks():
             lambda: make("synaptic")(jnp.zeros((3, 2, 3)), jnp.zeros((2, 2, 3))),
             "state must be the input of the last 5 steps",
         ),
+        *(
+            (
+                lambda sigma=sigma: nn.sharpen(nn.Delay(3, 2, rngs=nnx.Rngs(0)), sigma),
+                "sigma must be above 0 and finite",
+            )
+            for sigma in (0.0, -1.0, float("nan"), jnp.ones(3))
+        ),
         (lambda: nn.sharpen(nn.LIF(tau=2.0), 1.0), "model must have a Delay or DelayedLinear; got LIF without one"),
     ],
 )

@@ -26,6 +26,11 @@ from snnfuse.nn.temporal import Temporal
 _lecun_normal = nnx.initializers.lecun_normal()
 
 
+def _check_sigma(sigma, interpolation):
+    if jnp.ndim(sigma) or not (0 < sigma < float("inf") or (sigma == 0 and interpolation == "triangle")):
+        raise ValueError(f"sigma must be above 0 and finite (or 0, for 'triangle'), one number; got {sigma}")
+
+
 class _Delayed(Temporal):
     """The delays of a layer, whose state is its input of the last `max_delay` steps."""
 
@@ -35,8 +40,7 @@ class _Delayed(Temporal):
         if interpolation not in ("gaussian", "triangle"):
             raise ValueError(f"interpolation must be 'gaussian' or 'triangle'; got {interpolation!r}")
         sigma = max_delay / 2 if sigma is None else sigma
-        if not (0 < sigma < float("inf") or (sigma == 0 and interpolation == "triangle")):
-            raise ValueError(f"sigma must be above 0 and finite (or 0, for 'triangle'); got {sigma}")
+        _check_sigma(sigma, interpolation)
         self.max_delay, self.interpolation, self.deterministic = int(max_delay), interpolation, False
         self.sigma = Fixed(jnp.asarray(sigma, jnp.float32))
         start = jax.random.uniform(rngs.params(), shape, jnp.float32, 0.01, 0.99)
@@ -157,5 +161,8 @@ def sharpen(model: nnx.Module, sigma: float | Array) -> None:
     layers = [layer for _, layer in nnx.iter_modules(model) if isinstance(layer, _Delayed)]
     if not layers:
         raise ValueError(f"model must have a Delay or DelayedLinear; got {type(model).__name__} without one")
+    if not isinstance(sigma, jax.core.Tracer):
+        for layer in layers:
+            _check_sigma(sigma, layer.interpolation)
     for layer in layers:
         layer.sigma[...] = jnp.asarray(sigma, jnp.float32)
