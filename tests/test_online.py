@@ -245,6 +245,32 @@ def test_memory_does_not_depend_on_the_number_of_steps():
             NotImplementedError,
             "model must have no recurrent layer",
         ),
+        *(
+            (
+                lambda make=make: online.sltt(nn.Sequential(make(nnx.Rngs(0)), lif())),
+                NotImplementedError,
+                "carries a gradient between steps; got a .* at layers.0",
+            )
+            for make in (
+                lambda rngs: nn.Delay(3, 2, rngs=rngs),
+                lambda rngs: nn.DelayedLinear(3, 3, 2, rngs=rngs),
+                lambda rngs: nn.TimeConv(3, 3, (2,), rngs=rngs),
+                lambda rngs: nn.MaskedPSN(4, 2, rngs=rngs),
+                lambda rngs: nn.SlidingPSN(3),
+                lambda rngs: online.Eprop(lif(), 3, 3, rngs=rngs),
+            )
+        ),
+        *(
+            (lambda make=make: online.ottt(nn.Sequential(make(nnx.Rngs(0)), lif())), NotImplementedError, message)
+            for make, message in (
+                (
+                    lambda rngs: nn.Quantised(nn.Linear(3, 3, rngs=rngs)),
+                    "layer 0, a Quantised, must have no Linear inside",
+                ),
+                (lambda rngs: nn.Folded(nnx.Linear(3, 3, rngs=rngs)), "layer 0, a Folded, must have no Linear inside"),
+                (lambda rngs: nn.PSN(4, rngs=rngs), "layer 0, a PSN, must have no PSN inside"),
+            )
+        ),
         (
             lambda: online.ottt(nn.Sequential(alif(sf.HardReset()))),
             NotImplementedError,
@@ -279,3 +305,10 @@ def test_memory_does_not_depend_on_the_number_of_steps():
 def test_bad_use_is_named(make, error, message):
     with pytest.raises(error, match=message):
         make()
+
+
+def test_gradients_take_packed_spikes():
+    model = online.sltt(nn.Sequential(nn.Linear(IN, OUT, rngs=nnx.Rngs(0)), nn.LI(tau=3.0)))
+    xs, square = jnp.asarray(XS, jnp.float32), lambda outs: jnp.square(outs).sum()
+    want, got = (online.gradients(model, square, xs)[1] for xs in (xs, nn.Spikes.of(xs)))
+    assert_close(got, want, 1e-6)

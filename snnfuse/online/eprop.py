@@ -34,7 +34,7 @@ class EpropState(NamedTuple):
 class Eprop(Temporal):
     """Neurons with input and recurrent weights that learn by e-prop: xs [T, B, I] -> (spikes [T, B, H], `EpropState`).
 
-        s[t] = neuron(xs[t] @ kernel + s[t-1] @ weight)
+        s[t] = neuron(xs[t] @ kernel + s[t-1] @ weight)      the diagonal of weight counts as 0: no neuron feeds itself
 
     The gradient of `kernel` [I, H] and `weight` [H, H] is the module's equation; that of xs is the one within a step. Parameters of the
     neuron are not trained. Without recurrence the gradient is that of backpropagation through time. It runs step by step, by `lax.scan`.

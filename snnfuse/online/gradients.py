@@ -9,6 +9,7 @@ from flax import nnx
 from jax import Array, lax
 
 from snnfuse.core.neuron import PyTree
+from snnfuse.nn.spikes import values
 from snnfuse.nn.temporal import Temporal
 
 
@@ -34,6 +35,7 @@ def gradients(
         raise TypeError(f"model must run along time, such as nn.Sequential(...); got {model!r}")
     if not isinstance(length, int | np.integer) or isinstance(length, bool) or length < 1:
         raise ValueError(f"length must be a whole number of steps, at least 1; got {length!r}")
+    xs = values(xs)
     everything = (xs, *targets)
     steps = {jnp.shape(x)[0] if jnp.ndim(x) else 0 for x in jax.tree.leaves(everything)}
     if len(steps) != 1 or 0 in steps:

@@ -16,12 +16,15 @@ from flax import nnx
 from jax import Array, lax
 
 from snnfuse.core.neurons import IF, LI, LIF, LIParams
+from snnfuse.nn.psn import PSN
 from snnfuse.nn.recurrent import Recurrent
 from snnfuse.nn.spikes import Spikes, values
 from snnfuse.nn.spiking import Spiking
 from snnfuse.nn.temporal import Folded, Sequential, Temporal, Timeless
 from snnfuse.online.sltt import Instant
 from snnfuse.ops.api import unroll
+
+INSIDE = (nnx.Linear, nnx.Conv, PSN)  # these may not be inside of another layer
 
 
 class Traced(Temporal):
@@ -133,6 +136,13 @@ def ottt(model: Sequential) -> Sequential:
             layer = TracedRecurrent(layer)
         elif isinstance(layer, Temporal) and not isinstance(layer, Spiking):
             raise NotImplementedError(f"layer {i} must be linear, a neuron or Recurrent; got a {type(layer).__name__}")
+        elif isinstance(layer, nnx.Module) and not isinstance(layer, Spiking):
+            kinds = {type(part).__name__ for _, part in nnx.iter_modules(layer) if isinstance(part, INSIDE)}
+            if kinds:
+                raise NotImplementedError(
+                    f"layer {i}, a {type(layer).__name__}, must have no {', '.join(sorted(kinds))} inside, whose gradient "
+                    "would not be that of OTTT"
+                )
         layers.append(layer)
     for layer in after:
         if isinstance(layer, Spiking):

@@ -12,9 +12,14 @@ from flax import nnx
 from jax import lax
 
 from snnfuse.core.neuron import Neuron
+from snnfuse.nn.delay import Delay, DelayedLinear
+from snnfuse.nn.psn import PSN, SlidingPSN
 from snnfuse.nn.recurrent import Feedback, Recurrent
 from snnfuse.nn.spiking import Spiking
+from snnfuse.nn.time_conv import TimeConv
+from snnfuse.online.eprop import Eprop
 
+ACROSS_STEPS = (Recurrent, Feedback, Delay, DelayedLinear, TimeConv, PSN, SlidingPSN, Eprop)
 Model = TypeVar("Model", bound=nnx.Module)
 
 
@@ -32,12 +37,16 @@ class Instant:
 
 
 def sltt(model: Model) -> Model:
-    """A copy of a network that learns by SLTT: every neuron becomes `Instant`. Recurrent layers are refused; `ottt` takes them."""
+    """A copy of a network that learns by SLTT: every neuron becomes `Instant`.
+
+    A layer whose own gradient passes between steps raises NotImplementedError: recurrent layers, delays, convolutions along time,
+    parallel neurons and `Eprop`. `ottt` takes `nn.Recurrent`.
+    """
     model = nnx.clone(model)
     for path, module in nnx.iter_modules(model):
-        if isinstance(module, Recurrent | Feedback):
+        if isinstance(module, ACROSS_STEPS):
             raise NotImplementedError(
-                f"model must have no recurrent layer, whose spikes carry a gradient to the step before; got a "
+                f"model must have no recurrent layer, or another that carries a gradient between steps; got a "
                 f"{type(module).__name__} at {'.'.join(map(str, path)) or 'the top'}"
             )
         if isinstance(module, Spiking):
