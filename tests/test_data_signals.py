@@ -59,6 +59,9 @@ SIGNAL_FAULTS = {
     "no file": (["z.npy,fist,train,0,1,left"], r"line 5: there is no file .*z.npy"),
     "other channels": (["wide.npy,fist,train,0,1,left"], r"line 5, .*wide.npy: 5 channels; the first file has 3"),
     "no number": (["nan.npy,fist,train,0,1,left"], r"line 5, .*nan.npy: step 3 of channel 1 is nan"),
+    "beyond float32": (["huge.npy,fist,train,0,1,left"], r"line 5, .*huge.npy: step 0 of channel 0 is 1e\+300"),
+    "an .npz as .npy": (["zip.npy,fist,train,0,1,left"], r"line 5, .*zip.npy: no .npy file, but a .npz"),
+    "an .npy as .npz": (["array.npz,fist,train,0,1,left"], r"line 5, .*array.npz: no .npz file"),
     "one axis": (
         ["flat.npy,fist,train,0,1,left"],
         r"line 5, .*flat.npy: a signal must be numbers \[n, channels\]; got float64",
@@ -78,6 +81,9 @@ def test_a_fault_of_a_signal_names_file_and_line(tmp_path, fault):
     nan[3, 1] = np.nan
     np.save(root / "nan.npy", nan)
     np.save(root / "flat.npy", np.zeros(9))
+    np.save(root / "huge.npy", np.full((9, 3), 1e300))
+    (root / "zip.npy").write_bytes((root / "b.npz").read_bytes())
+    (root / "array.npz").write_bytes((root / "a.npy").read_bytes())
     np.savez(root / "other.npz", emg=signal(9))
     (root / "cut.npy").write_bytes((root / "a.npy").read_bytes()[:-5])
     (root / "cut.npz").write_bytes((root / "b.npz").read_bytes()[:-30])
@@ -216,6 +222,8 @@ def test_your_own_events_are_cut_into_windows(tmp_path):
 EVENT_FAULTS = {
     "outside the camera": (["far.npz,cup,train"], r"line 5, .*far.npz: event 4 has x = 128, outside 0..127"),
     "no time": (["timeless.npz,cup,train"], r"line 5, .*timeless.npz: has no array t; it has x, y, p"),
+    "seconds": (["seconds.npz,cup,train"], r"line 5, .*seconds.npz: event 1 has t = .*multiply seconds by 1e6"),
+    "texts": (["texts.npz,cup,train"], r"line 5, .*texts.npz: column t must be whole numbers; got dtype <U"),
     "times go back": (["back.npz,cup,train"], r"line 5, .*back.npz: event 1 has t"),
     "another format": (["text.aedat,cup,train"], r"line 5, .*text.aedat: wrong magic"),
     "too short": (
@@ -232,6 +240,8 @@ def test_a_fault_of_events_names_file_and_line(tmp_path, fault):
     root = tmp_path / "cups"
     np.savez(root / "far.npz", **(a | {"x": np.where(np.arange(300) == 4, 128, a["x"])}))
     np.savez(root / "timeless.npz", **{column: a[column] for column in "xyp"})
+    np.savez(root / "seconds.npz", **(a | {"t": np.arange(300) * 0.013}))
+    np.savez(root / "texts.npz", **(a | {"t": a["t"].astype(str)}))
     np.savez(root / "back.npz", **(a | {"t": a["t"][::-1]}))
     np.savez(root / "short.npz", **(a | {"t": np.arange(300) // 3}))
     (root / "text.aedat").write_text("no events")

@@ -73,7 +73,14 @@ def read_npz(path, name: str, wanted: tuple[str, ...], others: tuple[str, ...] =
             if missing := [key for key in wanted if key not in file]:
                 raise BadSample(name, f"has no array {', '.join(missing)}; it has {', '.join(file) or 'none'}")
             return {key: file[key] for key in (*wanted, *others) if key in file}
-    except (OSError, EOFError, ValueError, zipfile.BadZipFile, zlib.error) as error:
+    except (
+        OSError,
+        EOFError,
+        TypeError,
+        ValueError,
+        zipfile.BadZipFile,
+        zlib.error,
+    ) as error:  # TypeError: a .npy file
         if isinstance(error, BadSample):
             raise
         raise BadSample(name, f"no .npz file that is read here, or a truncated one: {error}") from error
@@ -86,14 +93,19 @@ def read_signal(path, name: str) -> np.ndarray:
     else:
         try:
             values = np.load(path)
-        except (OSError, EOFError, ValueError) as error:
+        except (OSError, EOFError, ValueError, zipfile.BadZipFile) as error:
             raise BadSample(name, f"no .npy file that is read here, or a truncated one: {error}") from error
+        if not isinstance(values, np.ndarray):
+            values.close()
+            raise BadSample(name, "no .npy file, but a .npz file with the wrong name")
     if values.ndim != 2 or not values.size or values.dtype.kind not in "iuf":
         raise BadSample(name, f"a signal must be numbers [n, channels]; got {values.dtype} of shape {values.shape}")
-    if np.any(bad := ~np.isfinite(values)):
+    with np.errstate(over="ignore"):  # a number beyond float32 becomes inf, and is named below
+        narrow = values.astype(np.float32)
+    if np.any(bad := ~np.isfinite(narrow)):
         step, channel = np.argwhere(bad)[0]
-        raise BadSample(name, f"step {step} of channel {channel} is {values[step, channel]}")
-    return values.astype(np.float32)
+        raise BadSample(name, f"step {step} of channel {channel} is {values[step, channel]}, no finite float32")
+    return narrow
 
 
 _PACKET = np.dtype(

@@ -55,8 +55,9 @@ class EventFolder(TableSet, EventSet):
             events = formats.read_npz(path, where, ("t", "x"), ("y", "p"))
         else:
             events = formats.read_aedat(path.read_bytes(), where)
-        events = check(events | {"t": events["t"].astype(np.int64)}, self.SENSOR, where)
-        t = events["t"]
+        events = check(events, self.SENSOR, where)
+        t = events["t"].astype(np.int64)
+        events["t"] = t
         start, stop = row.part or ((int(t[0]), int(t[-1]) + 1) if len(t) else (0, 0))
         if self.WINDOW is None:
             yield where, {"events": keep(events, (t >= start) & (t < stop)), "start": start}
