@@ -194,6 +194,8 @@ def test_envelope_keeps_the_slow_cosines_alone():
     cosines = np.cos(np.pi / K * i * (np.arange(K) + 0.5)).astype(np.float32)
     made = audio.envelope(jnp.asarray(cosines), 5)
     np.testing.assert_allclose(made, np.where(i < 5, cosines, 0), atol=1e-5)
+    with pytest.raises(ValueError, match="count must be at most the number of bands, the last axis; got 13"):
+        audio.envelope(jnp.asarray(cosines), 13)
 
 
 def test_warp_multiplies_frequencies_by_one_factor():

@@ -166,7 +166,8 @@ def envelope(bands: Array, count: int) -> Array:
     C bands is the mel cepstrum. Davis and Mermelstein 1980, https://doi.org/10.1109/TASSP.1980.1163420.
     """
     bands, count = jnp.asarray(bands), at_least("count", count, 1)
-    K = bands.shape[-1]
+    if not bands.ndim or count > (K := bands.shape[-1]):
+        raise ValueError(f"count must be at most the number of bands, the last axis; got {count} for {bands.shape}")
     C = np.cos(np.pi / K * np.arange(count)[:, None] * (np.arange(K) + 0.5)) * np.sqrt(2 / K)
     C[0] = np.sqrt(1 / K)
     return jnp.matmul(bands, (C.T @ C).astype(np.float32), precision="highest")
