@@ -532,6 +532,7 @@ def test_time_conv_sees_its_own_step_and_those_before():
             "strides must have one number for each of 1",
         ),
         (lambda: layer(xs[:, :, 0]), r"xs must be \[T, B, \*space, I\], of rank 4"),
+        (lambda: layer(xs, state[:1]), "state must be the input of the last 2 steps"),
     ):
         with pytest.raises(ValueError, match=match):
             make()

@@ -520,6 +520,11 @@ image = jnp.ones((1, 4, 4, 1))
             ValueError,
             "drop_path goes with connect='add'; got connect='sum'",
         ),
+        (
+            lambda: norm_spiking(connect="add", drop_path=0.1),
+            TypeError,
+            "drop_path must be an nnx.Dropout, or None; got 0.1",
+        ),
         (lambda: norm_spiking(connect="or"), ValueError, "must be one of .*add, and, iand; got 'or'"),
         (
             lambda: norm_spiking(connect="add", shortcut_norm=nn.BatchNorm(4, rngs=nnx.Rngs(0))),

@@ -57,6 +57,9 @@ class TimeConv(Temporal):
         axes = len(self.conv.kernel_size) + 2
         if (xs := values(xs)).ndim != axes:
             raise ValueError(f"xs must be [T, B, *space, I], of rank {axes} for this kernel; got shape {xs.shape}")
-        joined = jnp.concatenate([self.init_state(xs) if state is None else state, xs])
+        state = self.init_state(xs) if state is None else state
+        if state.shape != (wanted := (self.conv.kernel_size[0] - 1, *xs.shape[1:])):
+            raise ValueError(f"state must be the input of the last {wanted[0]} steps, {wanted}; got {state.shape}")
+        joined = jnp.concatenate([state.astype(xs.dtype), xs])
         outs = self.conv(jnp.moveaxis(joined, 0, 1))
         return jnp.moveaxis(outs, 1, 0), joined[len(xs) :]

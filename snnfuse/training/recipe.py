@@ -15,8 +15,9 @@ NORMS = (nnx.BatchNorm, nnx.LayerNorm, nnx.GroupNorm, nnx.InstanceNorm, nnx.RMSN
 def parameter_groups(model: nnx.Module) -> nnx.State:
     """The group of every `nnx.Param` of the model: "neuron", "norm", "bias" or "weight".
 
-    Parameters of a `nn.Spiking`, learned delays and the thresholds of a `nn.PSN` are "neuron"; scale and bias of a normalisation
-    are "norm"; other parameters are "bias" if that is their name, else "weight". The result has the structure of `nnx.state(model, nnx.Param)`, as optax wants it:
+    Parameters of a `nn.Spiking` are "neuron", and so are parameters with the names raw_delay (learned delays) and threshold
+    (`nn.PSN`). Scale and bias of a normalisation are "norm"; other parameters are "bias" if that is their name, else "weight".
+    The result has the structure of `nnx.state(model, nnx.Param)`, as optax wants it:
 
         groups = training.parameter_groups(model)
         decayed = jax.tree.map(lambda group: group == "weight", groups)
