@@ -96,7 +96,7 @@ def dvs128_objects():
     """Five objects before a DVS128, windows of 100 ms, a convolutional network, T = 10: one series trains, the other tests.
 
     The objects turn faster in the series that tests: --data.longer was chosen after a look at its pictures. With larger random
-    changes and without --data.longer a run reached 81.7 %.
+    changes and without --data.longer a run reached 81.7 %; with frames of 32 x 32 and T = 4, 600 steps on a CPU reached 82.3 %.
     """
     network = "--model=conv --model.T=10 --model.channels 16 32 64 --model.dropout=0.1".split()
     frames = "--data.bins=10 --data.events=8192 --data.size=64".split()
@@ -125,6 +125,9 @@ def speech_commands():
     """Speech Commands, its test files split by speaker, convolutions over time and bands, T = 50: 12 classes.
 
     python -m snnfuse.data prepare speech_commands --manual my_folders --rate 8000
+
+    The recipe itself was not run to its end. A smaller one reached 80.5 % in 500 steps, 6 minutes on two busy CPU cores:
+    speech_commands_small.
     """
     network = "--model=timeconv --model.T=50 --model.dropout=0.1".split()
     changes = "--data.shift=0.1 --data.tempo=0.1 --data.pitch=2 --data.mask_steps=8 --data.mask_bands=8 --data.noise=15".split()
@@ -134,8 +137,17 @@ def speech_commands():
 
 
 @recipe
+def speech_commands_small():
+    """speech_commands for a CPU: T = 25, half of the channels, smaller random changes, 500 steps: 80.5 %."""
+    network = "--model.T=25 --model.channels 16 32 48 --model.hidden 128 --model.dropout=0".split()
+    changes = "--data.noise=None --data.tempo=0.05 --data.pitch=1 --data.mask_steps=2 --data.mask_bands=4".split()
+    training = "--batch=64 --average=0.98 --learning_rate=6e-3 --label_smoothing=0".split()
+    return [*speech_commands(), *network, *changes, *training, "--steps=500", "--eval_every=250", "--log_every=10"]
+
+
+@recipe
 def speech_commands_wide():
-    """The same with about twice as many channels, more dropout, and recordings mixed in pairs."""
+    """speech_commands with about twice as many channels, more dropout, and recordings mixed in pairs."""
     wider = "--model.channels 64 96 128 --model.hidden 512 --model.dropout=0.2 --data.mixup=0.2".split()
     return [*speech_commands(), *wider]
 
