@@ -107,7 +107,7 @@ def dvs128_objects():
 
 @recipe
 def emg_roshambo():
-    """Rock, paper, scissors by muscle activity, two layers of adaptive LIF neurons, T = 20: 95.3 %. Session 3 tests.
+    """Rock, paper, scissors by muscle activity, two layers of adaptive LIF neurons, T = 20: 93 to 95 %. Session 3 tests.
 
     Each channel is divided by its strength over the session of the person, which needs no labels, but all gestures of the
     session. --data.relative_to subject uses the strength over all sessions of the person instead: 90.7 %. 17 s on an H200 that
@@ -126,7 +126,7 @@ def speech_commands():
 
     python -m snnfuse.data prepare speech_commands --manual my_folders --rate 8000
 
-    The recipe itself was not run to its end. A smaller one reached 80.5 % in 500 steps, 6 minutes on two busy CPU cores:
+    The recipe itself was not run to its end. A smaller one reached 80.4 % in 500 steps, 6 minutes on two busy CPU cores:
     speech_commands_small.
     """
     network = "--model=timeconv --model.T=50 --model.dropout=0.1".split()
@@ -138,7 +138,7 @@ def speech_commands():
 
 @recipe
 def speech_commands_small():
-    """speech_commands for a CPU: T = 25, half of the channels, smaller random changes, 500 steps: 80.5 %."""
+    """speech_commands for a CPU: T = 25, half of the channels, smaller random changes, 500 steps: 80.4 %."""
     network = "--model.T=25 --model.channels 16 32 48 --model.hidden 128 --model.dropout=0".split()
     changes = "--data.noise=None --data.tempo=0.05 --data.pitch=1 --data.mask_steps=2 --data.mask_bands=4".split()
     training = "--batch=64 --average=0.98 --learning_rate=6e-3 --label_smoothing=0".split()
