@@ -265,6 +265,8 @@ class Signals(Labelled):
         for name in ("size", "width", "threshold"):
             if not getattr(self, name) > 0:
                 raise ValueError(f"--data.{name} must be above 0; got {getattr(self, name)}")
+        if self.width > self.size:
+            raise ValueError(f"--data.width must be at most --data.size, {self.size}; got {self.width}")
         for name in ("gain", "noise", "early"):
             if not getattr(self, name) >= 0:
                 raise ValueError(f"--data.{name} must be at least 0; got {getattr(self, name)}")
@@ -296,8 +298,10 @@ class Signals(Labelled):
         return batch | {"signal": xs}, targets
 
     def encode(self, key: Array, batch: Batch, T: int) -> Array:
-        xs = jnp.asarray(batch["signal"])[:, : self.size]
-        level = signals.log_rms(xs, self.width, (self.size - self.width) // max(T - 1, 1))[:T]
+        xs, room = jnp.asarray(batch["signal"])[:, : self.size], self.size - self.width
+        if T - 1 > room:
+            raise ValueError(f"--model.T must be at most --data.size - --data.width + 1, {room + 1}; got {T}")
+        level = signals.log_rms(xs, self.width, max(1, room // max(T - 1, 1)))[:T]
         if self.code == "level":
             return level
         if self.code == "lif":
@@ -323,9 +327,9 @@ class Audio(Labelled):
     fit: bool = False
     """the loud part of a recording takes all time steps, so words of fast and of slow speakers get equally long"""
     quiet: float = 0.3
-    """where it begins and ends, in [0, 1]: the first and the last step with a louder band"""
+    """with --data.fit: the loud part is from the first to the last step with a band above this, in [0, 1]"""
     envelope: int = 0
-    """the spectrum of a step is smoothed to that many cosines, which leaves out the voice's harmonics; 0 leaves it"""
+    """keep this many slow cosines of the spectrum of each step, which leaves out the harmonics of the voice; 0: keep all"""
     code: str = "bands"
     """bands: numbers; level_crossing or lif: spikes of them"""
     threshold: float = 0.1
@@ -365,6 +369,9 @@ class Audio(Labelled):
         for name in zero.split():
             if not getattr(self, name) >= 0:
                 raise ValueError(f"--data.{name} must be at least 0; got {getattr(self, name)}")
+        for name, most in (("quiet", 1), ("envelope", self.bands)):
+            if getattr(self, name) > most:
+                raise ValueError(f"--data.{name} must be at most {most}; got {getattr(self, name)}")
 
     @property
     def rate(self) -> int:

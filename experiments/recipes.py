@@ -1,6 +1,6 @@
 """Recipes: options of train.py under a name, for networks and data of the literature.
 
-    python experiments/recipes.py --list                              every recipe, and its result where it was measured
+    python experiments/recipes.py --list                           every recipe, and its result where it was measured
     python experiments/recipes.py cifar10                          train it, after: python -m snnfuse.data prepare cifar10
     python experiments/recipes.py cifar10 --seed 1 --model.implementation scan         further options of train.py
 
@@ -169,9 +169,13 @@ def main(argv: list[str]) -> int:
     if argv[:1] == ["--list"]:
         print(table())
         return 0
+    if argv[:1] in (["--help"], ["-h"]):
+        print(__doc__)
+        return 0
     if not argv or argv[0] not in RECIPES:
         print(__doc__)
-        print(f"error: expected one of {', '.join(RECIPES)}; got {argv[:1]}", file=sys.stderr)
+        got = argv[0] if argv else "nothing"
+        print(f"error: expected one of {', '.join(RECIPES)}, or --list; got {got}", file=sys.stderr)
         return 2
     return train.main([*arguments(argv[0]), *argv[1:]])
 

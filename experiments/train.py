@@ -138,7 +138,7 @@ class Config(Generic[Model, Data]):
         ).items():
             if (value := getattr(self, name)) not in known:
                 raise ValueError(f"--{name} must be {known[0]} or {known[1]}; got {value!r}")
-        if self.rate_per not in ("neuron", "channel", "layer") or self.rate_weight < 0:
+        if self.rate_per not in ("neuron", "channel", "layer") or not self.rate_weight >= 0:
             raise ValueError(
                 f"--rate_per must be neuron, channel or layer, and --rate_weight at least 0; got {self.rate_per!r} and "
                 f"{self.rate_weight}"
@@ -163,9 +163,10 @@ class Config(Generic[Model, Data]):
             raise ValueError(
                 f"--first_T needs --first_steps, a number below --steps; got {self.first_T} and {self.first_steps}"
             )
-        if self.first_T is not None and (self.first_T < 1 or self.first_steps % self.log_every):
+        most = getattr(self.model, "T", np.inf)
+        if self.first_T is not None and (not 1 <= self.first_T <= most or self.first_steps % self.log_every):
             raise ValueError(
-                f"--first_T must be at least 1, and --first_steps a multiple of --log_every; "
+                f"--first_T must be from 1 to --model.T, {most}, and --first_steps a multiple of --log_every; "
                 f"got {self.first_T} and {self.first_steps}"
             )
         K = self.steps_per_call

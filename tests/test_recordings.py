@@ -73,6 +73,11 @@ def test_signals_become_windows_and_training_ones_change():
     np.testing.assert_allclose(
         level[1, 0], np.log(0.01 + np.sqrt(np.square(batch["signal"][0, 10:30]).mean(0))), rtol=1e-4
     )
+    assert dataclasses.replace(data, width=data.size).encode(KEY, batch, 1).shape == (1, 3, 2)
+    with pytest.raises(ValueError, match="--model.T must be at most --data.size - --data.width .*; got 99"):
+        data.encode(KEY, batch, 99)
+    with pytest.raises(ValueError, match="--data.width must be at most --data.size, 100; got 101"):
+        dataclasses.replace(data, width=101)
 
 
 def test_events_are_changed_before_they_become_frames():

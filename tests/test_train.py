@@ -395,6 +395,8 @@ def test_every_listed_data_set_can_be_trained_on(name):
         (("--truncate",), "--piece must be at least 1, and --truncate needs it; got None"),
         (("--first_T", "1"), "--first_T needs --first_steps, a number below --steps; got 1 and 0"),
         (("--first_T", "1", "--first_steps", "15"), "--first_steps a multiple of --log_every; got 1 and 15"),
+        (("--first_T", "99", "--first_steps", "10"), "--first_T must be from 1 to --model.T, .*; got 99 and 10"),
+        (("--rate_weight", "nan"), "--rate_weight at least 0; got 'neuron' and nan"),
         (("--model", "vgg", "--model.depth", "13"), "--model.depth must be one of 11, 16; got 13"),
         (("--model", "resnet", "--model.drop_path", "0.1"), "--model.drop_path needs --model.connect add; got 'sum'"),
         (("--workers", "-1"), "--workers must be at least 0; got -1"),
