@@ -525,6 +525,11 @@ image = jnp.ones((1, 4, 4, 1))
             TypeError,
             "drop_path must be an nnx.Dropout, or None; got 0.1",
         ),
+        (
+            lambda: norm_spiking(norm=nn.TEBN(2, 4, rngs=nnx.Rngs(0))),
+            TypeError,
+            "norm must have one scale for all steps; put TEBN and neuron in a Sequential",
+        ),
         (lambda: norm_spiking(connect="or"), ValueError, "must be one of .*add, and, iand; got 'or'"),
         (
             lambda: norm_spiking(connect="add", shortcut_norm=nn.BatchNorm(4, rngs=nnx.Rngs(0))),

@@ -166,6 +166,10 @@ class NormSpiking(Temporal):
         for name, given in (("norm", norm), ("shortcut_norm", shortcut_norm)):
             if not isinstance(given, BatchNorm) and (given is not None or name == "norm"):
                 raise TypeError(f"{name} must be a snnfuse.nn.BatchNorm; got {type(given).__name__}")
+            if hasattr(given, "step_scale"):  # TEBN: the kernel takes one scale for all steps
+                raise TypeError(
+                    f"{name} must have one scale for all steps; put {type(given).__name__} and neuron in a Sequential"
+                )
         if not isinstance(neuron, Spiking):
             raise TypeError(f"neuron must be a snnfuse.nn.Spiking module; got {type(neuron).__name__}")
         if pack and (connect == "add" or isinstance(neuron.neuron, LI) or isinstance(neuron.out_dtype, Packed)):
