@@ -8,7 +8,7 @@ from compare import assert_fires, assert_same_spikes
 from flax import nnx
 
 import snnfuse as sf
-from snnfuse import nn
+from snnfuse import nn, online
 from snnfuse.nn import monitor
 
 T, B = 12, 3
@@ -318,3 +318,12 @@ def test_counts_are_of_spikes_and_not_of_what_drop_path_makes_of_them():
     assert_fires(spikes)
     assert (outs == 0).all((0, 2)).any() and (outs == 2).any()
     np.testing.assert_array_equal(counts["neuron"], spikes.sum(0))
+
+
+def test_the_readout_of_an_online_network_is_not_recorded():
+    """`online.sltt` wraps its LI, whose membrane is no spike: a rate penalty would be on the outputs."""
+    layers = nn.Linear(5, 6, rngs=nnx.Rngs(0)), nn.LIF(tau=2.0), nn.Linear(6, 3, rngs=nnx.Rngs(0)), nn.LI(tau=2.0)
+    for what in ("spikes", "counts"):
+        assert list(monitor.record(online.sltt(nn.Sequential(*layers)), jnp.ones((4, 2, 5)), what=what)[1]) == [
+            "layers.1"
+        ]

@@ -133,7 +133,10 @@ class Counted:
 
 
 def counted(neuron: Neuron) -> Neuron:
-    """The neuron, counted inside of what wraps it: the count is of its own spikes, without the shortcut of a `Connect` and the gate of a `Gated`."""
+    """The neuron, counted inside of what wraps it.
+
+    The count is of its own spikes: without the shortcut of a `Connect`, and before the gate of a `Gated`.
+    """
     if isinstance(neuron, Affine | Connect | Gated | Twice):
         return replace(neuron, inner=counted(neuron.inner))
     return Counted(neuron)

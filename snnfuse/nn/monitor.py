@@ -37,14 +37,16 @@ def record(
     """Call `model(*args, **kwargs)` and record its neurons: (what the model returned, {path: record}).
 
     Args:
-      layers: paths of the `Spiking`, `Recurrent` and `Feedback` layers to record. None records all of them, except `LI`, which never spikes, unless `what` is "state".
+      layers: paths of the `Spiking`, `Recurrent` and `Feedback` layers to record. None records all of them; `LI`, which never
+        spikes, only if `what` is "state".
       what: "spikes" records the outputs [T, *B, N] of a layer; "state" records its states after every step, a tree of
         float32 [T, *B, N] (`.v` is the membrane after the reset); "membrane" records the membrane before the reset, float32
         [T, *B, N], which is what is compared with the threshold. A neuron needs a field `reset` for it. "counts" records how
         often each neuron spiked, float32 [*B, N]: the kernel adds up spikes and stores none of them.
 
     A `NormSpiking` with connect="add" adds the shortcut inside its kernel, so its recorded outputs include the shortcut; its
-    counts do not. If a layer is called more than once, its records are joined along time, and its counts are added. This works under `jax.jit`.
+    counts do not. If a layer is called more than once, its records are joined along time, and its counts are added. This works
+    under `jax.jit`. Only the layers named above are recorded: no `PSN`, `SlidingPSN` or `online.Eprop`.
 
     Raises:
       ValueError: `what` is none of the four, or a path in `layers` is not that of a spiking layer.
@@ -79,7 +81,7 @@ def watch(
     inside = {f"{path}.neuron" for path, m in found.items() if not isinstance(m, Spiking)}
     found = {path: m for path, m in found.items() if path not in inside}
     if layers is None:
-        layers = [p for p, m in found.items() if what == "state" or not isinstance(m.neuron, neurons.LI)]
+        layers = [p for p, m in found.items() if what == "state" or not isinstance(_innermost(m.neuron), neurons.LI)]
     elif isinstance(layers, str) or (unknown := [path for path in layers if path not in found]):
         got = layers if isinstance(layers, str) else unknown[0]
         raise ValueError(f"layers must be a list of paths of spiking layers, from {list(found)}; got {got!r}")
@@ -102,6 +104,13 @@ def watch(
                 object.__setattr__(found[path], "unroll", own[path])
     join = (lambda *pieces: sum(pieces)) if what == "counts" else (lambda *pieces: jnp.concatenate(pieces))
     records |= {path: jax.tree.map(join, *r) for path, r in calls.items() if r}
+
+
+def _innermost(neuron):
+    """The neuron inside of what wraps it, such as `online.Instant`."""
+    while hasattr(neuron, "inner"):
+        neuron = neuron.inner
+    return neuron
 
 
 def firing_rates(spikes: dict[str, Array]) -> dict[str, Array]:
