@@ -26,7 +26,18 @@ from hypothesis import strategies as st
 
 import snnfuse as sf
 from snnfuse import data, nn, online, parallel, training
-from snnfuse.data import audio, augment, encoders, events, formats, image_augment, loader, packed
+from snnfuse.data import (
+    audio,
+    augment,
+    encoders,
+    event_augment,
+    events,
+    formats,
+    image_augment,
+    loader,
+    packed,
+    signals,
+)
 from snnfuse.interop import snntorch
 
 EXAMPLES = int(os.environ.get("SNNFUSE_FUZZ", 6))
@@ -488,6 +499,71 @@ def _(draw):
     assert ((made == 0) | (made == bands)).all()
 
 
+@case("data.audio.fit", "data.audio.envelope", "data.audio.warp", "data.audio.mixup")
+def _(draw):
+    bands, key = array(draw, one_of(draw, (4, 2, 3), (1, 1, 1), (0, 2, 3), (4, 3), ()), 0, 1), jax.random.key(0)
+    name = one_of(draw, "fit", "envelope", "warp", "mixup")
+    if name == "fit":
+        made = call(audio.fit, bands, steps := one_of(draw, 3, *WHOLE[:-1]), one_of(draw, 0.3, *NUMBER))
+        assert made.shape == (steps, *bands.shape[1:]) and (made >= 0).all() and (made <= 1).all()
+    elif name == "envelope":
+        count = one_of(draw, 2, *WHOLE)
+        made = call(audio.envelope, bands, count)
+        C = np.cos(np.pi * np.arange(count)[:, None] * (np.arange(bands.shape[-1]) + 0.5) / bands.shape[-1])
+        close(made, bands @ (C.T / np.square(C).sum(1) @ C))
+    elif name == "warp":
+        made = call(audio.warp, key, bands, one_of(draw, 0.1, *NUMBER), one_of(draw, 8000, *NUMBER))
+        assert made.shape == bands.shape and (made >= 0).all() and (made <= 1).all()
+    else:
+        targets = jnp.eye(2)[: one_of(draw, 0, 1, 2)]
+        sound, mixed = call(audio.mixup, key, sounds(draw), targets, one_of(draw, 0.3, *NUMBER))
+        assert jnp.isfinite(sound).all()
+        close(mixed.sum(-1), np.ones(len(targets)))
+
+
+@case(*(f"data.signals.{name}" for name in ("windows", "log_rms", "piece", "gain", "noise")), "data.loader.Signals")
+def _(draw):
+    xs, key = array(draw, one_of(draw, (2, 5, 3), (2, 5, 3), (1, 1, 1), (2, 0, 3), (5, 3), ())), jax.random.key(0)
+    width, hop, number = one_of(draw, 2, *WHOLE), one_of(draw, 1, *WHOLE), one_of(draw, 0.1, *NUMBER)
+    name = one_of(draw, "windows", "piece", "gain", "noise", "Signals")
+    if name == "windows":
+        made = call(signals.windows, xs, width, hop)
+        want = np.stack([xs[:, i : i + width] for i in range(0, xs.shape[1] - width + 1, hop)])
+        close(made, want)
+        close(call(signals.log_rms, xs, width, hop, number), np.log(number + np.sqrt(np.square(want).mean(2))))
+    elif name == "piece":
+        made = np.asarray(call(signals.piece, key, xs, width, random=draw(st.booleans())))
+        assert made.shape == (len(xs), width, xs.shape[2]) and np.isin(made, xs).all()
+    elif name == "Signals":
+        made = call(loader.Signals, width)
+        if xs.ndim == 3 and width < 100:
+            close(made({"signal": xs[0], "label": 1}, None)["signal"], np.pad(xs[0], ((0, 9), (0, 0)))[: int(width)])
+    else:
+        made = call(getattr(signals, name), key, xs, number)
+        assert made.shape == xs.shape and (number > 1e9 or jnp.isfinite(made).all())
+
+
+@case(*(f"data.event_augment.{name}" for name in ("move", "drop", "resize", "piece")))
+def _(draw):
+    sensor, how, given = checked(draw)
+    made = call(packed.pack_events, given, sensor, one_of(draw, 5, 40), **how)[None]
+    key, name = jax.random.key(0), one_of(draw, "move", "drop", "resize", "piece")
+    number, options = one_of(draw, 0.25, *NUMBER), one_of(draw, "shift", "flip", "scale", "turn")
+    size = one_of(draw, 2, *WHOLE[:-1]), one_of(draw, 3, *WHOLE[:-1])
+    if name == "move":
+        got, space = call(event_augment.move, key, made, sensor, **{options: number}), sensor
+    elif name == "drop":
+        got, space = call(event_augment.drop, key, made, number), sensor
+    elif name == "resize":
+        got = call(event_augment.resize, made, sensor, *size)
+        space = sensor._replace(height=int(size[0]), width=int(size[1]))
+        assert ((got[..., 1] == packed.PADDING) == (made[..., 1] == packed.PADDING)).all()
+    else:
+        got, space = call(event_augment.piece, key, made, one_of(draw, 100, *WHOLE[:-1]), number), sensor
+    address = np.asarray(got)[..., 1]
+    assert got.shape == made.shape and (address[address != packed.PADDING] < np.prod(space)).all()
+
+
 @case("data.loader.Sound")
 def _(draw):
     out, samples = io.BytesIO(), array(draw, one_of(draw, 0, 1, 30), -3e4, 3e4, np.int16)
@@ -863,6 +939,16 @@ def _(draw):
     close(np.concatenate(outs), call(layer, xs)[0])
 
 
+@case("nn.TimeConv")
+def _(draw):
+    xs, kernel = currents(draw), one_of(draw, (2,), (3,), (0,), (-1,), (2, 3), ())
+    layer = call(nn.TimeConv, 3, 4, kernel, rngs=nnx.Rngs(0))
+    outs, wide = call(layer, xs)[0], np.asarray(xs, np.float64)
+    taps, K = np.asarray(layer.conv.kernel[...], np.float64), kernel[0]
+    want = sum(np.pad(wide, ((K - 1 - k, 0), (0, 0), (0, 0)))[: len(wide)] @ taps[k] for k in range(K))
+    close(outs, want, 1e-5 if xs.dtype == jnp.float32 else 0.03)
+
+
 @case("nn.Delay", "nn.DelayedLinear", "nn.sharpen")
 def _(draw):
     xs, longest, sigma = currents(draw), one_of(draw, *WHOLE), one_of(draw, None, 0.7, *NUMBER)
@@ -981,6 +1067,20 @@ def _(draw):
     close(got, -(1 - mse) * log[..., 0].mean() + mse * np.square(outs.astype(np.float64) - level).mean())
 
 
+@case("training.rate_penalty")
+def _(draw):
+    counts = array(draw, one_of(draw, (2, 3, 4), (1, 4), (4,)), 0, 10)
+    lower, upper, per = (
+        one_of(draw, 0.0, 0.1, *NUMBER),
+        one_of(draw, 0.5, *NUMBER),
+        one_of(draw, "neuron", "layer", "x"),
+    )
+    got = call(training.rate_penalty, {"a": counts}, one_of(draw, 10, 10, 0, -1), lower=lower, upper=upper, per=per)
+    rate = counts.astype(np.float64).mean(0 if per == "neuron" else None) / 10
+    if upper < 1e9:
+        close(got, np.mean(np.maximum(rate - upper, 0) ** 2 + np.maximum(lower - rate, 0) ** 2))
+
+
 @case("training.parameter_groups", "training.update_average")
 def _(draw):
     models = [nn.Sequential(nn.Linear(2, one_of(draw, 2, 2, 3), rngs=nnx.Rngs(i)), nn.LIF(tau=2.0)) for i in (0, 1)]
@@ -1053,6 +1153,7 @@ EXCLUDED = {
                 "prepare",
                 "prepared",
                 "prepared_in",
+                "sound_rate",
                 "source",
                 "require",
             )
