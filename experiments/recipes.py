@@ -161,7 +161,7 @@ def table() -> str:
         found = {row["seed"]: row for row in rows if row["case"] == name and row["implementation"] != "scan"}
         found = [row for row in found.values() if "held_out_accuracy" in row]
         text = "; ".join(f"{row['held_out_accuracy']:.2%} in {row['seconds']:.0f} s" for row in found)
-        lines.append(f"{name:16} {text or 'not measured'}\n    {options.__doc__.strip().splitlines()[0]}")
+        lines.append(f"{name:20} {text or 'not measured'}\n    {options.__doc__.strip().splitlines()[0]}")
     return "\n".join(lines)
 
 

@@ -78,7 +78,8 @@ class Config(Generic[Model, Data]):
     """of weights alone, not of biases, normalisations and neurons; AdamW with 0 is Adam"""
     first_T: int | None = None
     """time steps of the network in the first --first_steps training steps; fewer are faster. None: always --model.T.
-    Evaluations have --model.T steps from the beginning, so they say little before the network has trained with them"""
+    Evaluations have --model.T steps from the beginning, so they say little before the network has trained with them. With
+    sound and signals a step is a window; there --first_T windows, which are longer, cover the recording"""
     first_steps: int = 0
     neuron_rate: float = 1.0
     """learning rate of the neurons' parameters, as a multiple of --learning_rate"""

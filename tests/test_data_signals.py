@@ -273,6 +273,10 @@ def test_a_whole_recording_is_a_sample_and_a_part_is_in_microseconds(tmp_path):
     inside = (a["t"] >= 2000) & (a["t"] < 9000)
     np.testing.assert_array_equal(first["events"]["t"] + 2000, a["t"][inside])
     np.testing.assert_array_equal(first["events"]["p"], a["p"][inside])
+    with open(root / "split.csv", "a") as file:
+        file.write("\na.npz,cup,train,90000,99000\n")
+    with pytest.raises(ev.BadSample, match=r"start and stop, 90000 and 99000, leave no event.*from \d+ to \d+ micro"):
+        catalog.prepare("cups", tmp_path / "more", manual=tmp_path, size=(128, 128))
 
 
 def test_dvs128_objects_are_windows_of_100_ms(tmp_path):

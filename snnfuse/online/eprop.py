@@ -44,8 +44,8 @@ class Eprop(Temporal):
         `reset=snnfuse.SoftReset(detach=True)`.
       in_features, features: I and H.
       recurrent: True by default; False has no `weight`.
-      decay_out: 0.0 by default; the decay of the readout after the layer, if the sequence is run in pieces, for then the
-        gradient does not pass through the readout's state.
+      decay_out: 0.0 by default; the decay of the readout after the layer, if the gradient does not pass through the readout's
+        state: with `online.gradients` in pieces of one step. In longer pieces the decay would count twice.
       rngs: draws the weights; a neuron has none to itself.
     """
 

@@ -59,6 +59,9 @@ class EventFolder(TableSet, EventSet):
         t = events["t"].astype(np.int64)
         events["t"] = t
         start, stop = row.part or ((int(t[0]), int(t[-1]) + 1) if len(t) else (0, 0))
+        if row.part and not (len(t) and start <= t[-1] and t[0] < stop):
+            there = f"which are from {t[0]} to {t[-1]} microseconds" if len(t) else "of which there are none"
+            raise BadSample(where, f"start and stop, {start} and {stop}, leave no event of the recording, {there}")
         if self.WINDOW is None:
             yield where, {"events": keep(events, (t >= start) & (t < stop)), "start": start}
             return
