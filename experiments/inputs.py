@@ -181,9 +181,9 @@ class Recordings(Labelled):
         polarities = catalog.data_set(self.name).SENSOR.polarities
         if self.channels is not None and self.channels < polarities:
             raise ValueError(f"--data.channels must be at least {polarities}; got {self.channels}")
-        for name, most in (("shift", np.inf), ("scale", np.inf), ("turn", 180), ("drop", 1)):
+        for name, most in (("shift", 1e6), ("scale", 1e3), ("turn", 180), ("drop", 1)):
             if not 0 <= (value := getattr(self, name)) <= most:
-                raise ValueError(f"--data.{name} must be at least 0, and at most {most}; got {value}")
+                raise ValueError(f"--data.{name} must be at least 0, and at most {most:g}; got {value}")
         if self.longer is not None and not (0 <= self.longer <= 1 and catalog.data_set(self.name).WINDOW):
             raise ValueError(
                 f"--data.longer must be None or in [0, 1], and for recordings cut into windows; got {self.longer} for {self.name}"
@@ -268,8 +268,8 @@ class Signals(Labelled):
         if self.width > self.size:
             raise ValueError(f"--data.width must be at most --data.size, {self.size}; got {self.width}")
         for name in ("gain", "noise", "early"):
-            if not getattr(self, name) >= 0:
-                raise ValueError(f"--data.{name} must be at least 0; got {getattr(self, name)}")
+            if not 0 <= getattr(self, name) < np.inf:
+                raise ValueError(f"--data.{name} must be at least 0 and finite; got {getattr(self, name)}")
 
     def sources(self) -> Sources:
         both = [in_memory(source, self.name) for source in _sources(self.name)]
@@ -366,9 +366,9 @@ class Audio(Labelled):
         if not 0 <= self.centre <= 1:
             raise ValueError(f"--data.centre must be in [0, 1]; got {self.centre}")
         zero = "low quiet envelope shift speed tempo pitch warp mask_steps mask_bands masks mixup"
-        for name in zero.split():
-            if not getattr(self, name) >= 0:
-                raise ValueError(f"--data.{name} must be at least 0; got {getattr(self, name)}")
+        for name in [*zero.split(), *["noise"] * (self.noise is not None)]:
+            if not 0 <= getattr(self, name) < np.inf:
+                raise ValueError(f"--data.{name} must be at least 0 and finite; got {getattr(self, name)}")
         for name, most in (("quiet", 1), ("envelope", self.bands)):
             if getattr(self, name) > most:
                 raise ValueError(f"--data.{name} must be at most {most}; got {getattr(self, name)}")

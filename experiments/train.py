@@ -132,6 +132,10 @@ class Config(Generic[Model, Data]):
         for name in ("steps", "batch", "log_every", "eval_every"):
             if getattr(self, name) < 1:
                 raise ValueError(f"--{name} must be at least 1; got {getattr(self, name)}")
+        for name in ("learning_rate", "weight_decay", "neuron_rate", "clip"):
+            value = getattr(self, name)
+            if value is not None and not (0 < value < np.inf or value == 0 and name != "clip"):
+                raise ValueError(f"--{name} must be a finite number, at least 0 (--clip above 0); got {value}")
         if not 0 <= self.warmup < 1:
             raise ValueError(f"--warmup, a fraction of the steps, must be in [0, 1); got {self.warmup}")
         for name, known in dict(

@@ -33,7 +33,7 @@ def test_the_list_shows_each_seed_that_was_measured(tmp_path, monkeypatch, capsy
     (tmp_path / "accuracy.jsonl").write_text("\n".join(map(json.dumps, rows)))
     assert recipes.main(["--list"]) == 0
     text = capsys.readouterr().out
-    assert "mnist            99.50% in 30 s; 99.40% in 30 s\n" in text
+    assert "mnist                99.50% in 30 s; 99.40% in 30 s\n" in text
     assert text.count("not measured") == len(recipes.RECIPES) - 1
     assert recipes.main(["imagenet"]) == 2 and "expected one of mnist" in capsys.readouterr().err
     assert recipes.main(["--help"]) == 0 and "recipes.py cifar10" in capsys.readouterr().out

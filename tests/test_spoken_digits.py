@@ -115,11 +115,11 @@ def test_your_own_folder_is_an_input():
     [
         (dict(code="delta"), "--data.code must be bands, level_crossing or lif; got 'delta'"),
         (dict(seconds=0), "--data.seconds must be above 0; got 0"),
-        (dict(envelope=-1), "--data.envelope must be at least 0; got -1"),
+        (dict(envelope=-1), "--data.envelope must be at least 0 and finite; got -1"),
         (dict(envelope=41), "--data.envelope must be at most 40; got 41"),
         (dict(quiet=1.5), "--data.quiet must be at most 1; got 1.5"),
-        (dict(warp=-1.0), "--data.warp must be at least 0; got -1"),
-        (dict(pitch=-1.0), "--data.pitch must be at least 0; got -1"),
+        (dict(warp=-1.0), "--data.warp must be at least 0 and finite; got -1"),
+        (dict(pitch=-1.0), "--data.pitch must be at least 0 and finite; got -1"),
     ],
 )
 def test_bad_options_are_named(options, message):
