@@ -1,5 +1,7 @@
 """The parallel spiking neurons beside their equations in NumPy, in float64: spikes and every gradient."""
 
+from pathlib import Path
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -70,6 +72,27 @@ def test_spikes_and_gradients_are_those_of_the_paper(name):
         np.testing.assert_allclose(of_layer["weight"][...].ravel(), [moved(e) for e in unit], rtol=1e-9, atol=1e-12)
         d_threshold = -d_h.sum() if np.ndim(threshold) == 0 else -d_h.sum((1, 2))
         np.testing.assert_allclose(of_layer["threshold"][...], d_threshold, rtol=1e-9)
+
+
+@LAYERS
+def test_it_is_that_of_spikingjelly(name):
+    golden = dict(np.load(Path(__file__).with_name("golden") / "psn.npz"))
+    want = {key.split("/")[1]: value for key, value in golden.items() if key.startswith(f"{name}/")}
+    layer = {
+        "PSN": lambda: nn.PSN(6, rngs=nnx.Rngs(0)),
+        "MaskedPSN": lambda: nn.MaskedPSN(6, K, rngs=nnx.Rngs(0)),
+        "half masked": lambda: nn.MaskedPSN(6, K, progress=0.5, rngs=nnx.Rngs(0)),
+        "SlidingPSN": lambda: nn.SlidingPSN(K),
+    }[name]()
+    newest_first = slice(None, None, -1) if name == "SlidingPSN" else slice(None)
+    layer.weight[...] = want["weight"][newest_first]
+    layer.threshold[...] = -want["bias"].reshape(layer.threshold[...].shape)
+    np.testing.assert_array_equal(run(layer, jnp.asarray(golden["x"])), want["y"])
+    pulled = nnx.grad(lambda layer, xs: (run(layer, xs) * golden["g"]).sum(), argnums=(0, 1))
+    of_layer, d_x = pulled(layer, jnp.asarray(golden["x"]))
+    np.testing.assert_allclose(d_x, want["d_x"], rtol=1e-4, atol=1e-5)
+    np.testing.assert_allclose(of_layer["weight"][...][newest_first], want["d_weight"], rtol=1e-4, atol=1e-4)
+    np.testing.assert_allclose(-of_layer["threshold"][...].ravel(), want["d_bias"].ravel(), rtol=1e-4, atol=1e-4)
 
 
 @pytest.mark.parametrize("length", [1, 2, 7])

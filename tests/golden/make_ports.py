@@ -34,9 +34,9 @@ T, B, N = 20, 2, 24
 
 
 def rows():
-    """The left cells of the tables that name a neuron, a surrogate or a layer with arithmetic."""
+    """The left cells of the tables that name a neuron, a surrogate or a layer with arithmetic. make_psn.py has PSN."""
     cells = [c.replace("\\|", "|") for c in re.findall(r"^\| `(.*?)` \|", PAGE.read_text(), re.M)]
-    return [c for c in cells if re.match(r"neuron\.|snn\.|surrogate\.|layer\.(Conv|Thres|BatchNorm)", c)]
+    return [c for c in cells if re.match(r"neuron\.(?!\w*PSN)|snn\.|surrogate\.|layer\.(Conv|Thres|BatchNorm)", c)]
 
 
 def inputs():
