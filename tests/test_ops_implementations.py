@@ -13,7 +13,7 @@ from jax.experimental import pallas as pl
 
 import snnfuse as sf
 from snnfuse import nn
-from snnfuse.ops import implementations, pallas_triton
+from snnfuse.ops import implementations
 
 WITHOUT_THE_TRITON_LOWERING = """
 import sys
@@ -83,16 +83,6 @@ def test_an_array_passes_eleven_calls_from_the_module_to_the_kernel(monkeypatch)
     layer(jax.random.normal(jax.random.key(0), (3, 2, 17)))
     assert calls and all(ours[0] == "__call__" for ours in calls)
     assert max(map(len, calls)) <= 11, calls
-
-
-def test_a_gradient_traces_each_kernel_once_and_equal_layers_share_them(monkeypatch):
-    traced, forward = [], pallas_triton.PallasKernels.forward
-    monkeypatch.setattr(
-        pallas_triton.PallasKernels, "forward", lambda *args, save: traced.append(save) or forward(*args, save=save)
-    )
-    layers = nn.Sequential(*(nn.LIF(tau=2.0, implementation="interpret") for _ in range(3)))
-    jax.jit(jax.grad(lambda xs: layers(xs)[0].sum())).trace(np.ones((3, 2, 13), np.float32))
-    assert traced == [True]
 
 
 @pytest.mark.parametrize("name", ["scan", "interpret"])

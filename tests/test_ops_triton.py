@@ -26,24 +26,18 @@ from snnfuse.ops import fused, triton, triton_equations, triton_source
 from snnfuse.ops.blocks import Blocks
 from snnfuse.ops.check import check_call
 from snnfuse.ops.fused import Wanted
-from snnfuse.ops.partition import varying
 
 f32, bf16, f16 = jnp.float32, jnp.bfloat16, jnp.float16
 GOLDEN = pathlib.Path(__file__).parent / "golden" / "triton_lif.txt"
-
-
-def forget_kernels():
-    fused._forward.clear_cache()
-    fused._backward.clear_cache()
 
 
 @pytest.fixture
 def numpy_kernels(monkeypatch):
     """NumPy runs the kernels of TritonKernels in place of Triton."""
     triton_on_numpy.install(monkeypatch)
-    forget_kernels()
+    fused._run.clear_cache()
     yield
-    forget_kernels()
+    fused._run.clear_cache()
 
 
 def problem_of(neuron, params, state, xs, out_dtype=None):
@@ -52,7 +46,7 @@ def problem_of(neuron, params, state, xs, out_dtype=None):
 
 def unroll(neuron, blocks, out_dtype, params, state, xs):
     problem, *leaves = check_call(neuron, params, state, xs, out_dtype)
-    outs, final = fused.run(fused.KernelPasses(triton.TritonKernels(problem, blocks)), *varying(tuple(leaves)))
+    outs, final = fused.run(fused.KernelPasses(triton.TritonKernels(problem, blocks)), *leaves)
     return problem.out_tree.unflatten(outs), problem.step.state_tree.unflatten(final)
 
 
@@ -399,12 +393,12 @@ def compiled(name, make, out_dtype, capability, monkeypatch):
         return fused.run(fused.KernelPasses(triton.TritonKernels(problem, blocks)), *leaves)
 
     triton_on_numpy.install(monkeypatch, called=called)
-    forget_kernels()
+    fused._run.clear_cache()
     out = jax.eval_shape(run, params, xs)
     del ptx[:]
     float0 = lambda o: o if jnp.issubdtype(o.dtype, jnp.floating) else np.zeros(o.shape, jax.dtypes.float0)
     jax.eval_shape(gradient, params, xs, jax.tree.map(float0, out))
-    forget_kernels()
+    fused._run.clear_cache()
     return ptx
 
 

@@ -100,30 +100,24 @@ class Fused:
         return KernelPasses(self.kernels(problem, blocks or self.blocks(problem)))
 
     def run(self, problem: Problem, params: Leaves, state: Leaves, xs: Leaves) -> tuple[Leaves, Leaves]:
-        return run(self.passes(problem), *varying((params, state, xs)))
+        return run(self.passes(problem), params, state, xs)
 
 
-# The passes are jitted, not `run`: then a gradient does not trace the forward pass without its checkpoints as well.
-@partial(jax.jit, static_argnums=(0, 2))
-def _forward(passes, args, save):
-    return passes.forward(*args, save=save)
-
-
-@partial(jax.jit, static_argnums=(0, 1))
-def _backward(passes, wanted, args):
-    return passes.backward(*args, wanted)
-
-
-@partial(jax.custom_vjp, nondiff_argnums=(0,))
 def run(passes: Passes, params: Leaves, state: Leaves, xs: Leaves) -> tuple[Leaves, Leaves]:
-    outs, state, _ = _forward(passes, (params, state, xs), False)
+    return _run(passes, *varying((params, state, xs)))
+
+
+@partial(jax.jit, static_argnums=0)
+@partial(jax.custom_vjp, nondiff_argnums=(0,))
+def _run(passes, params, state, xs):
+    outs, state, _ = passes.forward(params, state, xs, save=False)
     return outs, state
 
 
 def _run_forward(passes, *args):
     values = jax.tree.map(lambda a: a.value, args)
     wanted = Wanted(*jax.tree.map(lambda a: a.perturbed, args))
-    outs, final, kept = _forward(passes, values, True)
+    outs, final, kept = passes.forward(*values, save=True)
     return (outs, final), (values, kept, wanted)
 
 
@@ -131,10 +125,10 @@ def _run_backward(passes, residuals, cotangents):
     (params, state, xs), kept, wanted = residuals
     d_outs, d_state = (tuple(None if isinstance(d, SymbolicZero) else d for d in group) for group in cotangents)
     d_outs = tuple(d if live else None for d, live in zip(d_outs, passes.problem.differentiable, strict=True))
-    return _backward(passes, wanted, (params, state, kept, xs, d_outs, d_state))
+    return passes.backward(params, state, kept, xs, d_outs, d_state, wanted)
 
 
-run.defvjp(_run_forward, _run_backward, symbolic_zeros=True)
+_run.__wrapped__.defvjp(_run_forward, _run_backward, symbolic_zeros=True)
 
 
 def chunk_forward(problem: Problem, params: Leaves, state: Leaves, xs: list[Leaves]) -> tuple[Leaves, list[Leaves]]:
