@@ -1,4 +1,4 @@
-"""What `implementation=None` picks, beside the fastest implementation, in every cell that `core.py choice` measured."""
+"""For every cell that `core.py choice` measured: the implementation that `None` picks, and the fastest one."""
 
 from types import SimpleNamespace
 from typing import NamedTuple

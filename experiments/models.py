@@ -231,7 +231,7 @@ def _with_channels(x, shape):
 
 @dataclass(frozen=True)
 class Network:
-    """What all networks of snnfuse.models have."""
+    """The options that all networks of snnfuse.models share."""
 
     name: Name = ""
     T: int = 4

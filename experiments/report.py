@@ -43,7 +43,7 @@ def draw(path: Path, rows: list[dict], config, model, source) -> Path:
 
 
 def draw_mistakes(path: Path, rows: list[dict], config, model, source, logits, labels) -> Path:
-    """What the network confuses, its worst mistakes as pictures, its firing rates over training, and its energy."""
+    """A figure: the confusion matrix, pictures of the worst mistakes, the firing rates over training, and the energy of a sample."""
     figure = plt.figure(figsize=(14, 8.6), constrained_layout=True)
     wrong = int((logits.argmax(-1) != labels).sum())
     figure.suptitle(f"{path.parent}: {wrong:,} of {len(labels):,} held-out samples are wrong")
@@ -90,7 +90,7 @@ def _rates(axes, rows, paths):
 
 
 def _energy(axes, config, model, source):
-    """Of one sample: `monitor.operations`, an estimate for 45 nm CMOS that leaves memory out."""
+    """Draw the energy that `monitor.operations` estimates for one sample: 45 nm CMOS, without memory access."""
     batch = next(iter(load([source[0]], config.data.example(), batch=1, shuffle=False, device=False)))
     xs = config.data.encode(jax.random.key(config.seed), batch, config.model.T)
     found = {path: of for path, of in monitor.operations(model, xs).items() if of.acs + of.macs}

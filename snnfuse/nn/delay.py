@@ -15,13 +15,12 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from flax import nnx
 from jax import Array, lax
 
 from snnfuse.nn.spikes import Spikes, values
 from snnfuse.nn.spiking import Fixed
-from snnfuse.nn.temporal import Temporal
+from snnfuse.nn.temporal import Temporal, whole_steps, with_past
 
 _lecun_normal = nnx.initializers.lecun_normal()
 
@@ -35,13 +34,12 @@ class _Delayed(Temporal):
     """The delays of a layer, whose state is its input of the last `max_delay` steps."""
 
     def __init__(self, shape, max_delay, sigma, interpolation, rngs):
-        if not isinstance(max_delay, int | np.integer) or isinstance(max_delay, bool) or max_delay < 1:
-            raise ValueError(f"max_delay must be a whole number of steps, at least 1; got {max_delay!r}")
+        max_delay = whole_steps("max_delay", max_delay)
         if interpolation not in ("gaussian", "triangle"):
             raise ValueError(f"interpolation must be 'gaussian' or 'triangle'; got {interpolation!r}")
         sigma = max_delay / 2 if sigma is None else sigma
         _check_sigma(sigma, interpolation)
-        self.max_delay, self.interpolation, self.deterministic = int(max_delay), interpolation, False
+        self.max_delay, self.interpolation, self.deterministic = max_delay, interpolation, False
         self.sigma = Fixed(jnp.asarray(sigma, jnp.float32))
         start = jax.random.uniform(rngs.params(), shape, jnp.float32, 0.01, 0.99)
         self.raw_delay = nnx.Param(jnp.log(start) - jnp.log1p(-start))
@@ -72,10 +70,7 @@ class _Delayed(Temporal):
         """xs with the steps before it, [max_delay + T, *B, N]."""
         if xs.ndim < 2 or not xs.size or xs.shape[-1] != features or not jnp.issubdtype(xs.dtype, jnp.floating):
             raise ValueError(f"xs must be floats [T, *B, {features}] without an empty axis; got {xs.dtype}{xs.shape}")
-        state = self.init_state(xs) if state is None else state
-        if state.shape != (wanted := (self.max_delay, *xs.shape[1:])):
-            raise ValueError(f"state must be the input of the last {self.max_delay} steps, {wanted}; got {state.shape}")
-        return jnp.concatenate([state.astype(xs.dtype), xs])
+        return with_past(xs, state, self.max_delay)
 
 
 class Delay(_Delayed):

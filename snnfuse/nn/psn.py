@@ -8,23 +8,16 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from flax import nnx
 from jax import Array
 
 from snnfuse.core.surrogate import ATan, spike
 from snnfuse.nn.spikes import Spikes, values
 from snnfuse.nn.spiking import Fixed
-from snnfuse.nn.temporal import Temporal, Timeless
+from snnfuse.nn.temporal import Temporal, Timeless, whole_steps, with_past
 from snnfuse.ops.check import check_choice
 
 _ATAN = ATan()
-
-
-def _count(name, value):
-    if not isinstance(value, int | np.integer) or isinstance(value, bool) or value < 1:
-        raise ValueError(f"{name} must be a whole number of steps, at least 1; got {value!r}")
-    return int(value)
 
 
 def _floats(xs):
@@ -51,7 +44,7 @@ class PSN(Timeless):
 
     def __init__(self, T: int, *, surrogate: Any = _ATAN, precision: Any = None, rngs: nnx.Rngs):
         check_choice("surrogate", surrogate)
-        self.T, self.surrogate, self.precision = _count("T", T), surrogate, precision
+        self.T, self.surrogate, self.precision = whole_steps("T", T), surrogate, precision
         bound = 1 / sqrt(self.T)
         self.weight = nnx.Param(jax.random.uniform(rngs.params(), (self.T, self.T), jnp.float32, -bound, bound))
         self.threshold = nnx.Param(jnp.ones(self.T, jnp.float32))
@@ -86,7 +79,7 @@ class MaskedPSN(PSN):
         super().__init__(T, **options)
         if not 0 <= progress <= 1:
             raise ValueError(f"progress must be in [0, 1]; got {progress}")
-        self.order, self.progress = _count("order", order), Fixed(jnp.asarray(progress, jnp.float32))
+        self.order, self.progress = whole_steps("order", order), Fixed(jnp.asarray(progress, jnp.float32))
 
     def _weight(self):
         back = jnp.arange(self.T)[:, None] - jnp.arange(self.T)
@@ -111,7 +104,7 @@ class SlidingPSN(Temporal):
 
     def __init__(self, order: int, *, surrogate: Any = _ATAN):
         check_choice("surrogate", surrogate)
-        self.order, self.surrogate = _count("order", order), surrogate
+        self.order, self.surrogate = whole_steps("order", order), surrogate
         self.weight = nnx.Param(0.5 ** jnp.arange(self.order, dtype=jnp.float32))
         self.threshold = nnx.Param(jnp.ones((), jnp.float32))
 
@@ -121,10 +114,7 @@ class SlidingPSN(Temporal):
 
     def __call__(self, xs: Array | Spikes, state: Array | None = None) -> tuple[Array, Array]:
         xs = _floats(xs)
-        state = self.init_state(xs) if state is None else state
-        if state.shape != (wanted := (self.order - 1, *xs.shape[1:])):
-            raise ValueError(f"state must be the input of the last {self.order - 1} steps, {wanted}; got {state.shape}")
-        window, T, weight = jnp.concatenate([state.astype(xs.dtype), xs]), len(xs), self.weight[...]
+        window, T, weight = with_past(xs, state, self.order - 1), len(xs), self.weight[...]
         wide = window.astype(jnp.promote_types(xs.dtype, weight.dtype))
         late = lambda k: wide[self.order - 1 - k : self.order - 1 - k + T]
         h = sum(weight[k].astype(wide.dtype) * late(k) for k in range(self.order))

@@ -14,6 +14,22 @@ from snnfuse.nn.spikes import Spikes, values
 from snnfuse.ops.packing import Packed
 
 
+def whole_steps(name: str, value: int) -> int:
+    """A number of steps as an int. Raises ValueError unless it is a whole number, at least 1."""
+    if not isinstance(value, int | np.integer) or isinstance(value, bool) or value < 1:
+        raise ValueError(f"{name} must be a whole number of steps, at least 1; got {value!r}")
+    return int(value)
+
+
+def with_past(xs: Array, state: Array | None, steps: int) -> Array:
+    """xs [T, ...] after the `steps` steps before it, which are `state`, or 0 if that is None: [steps + T, ...]."""
+    wanted = (steps, *xs.shape[1:])
+    state = jnp.zeros(wanted, xs.dtype) if state is None else state
+    if state.shape != wanted:
+        raise ValueError(f"state must be the input of the last {steps} steps, {wanted}; got {state.shape}")
+    return jnp.concatenate([state.astype(xs.dtype), xs])
+
+
 class Temporal(nnx.Module):
     """A layer that runs along time: it takes xs [T, B, ...] and a state, and returns outputs and the state after the last step.
 
@@ -166,11 +182,10 @@ class Pieces(Temporal):
     def __init__(self, layer: Temporal, length: int, *, statistics: str = "refuse", truncate: bool = False):
         if not isinstance(layer, Temporal):
             raise TypeError(f"layer must run along time, such as nn.Sequential(...); got {layer!r}")
-        if not isinstance(length, int | np.integer) or isinstance(length, bool) or length < 1:
-            raise ValueError(f"length must be a whole number of steps, at least 1; got {length!r}")
+        length = whole_steps("length", length)
         if statistics not in ("refuse", "piece"):
             raise ValueError(f"statistics must be 'refuse' or 'piece'; got {statistics!r}")
-        self.layer, self.length, self.statistics, self.truncate = layer, int(length), statistics, truncate
+        self.layer, self.length, self.statistics, self.truncate = layer, length, statistics, truncate
 
     def init_state(self, xs: PyTree) -> PyTree:
         return self.layer.init_state(xs)

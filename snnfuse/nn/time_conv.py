@@ -7,7 +7,7 @@ from flax import nnx
 from jax import Array
 
 from snnfuse.nn.spikes import Spikes, values
-from snnfuse.nn.temporal import Temporal
+from snnfuse.nn.temporal import Temporal, with_past
 
 
 class TimeConv(Temporal):
@@ -57,9 +57,6 @@ class TimeConv(Temporal):
         axes = len(self.conv.kernel_size) + 2
         if (xs := values(xs)).ndim != axes:
             raise ValueError(f"xs must be [T, B, *space, I], of rank {axes} for this kernel; got shape {xs.shape}")
-        state = self.init_state(xs) if state is None else state
-        if state.shape != (wanted := (self.conv.kernel_size[0] - 1, *xs.shape[1:])):
-            raise ValueError(f"state must be the input of the last {wanted[0]} steps, {wanted}; got {state.shape}")
-        joined = jnp.concatenate([state.astype(xs.dtype), xs])
+        joined = with_past(xs, state, self.conv.kernel_size[0] - 1)
         outs = self.conv(jnp.moveaxis(joined, 0, 1))
         return jnp.moveaxis(outs, 1, 0), joined[len(xs) :]

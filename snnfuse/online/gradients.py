@@ -4,13 +4,12 @@ from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from flax import nnx
 from jax import Array, lax
 
 from snnfuse.core.neuron import PyTree
 from snnfuse.nn.spikes import values
-from snnfuse.nn.temporal import Temporal
+from snnfuse.nn.temporal import Temporal, whole_steps
 
 
 def gradients(
@@ -20,9 +19,9 @@ def gradients(
 
         sum over pieces of grad loss(outs of the piece, *targets of the piece)
 
-    No gradient passes from a piece to the one before, so nothing of it is stored. With the networks of `sltt` and `ottt` the result
-    is the same for every `length`. With other networks it is truncated backpropagation. `optimizer.update(model, grads)` takes
-    the gradients. BatchNorm takes the statistics of each piece, and dropout draws a mask for each.
+    No gradient passes from a piece to the one before, so nothing of the earlier pieces is stored. With the networks of `sltt` and
+    `ottt` the result is the same for every `length`. With other networks this is truncated backpropagation through time. Give
+    the gradients to `optimizer.update(model, grads)`. BatchNorm takes the statistics of each piece, and dropout draws a mask for each.
 
     Args:
       model: a network along time.
@@ -33,15 +32,14 @@ def gradients(
     """
     if not isinstance(model, Temporal):
         raise TypeError(f"model must run along time, such as nn.Sequential(...); got {model!r}")
-    if not isinstance(length, int | np.integer) or isinstance(length, bool) or length < 1:
-        raise ValueError(f"length must be a whole number of steps, at least 1; got {length!r}")
+    length = whole_steps("length", length)
     xs = values(xs)
     everything = (xs, *targets)
     steps = {jnp.shape(x)[0] if jnp.ndim(x) else 0 for x in jax.tree.leaves(everything)}
     if len(steps) != 1 or 0 in steps:
         raise ValueError(f"xs and targets must be arrays [T, ...] of one T, at least 1; got lengths {sorted(steps)}")
     (T,) = steps
-    length = min(int(length), T)
+    length = min(length, T)
     state = model.init_state(jax.tree.map(lambda x: x[:length], xs)) if state is None else state
     graphdef, params, others = nnx.split(model, nnx.Param, ...)
 

@@ -187,7 +187,7 @@ def check_step(step, params, xs, shape, dtype):
 
 @lru_cache(maxsize=1024)
 def warn_without_gradient(step, param_shapes, num_xs, shape, dtype):
-    """Warn, once for a step, if none of its outputs has a gradient. It may compare with the threshold without `snnfuse.spike`."""
+    """Warn, once for a step, if none of its outputs has a gradient. Perhaps it makes spikes by `v >= threshold`, not by `snnfuse.spike`."""
     leaves = lambda n: (jax.ShapeDtypeStruct(shape, dtype),) * n
     params = tuple(jax.ShapeDtypeStruct(p, dtype) for p in param_shapes)
 
