@@ -2,6 +2,7 @@
 
     python benchmarks/long_sequences.py              on a GPU; 4 minutes on an H100; rows go to results/long_sequences.jsonl
     python benchmarks/long_sequences.py streaming    1 minute; rows go to results/streaming.jsonl
+    XLA_PYTHON_CLIENT_MEM_FRACTION=0.97 python benchmarks/long_sequences.py --only whole   the largest T that fits into all memory
 
 "whole" is backpropagation through all T steps at once; "pieces of 500" is `nn.Pieces`, which recomputes one piece at a time.
 The case "dense" is the network 700-256-256-20 with a batch of 32; "convolutional" has two convolutions on events of 128 x 128
@@ -39,7 +40,9 @@ def long_sequences(args):
         runs = [("dense", T, how) for T in (1_000, 10_000, 100_000) for how in ("whole", "pieces")]
         runs += [("convolutional", 1_000, how) for how in ("whole", "pieces")]
         runs += [("dense", 10_000, "scan"), ("dense", 1_000_000, "pieces")]
-        runs += [("dense", T, "whole") for T in (200_000, 300_000, 400_000)]
+        runs += [
+            ("dense", T, "whole") for T in (300_000, 350_000, 550_000, 600_000)
+        ]  # the most on an H100 and on an H200
     for case, T, how in runs:
         length = (5 if args.tiny else LENGTH[case]) if how == "pieces" else None
         named = dict(case=case, implementation="scan" if how == "scan" else kind, dtype="float32", T=T)
