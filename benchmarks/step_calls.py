@@ -13,7 +13,10 @@ Ways to call the same step, written once as a function of (model, optimizer, arr
 
 The four networks of SpikingJelly's model zoo (T = 4, in bfloat16) also run by "scan" and with "relu" in place of the neurons,
 both called by `compiled_step`, and as "spikingjelly", which is its own network in TF32 as its users call it (by Triton kernels).
-"spikingjelly channels_last" is the same in that layout. Bfloat16 is not faster there, since a step waits for Python.
+Further words choose how SpikingJelly runs: "channels_last", that layout; "bfloat16", autocast, for SEW-ResNet only; "graph", a
+CUDA graph of the whole step (`call_ms` is the same step without it); "compiled", torch.compile.
+
+    python benchmarks/step_calls.py --only sew.*cifar --ways 'compiled_step,spikingjelly graph bfloat16 channels_last'
 
 Rows of the case "host" hold `call_ms`: the milliseconds until a call returns, with the 228 variables of SEW-ResNet-18 and
 Adam, each a single number, so that nothing is computed. The other rows are whole training steps. `ms` is wall time of a
@@ -53,7 +56,7 @@ SMALL = {
 T = 4
 
 
-NETWORKS = (*WAYS, "scan", "relu", "spikingjelly", "spikingjelly channels_last")
+NETWORKS = (*WAYS, "scan", "relu", "spikingjelly")
 
 
 @question("step_calls", gpu=False, ways=("compiled_step,nnx.jit", f"ways of the networks, of {', '.join(NETWORKS)}"))
@@ -75,8 +78,13 @@ def workloads(ways, args):
     for way in ways:
         for name, (B, size, _, _) in WORKLOADS.items():
             theirs = way.startswith("spikingjelly")
-            key = dict(case=name, implementation=way, T=T, B=B, size=size, dtype="tf32" if theirs else "bfloat16")
-            measure, where = (by_spikingjelly, "torch") if theirs else (workload, job(args))
+            if "bfloat16" in way and not name.startswith("sew"):
+                continue
+            dtype = "tf32" if theirs and "bfloat16" not in way else "bfloat16"
+            key = dict(case=name, implementation=way, T=T, B=B, size=size, dtype=dtype)
+            # a failed capture or compilation leaves PyTorch unusable
+            process = way if "graph" in way or "compiled" in way else "torch"
+            measure, where = (by_spikingjelly, process) if theirs else (workload, job(args))
             yield Case(key, measure, (name, way, args.tiny), where)
 
 
@@ -206,11 +214,11 @@ def by_spikingjelly(name, way, tiny):
 
     version = libraries.spikingjelly().version  # this call says which kernels run
     B, size, classes, _ = WORKLOADS[name]
-    step = with_torch.zoo_step(name, "channels_last" in way, T, *((2, 32) if tiny else (B, size)), classes)
+    step = with_torch.zoo_step(name, way, T, *((2, 32) if tiny else (B, size)), classes)
     step()
     with_torch.sync()
     yield
-    row = with_torch.measure(step, [()], no_graph="called as its users call it")
+    row = with_torch.measure(step, [()], no_graph="" if "graph" in way else "called as its users call it")
     yield row | dict(samples_per_s=B / row["ms"] * 1e3, version=version, torch=with_torch.torch.__version__)
 
 

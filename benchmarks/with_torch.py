@@ -143,13 +143,24 @@ def resnet_step(lif, dtype, T, B, size):
     return step
 
 
-def zoo_step(name, channels_last, T, B, size, classes):
-    """A training step of a network of SpikingJelly's model zoo, and a function without arguments that takes it. TF32.
+def zoo_step(name, way, T, B, size, classes):
+    """A training step of a network of SpikingJelly's model zoo, and a function without arguments that takes it.
 
-    `sew-resnet-18-cifar` is its SEW-ResNet-18 with a 3 x 3 stem of stride 1, without the max-pool.
+    `sew-resnet-18-cifar` is its SEW-ResNet-18 with a 3 x 3 stem of stride 1, without the max-pool. Words of `way`:
+
+        bfloat16        autocast, and neurons that take 16-bit input and keep a float32 state (SEW-ResNet only); else TF32
+        channels_last   the layout of images and weights
+        compiled        the network goes through torch.compile
     """
     from spikingjelly.activation_based import functional, layer, neuron, surrogate
     from spikingjelly.activation_based.model import sew_resnet, spikformer, spiking_vgg
+
+    class IF(torch.nn.Module):
+        """`neuron.IFNode` runs a loop of Torch operations on 16-bit input; this function runs the fused kernels."""
+
+        def forward(self, xs):
+            state = torch.zeros_like(xs[0], dtype=torch.float32)
+            return functional.if_multi_step(xs, state, 1.0, 0.0, surrogate.ATan(), detach_reset=True)[0]
 
     torch.manual_seed(0)
     if name == "spikformer-4-384":
@@ -159,23 +170,27 @@ def zoo_step(name, channels_last, T, B, size, classes):
         net = spiking_vgg.spiking_vgg11_bn(num_classes=classes, norm_layer=layer.BatchNorm2d, **options)
     else:
         options = dict(spiking_neuron=neuron.IFNode, surrogate_function=surrogate.ATan(), detach_reset=True)
+        options = dict(spiking_neuron=IF) if "bfloat16" in way else options
         net = sew_resnet.sew_resnet18(num_classes=classes, cnf="ADD", **options)
     if name == "sew-resnet-18-cifar":
         net.conv1, net.maxpool = layer.Conv2d(3, 64, 3, padding=1, bias=False), layer.SeqToANNContainer()
     functional.set_step_mode(net, "m")
-    layout = torch.channels_last if channels_last else torch.contiguous_format
+    layout = torch.channels_last if "channels_last" in way else torch.contiguous_format
     net = net.to(ON, memory_format=layout)
+    run = torch.compile(net) if "compiled" in way else net
     images, labels = (
         torch.randn(B, 3, size, size, device=ON).contiguous(memory_format=layout),
         torch.arange(B) % classes,
     )
-    labels, adam = labels.to(ON), torch.optim.Adam(net.parameters(), 1e-3, fused=CUDA)
+    labels, adam = labels.to(ON), torch.optim.Adam(net.parameters(), 1e-3, fused=CUDA, capturable=CUDA)
 
     def step():
         adam.zero_grad(set_to_none=True)
         functional.reset_net(net)
-        outs = net(images if name == "spikformer-4-384" else images.expand(T, *images.shape))
-        loss = F.cross_entropy(outs if outs.ndim == 2 else outs.mean(0), labels)
+        with torch.autocast(ON.type, torch.bfloat16, enabled="bfloat16" in way):
+            outs = run(images if name == "spikformer-4-384" else images.expand(T, *images.shape))
+        outs = (outs if outs.ndim == 2 else outs.mean(0)).float()
+        loss = F.cross_entropy(outs, labels)
         loss.backward()
         adam.step()
         return loss.detach()
