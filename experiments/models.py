@@ -13,6 +13,7 @@ import tyro
 from flax import nnx
 
 from snnfuse import models, nn
+from snnfuse.core import surrogate
 from snnfuse.core.compose import CONNECTIONS
 from snnfuse.core.reset import HardReset
 from snnfuse.models.build import MEMORY
@@ -23,6 +24,12 @@ from snnfuse.ops.implementations import NAMES as IMPLEMENTATIONS
 from snnfuse.ops.problem import PARTS
 
 Name = Annotated[str, tyro.conf.arg(name="model", prefix_name=False, metavar="NAME")]
+SURROGATES = {
+    "atan": surrogate.ATan(),
+    "sigmoid": surrogate.Sigmoid(),
+    "triangle": surrogate.PiecewiseQuadratic(),
+    "rectangle": surrogate.Rectangle(),
+}
 READOUTS = {
     "rate": nn.spike_rate,
     "mean": nn.membrane_mean,
@@ -238,6 +245,8 @@ class Network:
     """time steps"""
     tau: float | None = None
     """LIF neurons of this time constant, in steps, with a detached reset; None takes those of snnfuse.models"""
+    surrogate: str = "atan"
+    """gradient of a spike, with --model.tau: atan, sigmoid, triangle or rectangle, each of area 1"""
     policy: str = "bfloat16"
     """number format of activations"""
     memory: str = "packed"
@@ -248,14 +257,18 @@ class Network:
     """of snnfuse.unroll, such as scan or pallas; None takes the fused kernels where they run"""
 
     def __post_init__(self):
-        _check(self, policy=nn.PrecisionPolicy, memory=MEMORY, readout=READOUTS)
+        _check(self, policy=nn.PrecisionPolicy, memory=MEMORY, readout=READOUTS, surrogate=SURROGATES)
+        if self.surrogate != "atan" and self.tau is None:
+            raise ValueError(f"--model.surrogate needs --model.tau; got {self.surrogate!r} without it")
 
     @property
     def options(self) -> dict:
         """The options that all functions of snnfuse.models share."""
         options = {name: getattr(self, name) for name in ("policy", "memory", "implementation")}
         if self.tau is not None:
-            options["neuron"] = partial(nn.LIF, tau=self.tau, reset=HardReset(detach=True))
+            options["neuron"] = partial(
+                nn.LIF, tau=self.tau, reset=HardReset(detach=True), surrogate=SURROGATES[self.surrogate]
+            )
         return options
 
 
