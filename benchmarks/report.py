@@ -278,7 +278,8 @@ def gains():
 LAUNCHED = 0.05  # ms; below that, launching the kernels takes much of the time, and it varies
 
 
-WAYS = {"compiled_step": "`compiled_step`", "nnx.jit": "`nnx.jit`", "scan": "`lax.scan`", "relu": "ReLU for neurons"}
+WAYS = {"compiled_step": "`compiled_step`", "joined": "`compiled_step`, joined optimizer", "nnx.jit": "`nnx.jit`"}
+WAYS |= {"scan": "`lax.scan`", "relu": "ReLU for neurons"}
 
 
 def networks():

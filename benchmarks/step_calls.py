@@ -10,6 +10,7 @@ Ways to call the same step, written once as a function of (model, optimizer, arr
     cached_partial   nnx.cached_partial of it
     flat             jax.jit of a flat, donated list of arrays: what the others are compared with
     compiled_step    snnfuse.training.compiled_step
+    joined           compiled_step, with an optimizer in parallel.flatten_optimizer: it holds fewer arrays
 
 The four networks of SpikingJelly's model zoo (T = 4, in bfloat16) also run by "scan" and with "relu" in place of the neurons,
 both called by `compiled_step`, and as "spikingjelly", which is its own network in TF32 as its users call it (by Triton kernels).
@@ -19,7 +20,7 @@ CUDA graph of the whole step (`call_ms` is the same step without it); "compiled"
     python benchmarks/step_calls.py --only sew.*cifar --ways 'compiled_step,spikingjelly graph bfloat16 channels_last'
 
 Rows of the case "host" hold `call_ms`: the milliseconds until a call returns, with the 228 variables of SEW-ResNet-18 and
-Adam, each a single number, so that nothing is computed. The other rows are whole training steps. `ms` is wall time of a
+Adam ("joined": 108), each a single number, so that nothing is computed. The other rows are whole training steps. `ms` is wall time of a
 call when calls follow each other, `busy_ms` the time that the GPU works in it. Small networks also take K = `steps` steps
 in a call, and read their data from the device (`DeviceData`).
 """
@@ -40,9 +41,9 @@ from flax.nnx import graphlib
 from runner import Case, job, main, question, split
 from with_jax import peak_mb, with_relu
 
-from snnfuse import models, nn, training
+from snnfuse import models, nn, parallel, training
 
-WAYS = ("compiled_step", "flat", "cached_partial", "nnx.jit")
+WAYS = ("compiled_step", "joined", "flat", "cached_partial", "nnx.jit")
 WORKLOADS = {  # B, size, classes, how to build: the four of SpikingJelly's model zoo, T = 4
     "sew-resnet-18": (32, 224, 1000, functools.partial(models.sew_resnet, 18, stem="imagenet")),
     "vgg-11": (128, 32, 10, functools.partial(models.spiking_vgg, 11)),
@@ -90,7 +91,7 @@ def workloads(ways, args):
 
 def bind(way, step, objects):
     """`step` on `objects` as a function of the arrays alone."""
-    if way == "compiled_step":
+    if way in ("compiled_step", "joined"):
         return functools.partial(training.compiled_step(step), *objects)
     if way == "nnx.jit":
         return functools.partial(nnx.jit(step), *objects)
@@ -113,13 +114,14 @@ def bind(way, step, objects):
     return call
 
 
-def with_adam(model):
+def with_adam(model, way=""):
     model.train()
-    return model, nnx.Optimizer(model, optax.adam(1e-3), wrt=nnx.Param)
+    adam = parallel.flatten_optimizer(optax.adam(1e-3)) if way == "joined" else optax.adam(1e-3)
+    return model, nnx.Optimizer(model, adam, wrt=nnx.Param)
 
 
 def host(way, calls):
-    objects = with_adam(models.sew_resnet(18, 3, 10, stem="cifar", rngs=nnx.Rngs(0)))
+    objects = with_adam(models.sew_resnet(18, 3, 10, stem="cifar", rngs=nnx.Rngs(0)), way)
     variables = lambda objects: graphlib.flatten(objects, graph=True)[1].leaves
     for variable in variables(objects):
         variable.set_raw_value(jnp.zeros((), variable.get_raw_value().dtype))
@@ -205,7 +207,7 @@ def workload(name, way, tiny):
 
     keys = jax.random.split(jax.random.key(0), 4)
     batches = [(jax.random.normal(key, (B, size, size, 3)), jnp.arange(B) % classes) for key in keys]
-    yield from timed(bind(way, step, with_adam(model)), batches, B)
+    yield from timed(bind(way, step, with_adam(model, way)), batches, B)
 
 
 def by_spikingjelly(name, way, tiny):
