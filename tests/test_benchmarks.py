@@ -17,6 +17,7 @@ sys.path.append(str(BENCHMARKS))  # last: it has a compare.py, as the tests have
 for script in (
     "accuracy",
     "core",
+    "delays",
     "loader",
     "long_sequences",
     "multi_gpu",
@@ -57,6 +58,8 @@ SMOKE = {  # question: the options that keep it short
     "contract": [],
     "long_sequences": ["--only", "dense"],
     "online": ["--only", "dense sltt"],
+    "delays": ["--only", "^neither"],
+    "delay_layers": ["--only", "float32"],
     "streaming": ["--only", "nn.Stream 10 "],
     "step_calls": ["--only", "host (comp|flat)|mnist.*(Device|32)"],
 }
