@@ -504,7 +504,13 @@ def two_windows(samples: list[dict], length: int) -> list[dict]:
 
 
 def in_memory(source: Sequence[dict], name: str) -> list[dict]:
-    return [source[i] for i in tqdm(range(len(source)), f"{name}: reading", leave=False)]
+    samples, everything = [], list(range(len(source)))
+    with tqdm(everything, f"{name}: reading", leave=False) as bar:
+        while len(samples) < len(source):
+            some = load.read(source, everything[len(samples) :][:1000])
+            samples += some
+            bar.update(len(some))
+    return samples
 
 
 def _sources(name):

@@ -344,6 +344,34 @@ class Spikformer(Network):
         return models.spikformer(shape[-1], classes, rngs=rngs, **options, **self.options)
 
 
+@dataclass(frozen=True)
+class Qkformer(Network):
+    """QKFormer, HST-4-384, as on CIFAR. See snnfuse.models."""
+
+    name: Name = "qkformer"
+    depth: int = 4
+    """encoder blocks"""
+    width: int = 384
+    """features of a token in the last stage"""
+    heads: int = 8
+    drop_path: float = 0.0
+    """rate at which the last encoder block drops its spikes for a whole sample"""
+
+    def __post_init__(self):
+        super().__post_init__()
+        _check_drop_path(self)
+        if self.depth < 3:
+            raise ValueError(f"--model.depth must be at least 3; got {self.depth}")
+        if self.width % 8 or self.width // 4 % self.heads:
+            raise ValueError(
+                f"--model.width must be a multiple of 8, and its quarter one of --model.heads; got {self.width}"
+            )
+
+    def build(self, shape: tuple[int, ...], classes: int, rngs: nnx.Rngs) -> nn.Sequential:
+        options = {name: getattr(self, name) for name in ("depth", "width", "heads", "drop_path")}
+        return models.qkformer(shape[-1], classes, rngs=rngs, **options, **self.options)
+
+
 def _check_drop_path(model):
     if not 0 <= model.drop_path < 1:
         raise ValueError(f"--model.drop_path must be in [0, 1); got {model.drop_path}")
@@ -367,4 +395,5 @@ MODELS = {
     "resnet": Resnet(),
     "vgg": Vgg(),
     "spikformer": Spikformer(),
+    "qkformer": Qkformer(),
 }

@@ -11,6 +11,7 @@ sys.path.append(str(Path(__file__).parent.parent / "benchmarks"))
 
 import accuracy
 import config as configuration
+import inputs
 import recipes
 import train
 
@@ -47,3 +48,15 @@ def test_a_recipe_is_a_case_of_the_benchmark(monkeypatch):
     (case,) = accuracy.accuracy(args)
     assert case.key == dict(case="mnist T=2", implementation="pallas")
     assert case.args[:2] == ("recipes", ["mnist", "--seed=1", "--model.T=2", "--model.implementation=pallas"])
+
+
+def test_samples_are_read_many_at_a_time():
+    asked = []
+
+    class Source(list):
+        def __getitems__(self, indices):
+            asked.append(len(indices))
+            return [self[i] for i in indices]
+
+    assert inputs.in_memory(Source(range(2500)), "x") == inputs.in_memory(list(range(2500)), "x") == list(range(2500))
+    assert asked == [1000, 1000, 500]

@@ -46,7 +46,7 @@ def test_shapes_of_resnets(depth, stem, connect):
 
 @pytest.mark.parametrize("memory", ["fast", "packed", "lean"])
 @pytest.mark.parametrize("policy", ["float32", "bfloat16"])
-def test_shapes_of_vgg_and_spikformer(memory, policy):
+def test_shapes_of_vgg_and_transformers(memory, policy):
     options = dict(memory=memory, policy=policy)
     for depth in (11, 16):
         make = partial(models.spiking_vgg, depth, 2, 10, **options)
@@ -54,12 +54,23 @@ def test_shapes_of_vgg_and_spikformer(memory, policy):
     for patch in (1, 16):
         make = partial(models.spikformer, 2, 10, depth=1, patch=patch, **options)
         assert shape_of(make, 3, 2, 16, 33, 2) == ((3, 2, 10), jnp.float32)
+    make = partial(models.qkformer, 2, 10, depth=3, width=32, **options)
+    assert shape_of(make, 3, 2, 16, 33, 2) == ((3, 2, 10), jnp.float32)
+
+
+def test_qkformer_has_the_parameters_of_the_authors():
+    """Their HST-4-384 for 10 classes has 6,706,234. Of these, 6,336 are biases that the next normalisation cancels."""
+    model = nnx.eval_shape(lambda: models.qkformer(3, 10, rngs=nnx.Rngs(0)))
+    biases = sum(6 * width for width in (96, 192, 384, 384))  # of the projection, and of the MLP's 4 width + width
+    assert sum(p.size for p in jax.tree.leaves(nnx.state(model, nnx.Param))) == 6_706_234 - biases
 
 
 def test_drop_path_rises_over_the_blocks():
     sew = partial(models.sew_resnet, 18, 3, 10, stem="cifar", drop_path=0.7)
     spikformer = partial(models.spikformer, 3, 10, depth=2, width=16, heads=2, drop_path=0.7, memory="lean")
-    for make, want in ((sew, [0.1 * i for i in range(1, 8)]), (spikformer, [0.7, 0.7])):
+    qkformer = partial(models.qkformer, 3, 10, depth=3, width=32, heads=2, drop_path=0.7)
+    wanted = [0.1 * i for i in range(1, 8)], [0.7, 0.7], [0.35, 0.35, 0.7, 0.7]
+    for make, want in zip((sew, spikformer, qkformer), wanted, strict=True):
         model = nnx.eval_shape(lambda make=make: make(rngs=nnx.Rngs(0)))
         rates = [module.rate for _, module in nnx.iter_modules(model) if isinstance(module, nnx.Dropout)]
         np.testing.assert_allclose(sorted(rates), want)
@@ -102,9 +113,9 @@ def test_learns_four_images(family, narrow):
     assert np.isfinite(losses).all() and min(losses[-3:]) < 0.8 * losses[0], losses
 
 
-@pytest.mark.parametrize("family", ["spiking_vgg", "spikformer"])
+@pytest.mark.parametrize("family", ["spiking_vgg", "spikformer", "qkformer"])
 def test_pieces_in_turn_equal_the_whole(family, narrow):
-    make, size, _ = FAMILIES[family]
+    make, size, _ = (FAMILIES | dict(qkformer=(partial(models.qkformer, depth=3, width=16, heads=2), 8, None)))[family]
     model = make(2, 4, rngs=nnx.Rngs(0))
     for _, norm in nnx.iter_modules(model):
         if isinstance(norm, nn.BatchNorm):
@@ -149,6 +160,53 @@ def test_self_attention_is_q_k_v(tokens):
     assert_close(run(on_spikes, xs), got, 1e-6)
     kept = jax.eval_shape(lambda xs: jax.tree.leaves(jax.vjp(on_spikes, xs)[1]), xs)
     assert max(leaf.size * leaf.dtype.itemsize for leaf in kept) <= xs.size / 4  # 2 bytes for 9 steps
+
+
+@pytest.mark.parametrize("packed", [False, True])
+def test_token_attention_is_its_equation_in_float64(packed):
+    """Spikes and gradients: a = LIF(sum of q over a head's features), y = a k. The spikes are equal, and not silent."""
+    heads, dim, threshold = 3, 4, 1.5
+    xs = jax.random.bernoulli(jax.random.key(0), 0.45, (9, 2, 2, 5, 2 * heads * dim)).astype(jnp.float32)
+    attend = models.TokenAttention(heads, models.spikformer_lif(threshold=threshold))
+
+    def by_hand(xs):
+        q, k = (half.reshape(*half.shape[:-1], heads, dim) for half in jnp.split(xs, 2, -1))
+        v, outs = 0.0, []
+        for t in range(9):
+            u = (v + q[t].sum(-1)) / 2
+            soft = jax.nn.sigmoid(4 * (u - threshold))
+            a = soft + jax.lax.stop_gradient((u >= threshold) - soft)
+            v = u * (1 - jax.lax.stop_gradient(a))
+            outs.append((a[..., None] * k[t]).reshape(2, 2, 5, heads * dim))
+        return jnp.stack(outs)
+
+    @partial(jax.jit, static_argnums=0)
+    def run(f, xs, d_outs):
+        outs, vjp = jax.vjp(f, xs)
+        return outs, *vjp(d_outs)
+
+    d_outs = jax.random.normal(jax.random.key(1), (9, 2, 2, 5, heads * dim))
+    got = run(lambda xs: attend(nn.Spikes.of(xs) if packed else xs)[0], xs, d_outs)
+    with jax.enable_x64(True):
+        want = jax.tree.map(np.asarray, run(by_hand, *(jnp.asarray(a, jnp.float64) for a in (xs, d_outs))))
+    np.testing.assert_array_equal(got[0], want[0])
+    assert 0.05 < got[0].mean() < 0.25 and abs(want[1]).max() > 0
+    assert_close(got[1], want[1].astype(np.float32), 1e-6)
+
+
+def test_every_parameter_of_qkformer_gets_a_gradient_and_packed_spikes_give_the_same():
+    xs = jax.random.normal(jax.random.key(0), (2, 3, 8, 8, 2))
+    found = {}
+    for memory in ("fast", "packed"):
+        model = models.qkformer(2, 4, depth=3, width=16, heads=2, memory=memory, rngs=nnx.Rngs(0))
+        model.train()
+        for _, norm in nnx.iter_modules(model):
+            if isinstance(norm, nn.BatchNorm):
+                norm.scale[...] = jnp.full_like(norm.scale[...], 4.0)  # so that every layer fires
+        grads = nnx.jit(nnx.grad(loss_of))(model, xs, jnp.arange(3))
+        found[memory] = jax.tree.leaves(grads)
+    assert [g.shape for g in found["fast"] if not abs(g).max() > 0] == []
+    assert_close(found["packed"], found["fast"], 1e-5)
 
 
 def transposed(model, *, B):
@@ -223,6 +281,13 @@ make_spikformer = partial(models.spikformer, 2, 4, depth=1, width=16, heads=2, r
             r"a multiple of 4 heads; got \(2, 1, 5, 20",
         ),
         (lambda: models.SelfAttention(4)(jnp.ones((2, 5, 24))), ValueError, r"xs must be \[T, B, \*tokens, 3 D\]"),
+        (lambda: models.qkformer(3, 9, depth=2, rngs=nnx.Rngs(0)), ValueError, "depth must be at least 3.*got 2"),
+        (lambda: models.qkformer(3, 9, width=36, rngs=nnx.Rngs(0)), ValueError, "a multiple of 8, .*heads = 8; got 36"),
+        (
+            lambda: models.TokenAttention(4, nn.IF())(jnp.ones((2, 1, 5, 20))),
+            ValueError,
+            r"xs must be \[T, B, \*tokens, 2 D\], D a multiple of 4 heads; got \(2, 1, 5, 20",
+        ),
         (
             lambda: list(
                 models.torch_variables(nnx.eval_shape(lambda: models.spiking_resnet(19, 3, 10, rngs=nnx.Rngs(0))))

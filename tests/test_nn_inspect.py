@@ -56,10 +56,12 @@ CASES = {
     "Quantised": (lambda: nn.Quantised(nn.Linear(4, 3, rngs=rngs()), 4), (xs,)),
     "Residual": (lambda: models.Residual(nn.Sequential(nn.Linear(4, 4, rngs=rngs())), norm_spiking()), (xs,)),
     "SelfAttention": (lambda: models.SelfAttention(1), (jnp.ones((2, 1, 5, 6)),)),
+    "TokenAttention": (lambda: models.TokenAttention(1, nn.IF()), (jnp.ones((2, 1, 5, 6)),)),
     "spiking_resnet": (lambda: models.spiking_resnet(18, 3, 4, stem="cifar", memory="lean", rngs=rngs()), (image,)),
     "sew_resnet": (lambda: models.sew_resnet(18, 3, 4, rngs=rngs()), (image,)),
     "spiking_vgg": (lambda: models.spiking_vgg(11, 3, 4, hidden=8, rngs=rngs()), (jnp.ones((1, 1, 32, 32, 3)),)),
     "spikformer": (lambda: models.spikformer(3, 4, depth=1, width=16, heads=2, rngs=rngs()), (image,)),
+    "qkformer": (lambda: models.qkformer(3, 4, depth=3, width=32, heads=2, rngs=rngs()), (image,)),
 }
 
 

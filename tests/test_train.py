@@ -337,9 +337,8 @@ def test_the_pieces_of_the_image_recipe_train_together_and_the_average_is_what_i
 
 @pytest.mark.parametrize("name", MODELS)
 def test_every_model_of_the_library_can_be_built(name):
-    small = dict(conv=dict(channels=(4,)), vgg=dict(hidden=8), spikformer=dict(depth=1, width=16, heads=2)).get(
-        name, {}
-    )
+    small = dict(conv=dict(channels=(4,)), vgg=dict(hidden=8), spikformer=dict(depth=1, width=16, heads=2))
+    small = (small | dict(qkformer=dict(depth=3, width=32, heads=2))).get(name, {})
     chosen = dataclasses.replace(MODELS[name], T=2, **small)
     make = nnx.eval_shape if name in ("resnet", "vgg") else lambda f: f()
     model = make(lambda: chosen.build((32, 32, 3), 7, nnx.Rngs(0)))
@@ -404,7 +403,7 @@ def test_every_listed_data_set_can_be_trained_on(name):
         (("--learning_rate", "-1"), "--learning_rate must be a finite number, at least 0 .*; got -1"),
         (("--weight_decay", "nan"), "--weight_decay must be a finite number.*; got nan"),
         (("--data", "spoken_digits", "--data.noise", "nan"), "--data.noise must be at least 0 and finite; got nan"),
-        (("--model", "mlp"), "--model must be one of conv, .*spikformer; got 'mlp'"),
+        (("--model", "mlp"), "--model must be one of conv, .*spikformer, .*; got 'mlp'"),
         (("--data", "dvsgesture"), r"--data must be one of mnist5k,.*did you mean dvs128_gesture"),
         (("--model.channels", "8,x"), "--model.channels"),
         (("--model.readout", "sum"), "--model.readout must be one of rate, mean, max, last; got 'sum'"),

@@ -177,6 +177,12 @@ class Signals:
         }
 
 
+def read(source: Sequence[dict], indices: list[int]) -> list[dict]:
+    """Those samples of `source`. Prepared data sets read many at a time, in half of the time of one by one."""
+    many = getattr(source, "__getitems__", None)
+    return [source[i] for i in indices] if many is None else many(indices)
+
+
 @lru_cache(maxsize=2)
 def _order(count: int, seed: int, epoch: int, shuffle: bool) -> np.ndarray:
     return np.random.default_rng((seed, epoch)).permutation(count) if shuffle else np.arange(count)
@@ -199,8 +205,7 @@ class _Fetch:
         epoch, at = divmod(int(number), self.batches)
         mine = _order(len(self.source), self.seed, epoch, self.shuffle)[: self.used][self.shard[0] :: self.shard[1]]
         indices = mine[at * self.batch : (at + 1) * self.batch].tolist()
-        read = getattr(self.source, "__getitems__", lambda wanted: [self.source[i] for i in wanted])
-        samples = [self._example(i, sample, rng) for i, sample in zip(indices, read(indices), strict=True)]
+        samples = [self._example(i, sample, rng) for i, sample in zip(indices, read(self.source, indices), strict=True)]
         axes = getattr(self.example, "axes", {})
         return {name: np.stack([sample[name] for sample in samples], axes.get(name, 0)) for name in samples[0]}
 

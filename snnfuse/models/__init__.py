@@ -2,14 +2,16 @@
 
 from snnfuse.models.resnet import Residual, paper_lif, sew_resnet, spiking_resnet
 from snnfuse.models.torch_names import load_torch, to_torch, torch_variables
-from snnfuse.models.transformer import SelfAttention, spikformer, spikformer_lif
+from snnfuse.models.transformer import SelfAttention, TokenAttention, qkformer, spikformer, spikformer_lif
 from snnfuse.models.vgg import spiking_vgg
 
 __all__ = [
     "Residual",
     "SelfAttention",
+    "TokenAttention",
     "load_torch",
     "paper_lif",
+    "qkformer",
     "sew_resnet",
     "spikformer",
     "spikformer_lif",

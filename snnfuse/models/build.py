@@ -13,7 +13,7 @@ MEMORY = ("fast", "packed", "lean")
 _he_normal = nnx.initializers.variance_scaling(
     2.0, "fan_out", "normal"
 )  # convolutions of PyTorch's and SpikingJelly's ResNets
-_torch_uniform = nnx.initializers.variance_scaling(1 / 3, "fan_in", "uniform")  # dense layers of PyTorch
+torch_uniform = nnx.initializers.variance_scaling(1 / 3, "fan_in", "uniform")  # all layers of PyTorch itself
 
 
 def check_option(name: str, value: Any, known: Sequence) -> None:
@@ -61,7 +61,7 @@ class Build:
 
     def linear(self, features: int, width: int, **options: Any) -> nn.Linear:
         """A dense layer without bias."""
-        options = self._precision(self.policy) | dict(kernel_init=_torch_uniform) | options
+        options = self._precision(self.policy) | dict(kernel_init=torch_uniform) | options
         return nn.Linear(features, width, use_bias=False, **options)
 
     def head(self, features: int, classes: int) -> nn.Linear:
@@ -69,7 +69,7 @@ class Build:
         bound = features**-0.5
         bias = lambda key, shape, dtype: jax.random.uniform(key, shape, dtype, -bound, bound)
         options = self._precision(nn.PrecisionPolicy.FLOAT32)
-        return nn.Linear(features, classes, kernel_init=_torch_uniform, bias_init=bias, **options)
+        return nn.Linear(features, classes, kernel_init=torch_uniform, bias_init=bias, **options)
 
     def _precision(self, policy):
         return dict(dtype=policy.dtype, precision=policy.lax, rngs=self.rngs)
