@@ -903,6 +903,8 @@ def _(draw):
     model = call(
         nn.Sequential, dense, nn.NormSpiking(nn.LIF(tau=2.0), norm), *one_of(draw, (), (nn.Remat(nn.IF()),), (3,))
     )
+    rows = call(nn.NormSpiking, nn.IF(), one_of(draw, nnx.LayerNorm, nnx.RMSNorm)(one_of(draw, 3, 4), rngs=rngs))
+    assert call(rows, xs)[0].shape == xs.shape and call(rows.explain, xs).before
     outs, state = call(model, xs)
     y = np.asarray(xs, np.float64) @ np.asarray(dense.kernel[...], np.float64) + np.asarray(dense.bias[...])
     y = (y - y.mean((0, 1))) / np.sqrt(y.var((0, 1)) + norm.epsilon)

@@ -498,8 +498,12 @@ image = jnp.ones((1, 4, 4, 1))
             TypeError,
             "xs.* must be float32, bfloat16.*got int8",
         ),
-        (lambda: norm_spiking(norm=nnx.BatchNorm(4, rngs=nnx.Rngs(0))), TypeError, "norm must be .*BatchNorm; got"),
-        (lambda: norm_spiking(shortcut_norm=nnx.relu), TypeError, "shortcut_norm must be .*BatchNorm; got"),
+        (
+            lambda: norm_spiking(norm=nnx.BatchNorm(4, rngs=nnx.Rngs(0))),
+            TypeError,
+            "norm must be .*RMSNorm; got BatchNorm",
+        ),
+        (lambda: norm_spiking(shortcut_norm=nnx.relu), TypeError, "shortcut_norm must be .*RMSNorm; got"),
         (lambda: norm_spiking(neuron=nnx.relu), TypeError, "neuron must be .*Spiking"),
         (lambda: norm_spiking(connect="add", pack=True), ValueError, "pack must be False.*got connect='add'"),
         (lambda: norm_spiking(nn.LI(tau=2.0), pack=True), ValueError, "pack must be False.*neuron LI"),
@@ -526,9 +530,14 @@ image = jnp.ones((1, 4, 4, 1))
             "drop_path must be an nnx.Dropout, or None; got 0.1",
         ),
         (
-            lambda: norm_spiking(norm=nn.TEBN(2, 4, rngs=nnx.Rngs(0))),
-            TypeError,
-            "norm must have one scale for all steps; put TEBN and neuron in a Sequential",
+            lambda: norm_spiking(norm=nnx.LayerNorm(4, reduction_axes=(-2, -1), rngs=nnx.Rngs(0))),
+            ValueError,
+            r"norm must have reduction_axes=-1; got \(-2, -1\)",
+        ),
+        (
+            lambda: norm_spiking(norm=nnx.RMSNorm(4, rngs=nnx.Rngs(0)))(jnp.ones((3, 2, 5))),
+            ValueError,
+            r"xs must be \[T, B, ..., 4\] without an empty axis; got \(3, 2, 5\)",
         ),
         (lambda: norm_spiking(connect="or"), ValueError, "must be one of .*add, and, iand; got 'or'"),
         (
@@ -550,6 +559,72 @@ image = jnp.ones((1, 4, 4, 1))
 def test_bad_input_is_named(call, error, message):
     with pytest.raises(error, match=message):
         call()
+
+
+ROWS = {
+    "LayerNorm": partial(nnx.LayerNorm, use_fast_variance=False),
+    "RMSNorm": nnx.RMSNorm,
+    "plain": partial(nnx.RMSNorm, use_scale=False),
+}
+ROWS |= {"TEBN": lambda N, rngs: nn.TEBN(T, N, rngs=rngs)}
+
+
+@pytest.mark.parametrize(
+    "name, implementation", [(name, "scan") for name in ROWS] + [("LayerNorm", "interpret"), ("RMSNorm", "interpret")]
+)
+def test_norm_spiking_with_statistics_of_each_step_is_norm_then_neuron(name, implementation):
+    """Values, state and all gradients, in float64 by scan; TEBN has statistics in float32."""
+    double = implementation == "scan" and name != "TEBN"
+    with jax.enable_x64(double):
+        dtype = jnp.float64 if double else jnp.float32
+        norms = [ROWS[name](N, rngs=nnx.Rngs(0)) for _ in range(1 if name == "TEBN" else 2)]
+        lif = nn.LIF(decay=0.6, threshold=0.9, learn="decay", implementation=implementation)
+        layer = nn.NormSpiking(lif, norms[0], shortcut_norm=norms[1] if norms[1:] else None)
+        graphdef, params, rest = nnx.split(layer, nnx.Param, ...)
+        draw = lambda p: jax.random.uniform(jax.random.key(p.ndim), p.shape, jnp.float32, 0.3, 1.3).astype(dtype)
+        layer = nnx.merge(graphdef, jax.tree.map(draw, params), rest)
+        xs, r = 3 + 2 * jax.random.normal(jax.random.key(1), (2, T, B, H, N), dtype)
+
+        def separate(layer, xs, r):
+            norm = lambda norm, xs: norm(xs) if isinstance(norm, nn.BatchNorm) else nn.Folded(norm)(xs)
+            return layer.neuron(norm(layer.norm, xs) + (norm(layer.shortcut_norm, r) if norms[1:] else r - 3))
+
+        @nnx.jit(static_argnames="call")
+        def run(layer, call):
+            graphdef, params, rest = nnx.split(layer, nnx.Param, ...)
+            outs, vjp = jax.vjp(
+                lambda params, *x: call(nnx.merge(graphdef, params, rest, copy=True), *x), params, xs, r
+            )
+            return outs, vjp(cases.cotangents(outs))
+
+        got = run(layer, lambda layer, xs, r: layer(xs, None, r if norms[1:] else r - 3))
+        want = run(layer, separate)
+        assert_fires(want[0][0], high=0.9)
+        np.testing.assert_array_equal(got[0][0], want[0][0])
+        assert_close(got, want, 1e-12 if double else 1e-5)
+
+
+def test_what_a_row_normalisation_stores():
+    """The normalised input in place of the input: one tensor, beside one number for each row and the checkpoints."""
+    xs = jnp.ones((T, B, H, 64))
+    layer = nn.NormSpiking(nn.IF(implementation="interpret"), nnx.LayerNorm(64, rngs=nnx.Rngs(0)))
+    graphdef, state = nnx.split(layer)
+    kept = jax.eval_shape(lambda xs: jax.vjp(lambda xs: nnx.merge(graphdef, state)(xs)[0], xs)[1], xs)
+    assert [leaf.size for leaf in jax.tree.leaves(kept)].count(xs.size) == 1
+
+
+def test_explain_says_what_does_not_run_in_the_kernel():
+    layer = partial(nn.NormSpiking, nn.IF(implementation="interpret"))
+    said = layer(nnx.LayerNorm(4, rngs=nnx.Rngs(0)), shortcut_norm=nn.BatchNorm(4, rngs=nnx.Rngs(0))).explain(
+        ones, ones
+    )
+    assert said.implementation == "interpret" and said.before == (
+        "norm: LayerNorm writes the normalised input; its scale and bias are in the kernel",
+        "shortcut_norm: BatchNorm reads statistics",
+    )
+    assert "before it, norm: TEBN writes the normalised input" in str(
+        layer(nn.TEBN(3, 4, rngs=nnx.Rngs(0))).explain(ones)
+    )
 
 
 @pytest.mark.parametrize("per_step", [False, True])

@@ -1,5 +1,6 @@
 """Batch normalisation as an affine map, which runs in one kernel with the residual and the neuron after it."""
 
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
@@ -11,9 +12,11 @@ from jax import Array, lax
 from snnfuse.core.compose import Affine, AffineParams, Connect, Gated, GatedParams, Twice
 from snnfuse.core.neuron import PyTree
 from snnfuse.core.neurons import LI
+from snnfuse.nn import rows
 from snnfuse.nn.spikes import Spikes, differentiable, values
 from snnfuse.nn.spiking import Spiking
 from snnfuse.nn.temporal import Temporal, Timeless
+from snnfuse.ops.explain import Explanation, explain
 from snnfuse.ops.packing import Packed
 
 
@@ -51,6 +54,11 @@ class BatchNorm(Timeless, nnx.BatchNorm):
         options = dict(momentum=momentum, epsilon=epsilon, use_running_average=use_running_average, axis_name=axis_name)
         super().__init__(num_features, **options, rngs=rngs)
         self.gain, self.per_step = gain, per_step
+
+    @property
+    def fused(self) -> bool:
+        """Whether it runs in the kernel of `NormSpiking`, which takes one scale for all steps."""
+        return not self.per_step
 
     def affine(self, xs: Array) -> tuple[Array, Array]:
         """(scale, shift) of y = scale x + shift, float32 [N] ([T, 1, ..., N] if per_step); updates the running averages."""
@@ -130,6 +138,9 @@ def _own_moments_backward(axes, kept, cotangents):
 _own_moments.defvjp(_own_moments_forward, _own_moments_backward)
 
 
+Norm = BatchNorm | nnx.LayerNorm | nnx.RMSNorm
+
+
 class NormSpiking(Temporal):
     """Normalisation, residual and neuron in one kernel forward and one backward.
 
@@ -138,7 +149,8 @@ class NormSpiking(Temporal):
 
     Args:
       neuron: any `Spiking` module.
-      norm: a `BatchNorm` for xs. `shortcut_norm`: one for the shortcut; None (the default) adds the shortcut as it is.
+      norm: a `BatchNorm`, `TEBN`, `nnx.LayerNorm` or `nnx.RMSNorm` for xs. `shortcut_norm`: one for the shortcut; None (the default)
+        adds the shortcut as it is.
       connect: "sum" (the default) adds the shortcut to the neuron's input; "add", "and" or "iand" combine it with the spikes
         (see `snnfuse.Connect`).
       pack: True returns packed `Spikes`, whose bits the same kernel writes. Only for neurons that spike, and not for "add".
@@ -151,25 +163,29 @@ class NormSpiking(Temporal):
     6 backward (read x and ds, write du) and 6 for the gradient of the statistics (read x and du, write dx), in all 18. A separate
     normalisation before an equally fused neuron takes 32. The layer stores xs, which the normalisation needs anyway, and the
     shortcut.
+
+    `LayerNorm` and `RMSNorm` have other statistics at each step and sample, which the kernel cannot take: the normalised xs is written
+    once, 4 bytes more, and stored in place of xs; scale and bias are in the kernel. `TEBN` and `per_step` run before the kernel. `explain`
+    says what does.
     """
 
     def __init__(
         self,
         neuron: Spiking,
-        norm: BatchNorm,
+        norm: Norm,
         *,
-        shortcut_norm: BatchNorm | None = None,
+        shortcut_norm: Norm | None = None,
         connect: str = "sum",
         pack: bool = False,
         drop_path: nnx.Dropout | None = None,
     ):
         for name, given in (("norm", norm), ("shortcut_norm", shortcut_norm)):
-            if not isinstance(given, BatchNorm) and (given is not None or name == "norm"):
-                raise TypeError(f"{name} must be a snnfuse.nn.BatchNorm; got {type(given).__name__}")
-            if hasattr(given, "step_scale"):  # TEBN: the kernel takes one scale for all steps
+            if not isinstance(given, Norm) and (given is not None or name == "norm"):
                 raise TypeError(
-                    f"{name} must have one scale for all steps; put {type(given).__name__} and neuron in a Sequential"
+                    f"{name} must be a snnfuse.nn.BatchNorm, nnx.LayerNorm or nnx.RMSNorm; got {type(given).__name__}"
                 )
+            if isinstance(given, nnx.LayerNorm | nnx.RMSNorm):
+                rows.check(name, given)
         if not isinstance(neuron, Spiking):
             raise TypeError(f"neuron must be a snnfuse.nn.Spiking module; got {type(neuron).__name__}")
         if pack and (connect == "add" or isinstance(neuron.neuron, LI) or isinstance(neuron.out_dtype, Packed)):
@@ -200,6 +216,30 @@ class NormSpiking(Temporal):
         outs, state = self.neuron.unroll(neuron, params, state, inputs, **options)
         return (Spikes(*outs) if self.pack else outs), state
 
+    def explain(self, xs: Array, shortcut: Array | None = None) -> Explanation:
+        """`snnfuse.explain` of a call; its `before` says what of the normalisations does not run in the kernel.
+
+        `xs` and `shortcut` are arrays or their shapes. Nothing is computed.
+        """
+        found = []
+
+        def call(layer, xs, shortcut):
+            neuron, params, inputs, out_dtype = layer._assembled(xs, shortcut)
+            options = dict(implementation=self.neuron.implementation, out_dtype=out_dtype)
+            found.append(explain(neuron, params, None, inputs, **options))
+
+        nnx.eval_shape(call, self, xs, shortcut)
+        outside = []
+        for name in ("norm", "shortcut_norm"):
+            norm, kind = getattr(self, name), type(getattr(self, name)).__name__
+            if isinstance(norm, nnx.LayerNorm | nnx.RMSNorm):
+                outside.append(f"{name}: {kind} writes the normalised input; its scale and bias are in the kernel")
+            elif norm is not None:
+                outside.append(
+                    f"{name}: {kind} " + ("reads statistics" if norm.fused else "writes the normalised input")
+                )
+        return replace(found[0], before=tuple(outside))
+
     def _assembled(self, xs, shortcut) -> tuple[Any, Any, Any, Any]:
         """(neuron, params, inputs, out_dtype) for the one call of `unroll` that computes the whole layer."""
         if shortcut is not None and values(shortcut).shape != xs.shape:
@@ -212,16 +252,18 @@ class NormSpiking(Temporal):
         for x, norm in ((xs, self.norm), (values(shortcut), self.shortcut_norm)):
             if x is None or (x is not xs and self.connect != "sum"):
                 continue
-            if norm is None or norm.per_step:
-                inputs.append(x if norm is None else norm(x))
-                scales.append(None)
-            else:
+            scale, shift = None, 0.0
+            if isinstance(norm, nnx.LayerNorm | nnx.RMSNorm):
+                x, scale, shift = rows.affine(norm, x)
+            elif norm is not None and norm.fused:
                 scale, shift = norm.affine(x)
-                inputs.append(x)
-                scales.append(scale)
-                shifts.append(shift)
+            elif norm is not None:
+                x = norm(x)
+            inputs.append(x)
+            scales.append(scale)
+            shifts.append(shift)
         neuron = Affine(self.neuron.neuron)
-        params = AffineParams(self.neuron.params, tuple(scales), sum(shifts, 0.0))
+        params = AffineParams(self.neuron.params, tuple(scales), sum(shifts))
         inputs = tuple(inputs)
         if self.drop_path is not None and not self.drop_path.deterministic:
             each = jnp.ones((xs.shape[1], *(1,) * (xs.ndim - 2)), jnp.float32)

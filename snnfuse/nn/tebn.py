@@ -19,7 +19,7 @@ class TEBN(BatchNorm):
       T: the number of steps.
       num_features, gain, momentum, epsilon, use_running_average, axis_name: as in `BatchNorm`.
 
-    The weights of the steps change, so it does not run inside of the neuron's kernel, as `BatchNorm` does in `NormSpiking`.
+    The weights of the steps differ, so it does not run in the kernel of `NormSpiking`, but before it.
     Duan et al. 2022, https://openreview.net/forum?id=fLIgyyQiJqz.
     """
 
@@ -30,6 +30,10 @@ class TEBN(BatchNorm):
             raise ValueError("per_step is not an option of TEBN, whose statistics are those of all steps")
         super().__init__(num_features, rngs=rngs, **options)
         self.step_scale = nnx.Param(jnp.ones(T, jnp.float32))
+
+    @property
+    def fused(self) -> bool:
+        return False
 
     def affine(self, xs: Array) -> tuple[Array, Array]:
         """(scale, shift) of y = scale x + shift, float32 [T, 1, ..., N]; updates the running averages."""

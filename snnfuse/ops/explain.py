@@ -20,7 +20,7 @@ class Explanation:
     `implementation`: the one that would run. `why_not`: the reason for each other one, None if it could run too.
     `blocks`: the block sizes of the kernels, None for scan. `forward_bytes`, `backward_bytes`: what the fused kernels move
     through memory in training. `kept_bytes`: what is stored from forward to backward, besides the inputs. `source`: the
-    Triton text of both kernels, if it was asked for.
+    Triton text of both kernels, if it was asked for. `before`: what `nn.NormSpiking` computes before the kernel.
     """
 
     implementation: str
@@ -31,6 +31,7 @@ class Explanation:
     kept_bytes: int
     bandwidth: float
     source: str | None = None
+    before: tuple[str, ...] = ()
 
     @property
     def milliseconds(self) -> float | None:
@@ -41,6 +42,7 @@ class Explanation:
         mega = lambda n: f"{n / 2**20:.1f} MiB"
         lines = [f"{self.implementation!r} runs" + (f", {self.blocks}" if self.blocks else "")]
         lines += [f"  {name!r} " + (f"does not: {why}" if why else "could") for name, why in self.why_not.items()]
+        lines += [f"before it, {what}" for what in self.before]
         if self.blocks:
             lines += [
                 f"forward moves {mega(self.forward_bytes)}, backward {mega(self.backward_bytes)}, "
