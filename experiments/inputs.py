@@ -157,6 +157,10 @@ class Recordings(Labelled):
     """room for the events of a recording, with --data.store events"""
     size: int | None = None
     """frames have this many pixels on each side, with --data.store events; None: those of the sensor"""
+    sum: bool = False
+    """a frame also counts the events of the frames before it, so that the last one shows the whole recording"""
+    log: bool = False
+    """a frame holds ln(1 + count), so that pixels with many events, as of an edge that moves fast, count for less"""
     shift: float = 0.0
     """training recordings move by up to this many pixels of the sensor each way"""
     flip: bool = False
@@ -230,6 +234,10 @@ class Recordings(Labelled):
             xs = packed.bin_events(events, small, self.bins, split=self.split)
         else:
             xs = self.example().unpack(jnp.asarray(batch["frames"]))
+        if self.sum:
+            xs = jnp.cumsum(xs, 0)
+        if self.log:
+            xs = jnp.log1p(xs)
         empty = 0 if self.channels is None else self.channels - xs.shape[-1]
         return jnp.pad(xs, ((0, T - self.bins), *((0, 0),) * 3, (0, empty)))
 
@@ -356,6 +364,8 @@ class Audio(Labelled):
     """training recordings are mixed in pairs, by a share drawn from Beta(mixup, mixup)"""
     held_out: str | None = None
     """a speaker, such as theo: test on all recordings of this one, train on all others"""
+    also: str | None = None
+    """a further prepared set of recordings: those of its training split whose label this set has are for training too"""
 
     def __post_init__(self):
         if self.code not in ("bands", "level_crossing", "lif"):
@@ -381,15 +391,31 @@ class Audio(Labelled):
 
     def sources(self) -> Sources:
         train, test = (in_memory(source, self.name) for source in _sources(self.name))
+        more = self._more() if self.also else []
         if self.held_out is None:
-            return train, test
+            return train + more, test
         every, column = train + test, "speaker" if "speaker" in train[0] else "group"
         if (wanted := self.held_out.encode()) not in (found := {sample.get(column) for sample in every}):
             known = ", ".join(sorted(speaker.decode() for speaker in found if speaker))[:200]
             raise archives.Missing(
                 f"--data.held_out must be a speaker of {self.name}, such as {known}; got {self.held_out!r}"
             )
-        return tuple([s for s in every if (s[column] == wanted) == test] for test in (False, True))
+        train, test = ([s for s in every if (s[column] == wanted) == test] for test in (False, True))
+        return train + more, test
+
+    def _more(self):
+        """The samples of --data.also, with the labels of this set."""
+        other = Audio(self.also)
+        if other.rate != self.rate:
+            raise archives.Missing(
+                f"--data.also must have the rate of {self.name}, {self.rate}: prepare it with --rate {self.rate}; "
+                f"{self.also} has {other.rate}"
+            )
+        label = {i: self.labels.index(name) for i, name in enumerate(other.labels) if name in self.labels}
+        samples = in_memory(_split(self.also, "train"), f"{self.also}, train")
+        if not (found := [s | {"label": label[int(s["label"])]} for s in samples if int(s["label"]) in label]):
+            raise archives.Missing(f"--data.also must have labels of {self.name}; {self.also} has none of them")
+        return found
 
     def example(self) -> load.Sound:
         return load.Sound(round(self.seconds * self.rate))
@@ -514,9 +540,14 @@ def in_memory(source: Sequence[dict], name: str) -> list[dict]:
 
 
 def _sources(name):
-    """The splits train and test. Raises archives.Missing, which says what to get and where to put it."""
+    """The splits train and test."""
+    return tuple(_split(name, split) for split in ("train", "test"))
+
+
+def _split(name, split):
+    """A split of a data set. Raises archives.Missing, which says what to get and where to put it."""
     try:
-        return tuple(catalog.source(name, split) for split in ("train", "test"))
+        return catalog.source(name, split)
     except ImportError as e:
         raise archives.Missing(f"{e}, then: python -m snnfuse.data prepare {name}") from e
     except archives.Missing as e:
