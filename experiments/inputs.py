@@ -290,6 +290,8 @@ class Signals(Labelled):
         scale = {key: np.sqrt(np.concatenate(parts).mean(0)) + 1e-12 for key, parts in squares.items()}
         if not self.relative_to:  # one scale for all channels, from the training signals
             scale[()] = np.sqrt(np.mean([np.square(s["signal"].astype(np.float64)).mean() for s in both[0]]))
+            if not scale[()] > 0:
+                raise archives.Missing(f"the training signals of {self.name} are all 0: there is nothing to learn")
         scaled = lambda s: s | {"signal": (s["signal"] / scale[group(s)]).astype(np.float32)}
         return tuple([scaled(sample) for sample in source] for source in both)
 

@@ -373,11 +373,18 @@ def _mesh(config):
 
 def _input_shape(config, source):
     """The shape of the model's input at one step, without T and B."""
-    encode = partial(config.data.encode, T=config.model.T)
+    first = next(iter(in_order(config, source, 1)))
+    shape = lambda T: jax.eval_shape(partial(config.data.encode, T=T), jax.random.key(0), first).shape[2:]
     try:
-        return jax.eval_shape(encode, jax.random.key(0), next(iter(in_order(config, source, 1)))).shape[2:]
+        found = shape(config.model.T)
     except ValueError as e:
         raise Stopped(str(e)) from e
+    if config.first_T is not None:
+        try:
+            shape(config.first_T)
+        except ValueError as e:
+            raise Stopped(f"--first_T {config.first_T} stands for --model.T in the first steps: {e}") from e
+    return found
 
 
 def _batches(config, fixed, source, start):

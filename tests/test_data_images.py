@@ -177,6 +177,17 @@ def test_a_fault_in_a_folder_names_its_file_and_leaves_nothing(tmp_path, fault):
     assert not left_behind(tmp_path / "data")
 
 
+def test_a_first_picture_that_is_broken_is_skipped_like_any_other(tmp_path):
+    pictures(tmp_path)
+    (tmp_path / "shapes" / "train" / "ball" / "0.png").write_bytes(b"no picture")
+    with pytest.raises(ev.BadSample, match="train/ball/0.png: no picture"):
+        catalog.prepare("shapes", tmp_path / "data", manual=tmp_path)
+    made = catalog.prepare("shapes", tmp_path / "data", manual=tmp_path, on_bad="skip")
+    assert made.info.splits["train"].num_examples == 5 and catalog.source("shapes", "train", tmp_path / "data")[0][
+        "image"
+    ].shape == (6, 8, 3)
+
+
 def test_odd_but_valid_pictures(tmp_path):
     pictures(tmp_path)
     clear = Image.new("RGB", (8, 6), (200, 30, 90)).quantize(4)

@@ -256,6 +256,13 @@ def test_events_in_npz_need_the_size_of_the_camera(tmp_path):
         ValueError, match=r"size must be the \(H, W\) of the camera of .*a.npz, such as --size 128; got None"
     ):
         catalog.prepare("cups", tmp_path / "data", manual=tmp_path)
+    for window, size, why in (
+        (np.inf, (128, 128), "window must be from 0.001 to 4294967 milliseconds; got inf"),
+        (np.nan, (128, 128), "window must be .*; got nan"),
+        (10, (-128, 128), r"size must be \(H, W\), each at least 1; got \(-128, 128\)"),
+    ):
+        with pytest.raises(ValueError, match=why):
+            catalog.prepare("cups", tmp_path / "data", manual=tmp_path, size=size, window=window)
     table(tmp_path / "odd", "a.txt,cup,train")
     (tmp_path / "odd" / "a.txt").write_text("1")
     with pytest.raises(ValueError, match=r"line 2: a.txt must be a .wav, .npy, .npz or .aedat file"):

@@ -531,8 +531,16 @@ def test_time_conv_sees_its_own_step_and_those_before():
             lambda: nn.TimeConv(3, 4, (3, 3), strides=(1, 1), rngs=nnx.Rngs(0)),
             "strides must have one number for each of 1",
         ),
+        (lambda: nn.TimeConv(3, 4, 3, rngs=nnx.Rngs(0)), r"kernel must be \(K, \*taps\), .*; got 3"),
         (lambda: layer(xs[:, :, 0]), r"xs must be \[T, B, \*space, I\], of rank 4"),
         (lambda: layer(xs, state[:1]), "state must be the input of the last 2 steps"),
     ):
-        with pytest.raises(ValueError, match=match):
+        with pytest.raises((TypeError, ValueError), match=match):
             make()
+
+
+def test_time_conv_computes_in_the_dtype_that_it_is_given():
+    xs = jax.random.normal(jax.random.key(0), (3, 2, 4), jnp.bfloat16)
+    half, full = (nn.TimeConv(4, 2, (2,), dtype=dtype, rngs=nnx.Rngs(0)) for dtype in (jnp.bfloat16, None))
+    assert half(xs)[0].dtype == jnp.bfloat16 and full(xs)[0].dtype == jnp.float32
+    np.testing.assert_allclose(half(xs)[0].astype(jnp.float32), full(xs)[0], atol=0.05)

@@ -14,6 +14,7 @@ from flax import nnx
 sys.path.insert(0, str(Path(__file__).parent.parent / "experiments"))
 
 pytest.importorskip("tensorflow_datasets", reason="the experiments need the extra `data`")
+import inputs
 import train
 from inputs import DATASETS, Audio, Signals, two_windows
 from models import MODELS
@@ -60,6 +61,13 @@ def test_signals_relative_to_a_person_do_not_show_how_strong_the_person_is():
         gestures(relative_to=("day",)).sources()
 
 
+def test_signals_that_are_all_0_are_refused(monkeypatch):
+    silent = lambda name: [[{"signal": np.zeros((100, 2), np.float32), "label": 0}]] * 2
+    monkeypatch.setattr(inputs, "_sources", silent)
+    with pytest.raises(archives.Missing, match="the training signals of gestures are all 0"):
+        gestures().sources()
+
+
 def test_signals_become_windows_and_training_ones_change():
     data = gestures(early=20, gain=0.5, noise=0.1)
     batch = {"signal": jnp.asarray(np.random.default_rng(1).normal(0, 1, (3, 120, 2)), jnp.float32)}
@@ -86,6 +94,9 @@ def test_events_are_changed_before_they_become_frames():
     batch = {"frames": jnp.asarray(example["frames"])[None]}
     frames = data.encode(KEY, batch, 5)
     assert frames.shape == (5, 1, 34, 34, 2) and frames.sum() == 100 and frames[4].sum() == 0
+    np.testing.assert_allclose(dataclasses.replace(data, log=True).encode(KEY, batch, 5), np.log1p(frames), rtol=1e-6)
+    summed = dataclasses.replace(data, sum=True).encode(KEY, batch, 4)
+    np.testing.assert_array_equal(summed, np.cumsum(frames[:4], 0))
     small = dataclasses.replace(data, size=17)
     np.testing.assert_array_equal(small.encode(KEY, batch, 4), frames[:4].reshape(4, 1, 17, 2, 17, 2, 2).sum((3, 5)))
     same, _ = data.augment(KEY, batch, jnp.zeros((1, 10)))
@@ -98,6 +109,17 @@ def test_events_are_changed_before_they_become_frames():
         dataclasses.replace(DATASETS["nmnist"], shift=1.0)
     with pytest.raises(ValueError, match="--data.drop must be at least 0, and at most 1; got 2"):
         dataclasses.replace(data, drop=2.0)
+
+
+def test_a_first_T_below_the_frames_of_a_recording_is_named(monkeypatch):
+    sensor = ev.Sensor(34, 34)
+    data = dataclasses.replace(DATASETS["nmnist"], bins=4, store="events", events=128)
+    config = dataclasses.replace(train.Config(), data=data, first_T=2, first_steps=10, batch=1)
+    source = [{"events": recording(100, 0, sensor), "label": 1}]
+    monkeypatch.setattr(inputs, "_sources", lambda name: (source, source))
+    said = "--first_T 2 stands for --model.T in the first steps: --model.T must be at least --data.bins, 4; got 2"
+    with pytest.raises(train.Stopped, match=said):
+        train._input_shape(config, source)
 
 
 def test_two_windows_are_those_that_follow_one_another():

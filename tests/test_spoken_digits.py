@@ -64,6 +64,17 @@ def test_a_speaker_is_on_one_side_only():
         dataclasses.replace(DIGITS, held_out="Theo").sources()
 
 
+def test_recordings_of_another_set_train_too_if_their_labels_are_of_this_set(monkeypatch):
+    data = dataclasses.replace(DIGITS, held_out="theo", also="words")
+    with pytest.raises(archives.Missing, match="--data.also must have labels of spoken_digits; words has none of them"):
+        data.sources()
+    monkeypatch.setattr(catalog.data_set("spoken_digits"), "LABELS", ("yes", "1"))
+    train_source, test_source = data.sources()
+    alone, _ = dataclasses.replace(data, also=None).sources()
+    assert len(test_source) == 10 and len(train_source) == len(alone) + 1
+    assert train_source[-1]["label"] == 0 and train_source[-1]["room"] == b"hall"
+
+
 @pytest.mark.parametrize("code, width", [("bands", (40,)), ("level_crossing", (40, 2)), ("lif", (40,))])
 def test_a_recording_has_as_many_steps_as_the_model(code, width):
     data = dataclasses.replace(DIGITS, code=code, centre=0.0)

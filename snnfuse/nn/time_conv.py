@@ -1,6 +1,7 @@
 """A convolution along time, whose state is the last few steps of its input."""
 
 from collections.abc import Sequence
+from typing import Any
 
 import jax.numpy as jnp
 from flax import nnx
@@ -25,6 +26,7 @@ class TimeConv(Temporal):
       kernel: (K, *taps of each axis of space); odd taps. Space is padded with zeros by half of the taps.
       strides: one for each axis of space, 1 by default. Time has none.
       use_bias: False by default, because a normalisation usually follows.
+      dtype: of the computation and the output; default: what xs and the parameters promote to.
       rngs: `nnx.Rngs`.
     """
 
@@ -36,8 +38,11 @@ class TimeConv(Temporal):
         *,
         strides: Sequence[int] | None = None,
         use_bias: bool = False,
+        dtype: Any = None,
         rngs: nnx.Rngs,
     ):
+        if isinstance(kernel, int):
+            raise TypeError(f"kernel must be (K, *taps), such as (5,) where there is no space; got {kernel}")
         length, *taps = kernel
         strides = (1,) * len(taps) if strides is None else tuple(strides)
         if length < 1 or any(tap < 1 or tap % 2 == 0 for tap in taps):
@@ -46,7 +51,14 @@ class TimeConv(Temporal):
             raise ValueError(f"strides must have one number for each of {len(taps)} axes of space; got {strides}")
         padding = ((0, 0), *((tap // 2, tap // 2) for tap in taps))
         self.conv = nnx.Conv(
-            inputs, features, tuple(kernel), (1, *strides), padding=padding, use_bias=use_bias, rngs=rngs
+            inputs,
+            features,
+            tuple(kernel),
+            (1, *strides),
+            padding=padding,
+            use_bias=use_bias,
+            dtype=dtype,
+            rngs=rngs,
         )
 
     def init_state(self, xs: Array | Spikes) -> Array:

@@ -3,6 +3,7 @@
 import math
 import re
 from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -10,7 +11,7 @@ import scipy.signal
 
 from snnfuse.data import formats
 from snnfuse.data.archives import Archive
-from snnfuse.data.builders.base import Feature, Sample
+from snnfuse.data.builders.base import Feature, Sample, first_sound
 from snnfuse.data.builders.table import TABLE, Row, TableSet, own, read_table
 from snnfuse.data.events import BadSample
 
@@ -55,8 +56,8 @@ class WavFolder(AudioSet):
         With `rate`, in hertz, all recordings are resampled to it.
         """
         rows = read_table(folder / TABLE)
-        first = rows[0].path(folder)
-        found = formats.read_wav(first.read_bytes(), f"{rows[0].where}, {first}")[1]
+        read = lambda row: formats.read_wav(row.path(folder).read_bytes(), f"{row.where}, {row.path(folder)}")
+        _, found = first_sound(partial(read, row) for row in rows)
         return own(cls, name, folder, rows, RATE=rate or found, RESAMPLED=rate is not None)
 
 

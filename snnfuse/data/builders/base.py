@@ -8,6 +8,7 @@ import abc
 from collections.abc import Callable, Iterable
 from contextlib import ExitStack
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -19,6 +20,21 @@ Job = Callable[[], Iterable[Sample]]
 Feature = tuple[
     type, tuple[int | None, ...]
 ]  # the dtype (str: a text) and the shape; a length of None differs between samples
+
+
+def first_sound(reads: Iterable[Callable[[], Any]]) -> Any:
+    """What the first of `reads` returns that finds no fault; if all do, raises the fault of the first one.
+
+    A set takes the size or the rate of its first file. If that file is broken, the next one says it, and the broken one is
+    named, or skipped, when its turn comes.
+    """
+    faults = []
+    for read in reads:
+        try:
+            return read()
+        except BadSample as fault:
+            faults.append(fault)
+    raise faults[0]
 
 
 class DataSet(abc.ABC):

@@ -10,7 +10,7 @@ import numpy as np
 from snnfuse.data import formats
 from snnfuse.data.archives import Archive
 from snnfuse.data.augment import keep
-from snnfuse.data.builders.base import EventSet, Feature, Job, Sample
+from snnfuse.data.builders.base import EventSet, Feature, Job, Sample, first_sound
 from snnfuse.data.builders.table import TABLE, Row, TableSet, own, read_table
 from snnfuse.data.events import BadSample, Events, Sensor, check
 
@@ -38,11 +38,13 @@ class EventFolder(TableSet, EventSet):
         cuts each recording into samples of that duration; what is left at its end is left out.
         """
         rows = read_table(folder / TABLE)
-        first = rows[0].path(folder)
+        first = first_sound(partial(row.path, folder) for row in rows)
         if size is None and not first.read_bytes()[:12] == b"#!AER-DAT2.0":
             raise ValueError(f"size must be the (H, W) of the camera of {first}, such as --size 128; got None")
-        if window is not None and not window * 1000 >= 1:
-            raise ValueError(f"window must be at least 0.001 milliseconds; got {window}")
+        if window is not None and not 1 <= window * 1000 < 2**32:
+            raise ValueError(f"window must be from 0.001 to {2**32 / 1000:.0f} milliseconds; got {window}")
+        if size is not None and not min(size) >= 1:
+            raise ValueError(f"size must be (H, W), each at least 1; got {size}")
         length = None if window is None else round(window * 1000)
         return own(cls, name, folder, rows, SENSOR=Sensor(*(size or (128, 128))), WINDOW=length)
 

@@ -13,7 +13,7 @@ from pathlib import Path, PurePosixPath
 import numpy as np
 
 from snnfuse.data.archives import Archive, Files, open_files
-from snnfuse.data.builders.base import DataSet, Feature, Job, Sample
+from snnfuse.data.builders.base import DataSet, Feature, Job, Sample, first_sound
 from snnfuse.data.events import BadSample
 from snnfuse.data.optional import require
 
@@ -236,8 +236,8 @@ class ImageFolder(ImageSet):
         labels = tuple(_folders(folder / "train"))
         if not labels:
             raise BadSample(str(folder / "train"), "has no folders of classes")
-        first = cls._files(folder / "train" / labels[0])[0]
-        height, width, channels = _picture(first).shape
+        files = [path for label in labels for path in cls._files(folder / "train" / label)]
+        height, width, channels = first_sound(partial(_picture, path) for path in files).shape
         height, width = size or (height, width)
         parts = {"name": name, "LABELS": labels, "SHAPE": (height, width, channels), "FOLDER": folder}
         parts |= {"RESIZED": size is not None, "__doc__": f"Your own pictures, from {folder}.", "__module__": __name__}

@@ -10,7 +10,7 @@ import numpy as np
 
 from snnfuse.data import formats
 from snnfuse.data.archives import Archive
-from snnfuse.data.builders.base import DataSet, Feature, Job, Sample
+from snnfuse.data.builders.base import DataSet, Feature, Job, Sample, first_sound
 from snnfuse.data.builders.table import TABLE, Row, TableSet, own, read_table
 from snnfuse.data.events import BadSample
 
@@ -36,9 +36,8 @@ class SignalFolder(SignalSet, TableSet):
     def of(cls, name: str, folder: Path) -> type["SignalFolder"]:
         """The data set of a folder: labels and further columns are those of its table, the channels those of its first file."""
         rows = read_table(folder / TABLE)
-        first = rows[0].path(folder)
-        channels = formats.read_signal(first, f"{rows[0].where}, {first}").shape[1]
-        return own(cls, name, folder, rows, CHANNELS=channels)
+        read = lambda row: formats.read_signal(row.path(folder), f"{row.where}, {row.path(folder)}")
+        return own(cls, name, folder, rows, CHANNELS=first_sound(partial(read, row) for row in rows).shape[1])
 
     def read(self, row: Row, path: Path) -> Iterator[Sample]:
         where = f"{row.where}, {path}"
