@@ -26,7 +26,7 @@ import numpy as np
 import optax
 from flax import nnx
 from jax import lax
-from runner import HERE, Case, main, question
+from runner import HERE, Case, job, main, question
 from with_jax import bf16, device_ms, f32, repeated
 
 from snnfuse import nn
@@ -200,7 +200,8 @@ def delay_layers(args):
                     shape = (8, 4, 16) if args.tiny else (100, 256, 256)
                     words = way.__name__.replace("_", " ")
                     key = dict(case=layer, implementation=words, T=shape[0], B=shape[1], size=shape[2], steps=longest)
-                    yield Case(key | dict(dtype=jnp.dtype(dtype).name), time_layer, (way, layer, longest, shape, dtype))
+                    key |= dict(dtype=jnp.dtype(dtype).name)
+                    yield Case(key, time_layer, (way, layer, longest, shape, dtype), job(args))
 
 
 def time_layer(way, layer, longest, shape, dtype):
@@ -217,9 +218,11 @@ def time_layer(way, layer, longest, shape, dtype):
         outs, vjp = jax.vjp(way, xs, weights)
         return outs, vjp(cotangent)
 
+    program = repeated(both, [jax.eval_shape(draw, 0)] * 3)
+    yield
     sets = [draw(i) for i in range(3)]
-    ms, *quartiles = device_ms(repeated(both, sets), sets)
-    return dict(ms=ms, quartiles=quartiles)
+    ms, *quartiles = device_ms(program, sets)
+    yield dict(ms=ms, quartiles=quartiles)
 
 
 if __name__ == "__main__":

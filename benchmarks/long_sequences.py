@@ -5,8 +5,8 @@
     XLA_PYTHON_CLIENT_MEM_FRACTION=0.97 python benchmarks/long_sequences.py --only whole   the largest T that fits into all memory
 
 "whole" is backpropagation through all T steps at once; "pieces of 500" is `nn.Pieces`, which recomputes one piece at a time.
-The case "dense" is the network 700-256-256-20 with a batch of 32; "convolutional" has two convolutions on events of 128 x 128
-pixels, as in DVS128 Gesture, and a batch of 16. A step is forward, backward and Adam. Inputs are random and stored as int8. Rows
+The case "dense" is the network 700-256-256-20 with a batch of 32; "convolutional" has two convolutions on events of 64 x 64
+pixels, half of those of DVS128 Gesture each way, and a batch of 16. A step is forward, backward and Adam. Inputs are random and stored as int8. Rows
 with T = 1,000 also compare the two: `flips` are spikes of the last hidden layer that differ, and `gradient_error` is the largest
 difference of a gradient, over the largest gradient of its array. The weights are multiples of 1/1024, so that the products of both
 are exact, and a difference is a fault or the order of the sums over time.
@@ -86,7 +86,7 @@ def grid(key, shape, dtype):
 
 def spikes(T, B, case, tiny):
     """Random spikes in int8, drawn a few steps at a time, because the random numbers of all steps may not fit into the memory."""
-    shape = (700,) if case == "dense" else (16, 16, 2) if tiny else (128, 128, 2)
+    shape = (700,) if case == "dense" else (16, 16, 2) if tiny else (64, 64, 2)
     draw = lambda key: jax.random.bernoulli(key, RATE, (B, *shape)).astype(jnp.int8)
     return jax.jit(lambda keys: jax.lax.map(draw, keys, batch_size=50))(jax.random.split(jax.random.key(0), T))
 

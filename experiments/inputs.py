@@ -3,7 +3,7 @@
     sources() -> (train, test)                the samples: `source[i]` and `len(source)`
     example() -> Frames, Images, Sound, ...   what the loader does with a sample, on the host
     augment(key, batch, targets)              -> the same, changed at random; targets are [B, classes]; training only
-    encode(key, batch, T)                     -> [T, B, ...]
+    encode(key, batch, T)                     -> [T, B, ...], or `nn.Padded` of it
     classes, labels, note                     how many classes; their names; a remark for every result
 
 `augment` and `encode` run on the device, inside the compiled step.
@@ -24,6 +24,7 @@ import tyro
 from jax import Array
 from tqdm import tqdm
 
+from snnfuse import nn
 from snnfuse.data import archives, audio, catalog, encoders, event_augment, image_augment, packed, signals
 from snnfuse.data import loader as load
 from snnfuse.data.builders.audio import AudioSet
@@ -334,6 +335,8 @@ class Audio(Labelled):
     """nepers of power between the loudest place, 1, and what is taken for silence, 0"""
     centre: float = 0.5
     """part of a recording's mean spectrum that is taken out of it"""
+    lengths: bool = False
+    """a recording ends with its own last step: readout, statistics and states leave out the silence after it"""
     fit: bool = False
     """the loud part of a recording takes all time steps, so words of fast and of slow speakers get equally long"""
     quiet: float = 0.3
@@ -381,6 +384,9 @@ class Audio(Labelled):
         for name in [*zero.split(), *["noise"] * (self.noise is not None)]:
             if not 0 <= getattr(self, name) < np.inf:
                 raise ValueError(f"--data.{name} must be at least 0 and finite; got {getattr(self, name)}")
+        changed = [name for name in ("fit", "shift", "speed", "tempo", "mixup") if getattr(self, name)]
+        if self.lengths and changed:
+            raise ValueError(f"--data.lengths goes without --data.{changed[0]}, which changes when a recording ends")
         for name, most in (("quiet", 1), ("envelope", self.bands)):
             if getattr(self, name) > most:
                 raise ValueError(f"--data.{name} must be at most {most}; got {getattr(self, name)}")
@@ -420,7 +426,7 @@ class Audio(Labelled):
         return found
 
     def example(self) -> load.Sound:
-        return load.Sound(round(self.seconds * self.rate))
+        return load.Sound(round(self.seconds * self.rate), lengths=self.lengths)
 
     def augment(self, key: Array, batch: Batch, targets: Array) -> tuple[Batch, Array]:
         move, play, later = jax.random.split(key, 3)
@@ -456,11 +462,11 @@ class Audio(Labelled):
                 bands = audio.warp(warp, bands, self.warp, self.rate, low=self.low)
             bands = audio.stretch(stretch, bands, self.tempo, self.pitch)
             bands = audio.mask(mask, bands, self.mask_steps, self.mask_bands, self.masks)
-        if self.code == "bands":
+        if self.code != "bands":
+            bands = encoders.lif(bands) if self.code == "lif" else encoders.level_crossing(bands, self.threshold)
+        if not self.lengths:
             return bands
-        if self.code == "lif":
-            return encoders.lif(bands)
-        return encoders.level_crossing(bands, self.threshold)
+        return nn.Padded(bands, jnp.minimum(audio.steps(batch["length"], window, hop), len(bands)))
 
 
 @dataclass(frozen=True)

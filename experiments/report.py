@@ -12,6 +12,7 @@ from matplotlib import pyplot as plt  # noqa: E402
 
 from snnfuse.data.loader import load  # noqa: E402
 from snnfuse.nn import Recurrent, monitor  # noqa: E402
+from snnfuse.nn.padded import split  # noqa: E402
 
 STEPS = 48  # longer than in training, so that there is something to see
 LAYERS = 5  # in the raster, from the first to the last
@@ -92,7 +93,7 @@ def _rates(axes, rows, paths):
 def _energy(axes, config, model, source):
     """Draw the energy that `monitor.operations` estimates for one sample: 45 nm CMOS, without memory access."""
     batch = next(iter(load([source[0]], config.data.example(), batch=1, shuffle=False, device=False)))
-    xs = config.data.encode(jax.random.key(config.seed), batch, config.model.T)
+    xs = _encoded(config, batch, config.model.T)
     found = {path: of for path, of in monitor.operations(model, xs).items() if of.acs + of.macs}
     names, joules = list(found), np.array([of.joules for of in found.values()])
     spikes = np.array([monitor.Operations(of.acs).joules for of in found.values()])
@@ -121,7 +122,7 @@ def _worst(figure, config, source, logits, labels, count=10):
     axes = figure.subplots(2, -(-len(order) // 2), squeeze=False).ravel()
     for cell, index in zip(axes, order, strict=False):
         batch = next(iter(load([source[int(index)]], config.data.example(), batch=1, shuffle=False, device=False)))
-        xs = np.asarray(config.data.encode(jax.random.key(config.seed), batch, config.model.T))[:, 0]
+        xs = np.asarray(_encoded(config, batch, config.model.T))[:, 0]
         strip = _strip(xs) if hasattr(config.data, "bins") else _picture(xs)
         cell.imshow(strip, cmap="gray_r", aspect="auto" if xs.ndim < 4 else "equal", interpolation="nearest")
         cell.set_title(f"{names[labels[index]]}, {names[int(logits[index].argmax())]}", fontsize=9)
@@ -213,7 +214,7 @@ def _recorded(config, model, batch, T):
     @jax.jit
     def run(state, batch):
         model = nnx.merge(graphdef, state)
-        xs = config.data.encode(jax.random.key(config.seed), batch, T)
+        xs = _encoded(config, batch, T)
         (outs, _), hidden = monitor.record(model, xs)
         last = _shown(hidden)[1]
         return xs, outs, hidden, monitor.record(model, xs, layers=[last], what="state")[1][last]
@@ -251,3 +252,7 @@ def _membranes(axes, spikes, v, threshold):
     axes.set_title(
         "membranes in the last hidden layer, after reset\n(bars are spikes, dashes the threshold)", fontsize=10
     )
+
+
+def _encoded(config, batch, T):
+    return split(config.data.encode(jax.random.key(config.seed), batch, T))[0]

@@ -374,7 +374,8 @@ def _mesh(config):
 def _input_shape(config, source):
     """The shape of the model's input at one step, without T and B."""
     first = next(iter(in_order(config, source, 1)))
-    shape = lambda T: jax.eval_shape(partial(config.data.encode, T=T), jax.random.key(0), first).shape[2:]
+    made = lambda T: jax.eval_shape(partial(config.data.encode, T=T), jax.random.key(0), first)
+    shape = lambda T: jax.tree.leaves(made(T))[0].shape[2:]  # of `nn.Padded` the values
     try:
         found = shape(config.model.T)
     except ValueError as e:

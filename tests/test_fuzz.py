@@ -463,7 +463,9 @@ def sounds(draw):
     return array(draw, shape, -3e4, 3e4, one_of(draw, np.int16, np.int16, np.int32, np.bool_))
 
 
-@case("data.audio.mel_filters", "data.audio.log_mel", "data.audio.loudness", "data.audio.centre", "data.audio.samples")
+@case(
+    *("data.audio." + name for name in ("mel_filters", "log_mel", "loudness", "centre", "samples", "steps")),
+)
 def _(draw):
     sound, rate = sounds(draw), one_of(draw, 8000, 8000, *NUMBER)
     window, hop, bands = one_of(draw, 32, 32, *WHOLE), one_of(draw, 10, *WHOLE), one_of(draw, 4, 4, *WHOLE[:-1])
@@ -472,6 +474,7 @@ def _(draw):
     )
     got = call(audio.log_mel, sound, rate, **options, floor=one_of(draw, 1e-6, *NUMBER))
     assert got.shape == (1 + (sound.shape[-1] - window) // hop, *sound.shape[:-1], bands) and jnp.isfinite(got).all()
+    assert call(audio.steps, sound.shape[-1], window, hop) == len(got)
     level = np.asarray(call(audio.loudness, got, one_of(draw, 7.0, *NUMBER)))
     assert level.shape == got.shape and ((level >= 0) & (level <= 1)).all()
     centred = call(audio.centre, level, one_of(draw, 0.5, *NUMBER))
@@ -588,6 +591,7 @@ def _(draw):
     "data.loader.Images",
     "data.loader.Batches",
     "data.loader.Position",
+    "data.loader.read",
 )
 def _(draw):
     pytest.importorskip("grain", reason="the loader needs the extra `data`")
@@ -595,6 +599,7 @@ def _(draw):
     source = [{"events": recording(draw, sensor, sound=True), "label": k} for k in range(one_of(draw, 0, 3))]
     T, split, dt = one_of(draw, 0, 2, None), one_of(draw, "number", "time", "dt", "x"), one_of(draw, None, 0, 2**31)
     frames = call(loader.Frames, sensor, T, split=split, dt=dt, store=one_of(draw, "bits", "bytes", "b"))
+    assert call(loader.read, source, [0])[0]["label"] == 0 if source else True
     device = call(loader.PackedFrames, sensor, T, 40, split=split, dt=dt)
     options = dict(batch=one_of(draw, 1, 2, 0, -1, 9), epochs=one_of(draw, 1, 0, -1), seed=one_of(draw, 0, -1))
     for example in (frames, device):
@@ -939,6 +944,17 @@ def _(draw):
     stream = call(nn.Stream, layer, step, read=one_of(draw, None, None, 3))
     outs = [call(stream, piece) for piece in (xs[:cut], xs[cut:]) if len(piece) or not cut]
     close(np.concatenate(outs), call(layer, xs)[0])
+
+
+@case("nn.Padded")
+def _(draw):
+    xs, lengths = currents(draw), one_of(draw, [1, 2], [2, 1], [0, 1], [1, 999], [1.0, 2.0], [1], 1)
+    layer = nn.Sequential(nn.Linear(3, 4, rngs=nnx.Rngs(0)), nn.LI(tau=2.0))
+    padded = call(nn.Padded, xs, jnp.asarray(lengths))
+    outs, state = call(layer, padded)
+    alone = [call(layer, xs[:L, b : b + 1])[0] for b, L in enumerate(lengths)]
+    close(call(nn.membrane_last, outs), np.concatenate([np.asarray(x[-1], np.float32) for x in alone]))
+    assert len(padded) == len(xs)
 
 
 @case("nn.TimeConv")

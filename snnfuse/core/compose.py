@@ -106,6 +106,38 @@ class Twice:
         return state, (out, out)
 
 
+class UntilParams(NamedTuple):
+    """Parameters of `Until`: those of the inner neuron, and the number of steps, as floats."""
+
+    inner: PyTree
+    length: Array
+
+
+class UntilState(NamedTuple):
+    """The state of the neuron, and the steps so far."""
+
+    inner: PyTree
+    t: Array
+
+
+@dataclass(frozen=True)
+class Until:
+    """A neuron that stops after `params.length` steps: from then on its state stays as it is, and its outputs are 0."""
+
+    inner: Neuron
+
+    def init_state(self, shape):
+        return UntilState(self.inner.init_state(shape), jnp.zeros(shape, jnp.float32))
+
+    def step(self, params, state, x):
+        goes = state.t < params.length
+        choose = lambda new, old: jnp.where(goes, new, old)
+        x = jax.tree.map(lambda x: choose(x, jnp.zeros_like(x)), x)  # what follows the end may be infinite
+        after, out = self.inner.step(params.inner, state.inner, x)
+        out = jax.tree.map(lambda out: choose(out, jnp.zeros_like(out)), out)
+        return UntilState(jax.tree.map(choose, after, state.inner), state.t + 1), out
+
+
 class CountedState(NamedTuple):
     """The state of the neuron, and the sum of its outputs so far."""
 

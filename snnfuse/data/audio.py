@@ -107,6 +107,11 @@ def log_mel(
     return jnp.moveaxis(jnp.log(floor + jnp.matmul(power, filters, precision="highest")), -2, 0)
 
 
+def steps(length: Array, window: int, hop: int) -> Array:
+    """How many windows of `log_mel` lie inside of recordings of `length` samples, at least 1: integers like `length`."""
+    return jnp.maximum(1, 1 + (jnp.asarray(length) - window) // hop)
+
+
 @partial(jax.jit, static_argnames=("range",))
 def loudness(bands: Array, range: float = 7.0) -> Array:
     """Log bands [T, *B, K] in [0, 1]: 1 is the loudest place of a recording, 0 is `range` below it, or lower.

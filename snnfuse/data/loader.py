@@ -36,6 +36,17 @@ def _augmented(options, sample: dict, rng: np.random.Generator) -> ev.Events:
     return events if options.augment == NONE else options.augment(events, options.sensor, rng)
 
 
+def _with_length(options, made: dict, steps: int) -> dict[str, np.ndarray]:
+    return made | ({"length": np.int32(max(steps, 1))} if options.lengths else {})
+
+
+def _frames_of(options, events: ev.Events) -> int:
+    """The number of frames from the first event to the last."""
+    if options.split != "dt" or not len(events["t"]):
+        return options.T
+    return min(options.T, int(ev.split_by_dt(events["t"], options.dt, None).max()) + 1)
+
+
 def _check_options(options) -> None:
     ev.check_split(options.split, options.T, options.dt)
     ev.at_least("T", options.T, 1)
@@ -49,7 +60,7 @@ class Frames:
 
     `store="bits"` keeps whether there was an event: `frames` is [T, B, n] in a batch. `store="bytes"` keeps how many
     there were: [T, B, H, W, P]. More than 255 are an error, or become 255 with `saturate`. `split`, `dt` and `on_unsorted`
-    are those of `to_frames`.
+    are those of `to_frames`. With `lengths` a batch also has `length` [B], the frames up to the last event, for `nn.Padded`.
     """
 
     axes: ClassVar[dict[str, int]] = {"frames": 1}  # where the batch axis is, if it is not the first
@@ -61,6 +72,7 @@ class Frames:
     saturate: bool = False
     augment: Augment = NONE
     on_unsorted: str = "raise"
+    lengths: bool = False
 
     def __post_init__(self):
         if self.store not in ("bits", "bytes"):
@@ -75,7 +87,8 @@ class Frames:
         events = _augmented(self, sample, rng)
         counts = ev.to_frames(events, self.shape, self.T, split=self.split, dt=self.dt)
         stored = pk.pack_bits(counts) if self.store == "bits" else ev.to_uint8(counts, saturate=self.saturate)
-        return {"frames": stored, "label": np.int32(sample["label"])}
+        made = {"frames": stored, "label": np.int32(sample["label"])}
+        return _with_length(self, made, _frames_of(self, events))
 
     def unpack(self, frames: Array, dtype=jnp.float32) -> Array:
         """[T, B, H, W, P] on the device, from a batch's `frames`; call it inside the jitted step."""
@@ -88,7 +101,7 @@ class Frames:
 class PackedFrames:
     """Recordings as events, padded to `size` events. The device makes the frames. An event takes 8 bytes.
 
-    It is cheaper than `Frames` if T is large and events are few, and it needs less of the workers' time.
+    It is cheaper than `Frames` if T is large and events are few, and it needs less of the workers' time. `lengths` as there.
     """
 
     sensor: Sensor
@@ -98,6 +111,7 @@ class PackedFrames:
     dt: int | None = None
     augment: Augment = NONE
     on_unsorted: str = "raise"
+    lengths: bool = False
 
     def __post_init__(self):
         _check_options(self)
@@ -106,7 +120,8 @@ class PackedFrames:
     def __call__(self, sample: dict, rng: np.random.Generator) -> dict[str, np.ndarray]:
         events = _augmented(self, sample, rng)
         packed = pk.pack_events(events, self.augment.sensor(self.sensor), self.size)
-        return {"frames": packed, "label": np.int32(sample["label"])}
+        made = {"frames": packed, "label": np.int32(sample["label"])}
+        return _with_length(self, made, _frames_of(self, events))
 
     def unpack(self, frames: Array, dtype=jnp.float32) -> Array:
         """[T, B, H, W, P] on the device, from a batch's `frames` [B, size, 2]; call it inside the jitted step."""
@@ -144,37 +159,40 @@ class Images:
 class Sound:
     """Recordings of sound, cut after `size` samples or filled with silence: int16 [B, size] in a batch.
 
-    `snnfuse.data.audio` makes mel bands of them on the device, and changes them at random in training.
+    `snnfuse.data.audio` makes mel bands of them on the device, and changes them at random in training. With `lengths` a batch also
+    has `length` [B], the samples of each recording; `audio.steps` makes steps of them.
     """
 
     size: int
+    lengths: bool = False
 
     def __post_init__(self):
         ev.at_least("size", self.size, 1)
 
     def __call__(self, sample: dict, rng: np.random.Generator) -> dict[str, np.ndarray]:
         audio = sample["audio"][: self.size]
-        return {"audio": np.pad(audio, (0, self.size - len(audio))), "label": np.int32(sample["label"])}
+        made = {"audio": np.pad(audio, (0, self.size - len(audio))), "label": np.int32(sample["label"])}
+        return _with_length(self, made, len(audio))
 
 
 @dataclass(frozen=True)
 class Signals:
     """Signals of several channels, cut after `size` steps or followed by zeros: float32 [B, size, C] in a batch.
 
-    `snnfuse.data.signals` makes windows of them on the device, and changes them at random in training.
+    `snnfuse.data.signals` makes windows of them on the device, and changes them at random in training. With `lengths` a batch also has
+    `length` [B], the steps of each signal.
     """
 
     size: int
+    lengths: bool = False
 
     def __post_init__(self):
         ev.at_least("size", self.size, 1)
 
     def __call__(self, sample: dict, rng: np.random.Generator) -> dict[str, np.ndarray]:
         signal = sample["signal"][: self.size].astype(np.float32)
-        return {
-            "signal": np.pad(signal, ((0, self.size - len(signal)), (0, 0))),
-            "label": np.int32(sample["label"]),
-        }
+        padded = np.pad(signal, ((0, self.size - len(signal)), (0, 0)))
+        return _with_length(self, {"signal": padded, "label": np.int32(sample["label"])}, len(signal))
 
 
 def read(source: Sequence[dict], indices: list[int]) -> list[dict]:

@@ -8,6 +8,7 @@ from snnfuse.nn import summary as _summary  # noqa: F401  for nnx.tabulate
 from snnfuse.nn.delay import Delay, DelayedLinear, sharpen
 from snnfuse.nn.linear import Conv, Linear
 from snnfuse.nn.norm import BatchNorm, NormSpiking
+from snnfuse.nn.padded import Padded
 from snnfuse.nn.pool import max_pool, mean_pool
 from snnfuse.nn.precision import PrecisionPolicy
 from snnfuse.nn.psn import PSN, MaskedPSN, SlidingPSN
@@ -54,6 +55,7 @@ __all__ = [
     "MaskedPSN",
     "NormSpiking",
     "PackSpikes",
+    "Padded",
     "ParametricLIF",
     "PrecisionPolicy",
     "Quantised",

@@ -18,9 +18,10 @@ import jax.numpy as jnp
 from flax import nnx
 from jax import Array, lax
 
+from snnfuse.nn.padded import join, split
 from snnfuse.nn.spikes import Spikes, values
 from snnfuse.nn.spiking import Fixed
-from snnfuse.nn.temporal import Temporal, whole_steps, with_past
+from snnfuse.nn.temporal import Temporal, last_steps, whole_steps, with_past
 
 _lecun_normal = nnx.initializers.lecun_normal()
 
@@ -63,7 +64,7 @@ class _Delayed(Temporal):
         return g / g.sum(0)
 
     def init_state(self, xs: Array | Spikes) -> Array:
-        xs = values(xs)
+        xs = values(split(xs)[0])
         return jnp.zeros((self.max_delay, *xs.shape[1:]), xs.dtype)
 
     def _window(self, xs, state, features):
@@ -92,12 +93,13 @@ class Delay(_Delayed):
         self.features = features
 
     def __call__(self, xs: Array | Spikes, state: Array | None = None) -> tuple[Array, Array]:
+        xs, lengths = split(xs)
         xs = values(xs)
         window, taps, T = self._window(xs, state, self.features), self.taps, len(xs)
         wide = window.astype(jnp.promote_types(xs.dtype, jnp.float32))
         late = lambda k: wide[self.max_delay - k : self.max_delay - k + T]
         outs = sum(taps[k].astype(wide.dtype) * late(k) for k in range(self.max_delay + 1))
-        return outs.astype(xs.dtype), window[T:]
+        return join(outs.astype(xs.dtype), lengths), last_steps(window, self.max_delay, lengths)
 
 
 class DelayedLinear(_Delayed):
@@ -135,8 +137,9 @@ class DelayedLinear(_Delayed):
         self.bias = nnx.Param(jnp.zeros(out_features, jnp.float32)) if use_bias else None
 
     def __call__(self, xs: Array | Spikes, state: Array | None = None) -> tuple[Array, Array]:
+        xs, lengths = split(xs)
         xs = values(xs)
-        window, T = self._window(xs, state, self.in_features), len(xs)
+        window = self._window(xs, state, self.in_features)
         dtype = self.dtype or xs.dtype
         kernel = (self.kernel[...] * self.taps)[::-1].astype(dtype)
         flat = window.reshape(len(window), -1, self.in_features).astype(dtype)  # [steps, B, I]
@@ -145,7 +148,8 @@ class DelayedLinear(_Delayed):
         outs = lax.conv_general_dilated(flat, kernel, (1,), "VALID", **options)
         if self.bias is not None:
             outs = outs + self.bias[...].astype(dtype)
-        return outs.reshape(*xs.shape[:-1], self.out_features), window[T:]
+        outs = outs.reshape(*xs.shape[:-1], self.out_features)
+        return join(outs, lengths), last_steps(window, self.max_delay, lengths)
 
 
 def sharpen(model: nnx.Module, sigma: float | Array) -> None:

@@ -13,6 +13,7 @@ from snnfuse.core.compose import Affine, AffineParams, Connect, Gated, GatedPara
 from snnfuse.core.neuron import PyTree
 from snnfuse.core.neurons import LI
 from snnfuse.nn import rows
+from snnfuse.nn.padded import Padded, join, real_steps, split, until_end
 from snnfuse.nn.spikes import Spikes, differentiable, values
 from snnfuse.nn.spiking import Spiking
 from snnfuse.nn.temporal import Temporal, Timeless
@@ -60,8 +61,13 @@ class BatchNorm(Timeless, nnx.BatchNorm):
         """Whether it runs in the kernel of `NormSpiking`, which takes one scale for all steps."""
         return not self.per_step
 
-    def affine(self, xs: Array) -> tuple[Array, Array]:
-        """(scale, shift) of y = scale x + shift, float32 [N] ([T, 1, ..., N] if per_step); updates the running averages."""
+    mixes_steps = True
+
+    def affine(self, xs: Array, lengths: Array | None = None) -> tuple[Array, Array]:
+        """(scale, shift) of y = scale x + shift, float32 [N] ([T, 1, ..., N] if per_step); updates the running averages.
+
+        With `lengths` [B] the statistics are those of the steps before the end of each sequence.
+        """
         if xs.ndim < 3 or xs.shape[-1] != self.num_features:
             raise ValueError(f"xs must be [T, B, ..., {self.num_features}]; got {xs.shape}")
         if xs.size == 0:
@@ -71,68 +77,89 @@ class BatchNorm(Timeless, nnx.BatchNorm):
         if self.use_running_average:
             mean, var = self.mean[...], self.var[...]
         else:
-            mean, var = self._statistics(xs)
+            mean, var = self._statistics(xs, real_steps(lengths, xs.shape))
         like = lambda variable: variable[...].reshape(*(1,) * (mean.ndim - 1), -1)
         scale = lax.rsqrt(var + self.epsilon) * self.gain * like(self.scale)
         return scale, like(self.bias) - mean * scale
 
-    def _statistics(self, xs):
-        mean, var = _moments(xs, self.per_step, self.axis_name)
-        n = xs.size / mean.size * (1 if self.axis_name is None else lax.axis_size(self.axis_name))
-        for average, now in ((self.mean, mean), (self.var, var * (n / max(1, n - 1)))):
+    def _statistics(self, xs, real):
+        if real is not None and self.per_step:
+            raise NotImplementedError("a BatchNorm with per_step=True takes no sequences of other lengths, nn.Padded")
+        mean, var, n = _moments(xs, self.per_step, self.axis_name, real)
+        unbiased = n / max(1, n - 1) if real is None else n / jnp.maximum(1, n - 1)
+        for average, now in ((self.mean, mean), (self.var, var * unbiased)):
             now = lax.stop_gradient(now.reshape(-1, self.num_features).mean(0))
             average[...] = self.momentum * average[...] + (1 - self.momentum) * now
         return mean, var
 
-    def __call__(self, xs: Array | Spikes) -> Array:
+    def __call__(self, xs: Array | Spikes | Padded) -> Array | Padded:
+        xs, lengths = split(xs)
         xs = values(xs)
-        scale, shift = (jnp.broadcast_to(a, xs.shape) for a in self.affine(xs))
-        return (xs.astype(jnp.float32) * scale + shift).astype(xs.dtype)
+        scale, shift = (jnp.broadcast_to(a, xs.shape) for a in self.affine(xs, lengths))
+        return join((xs.astype(jnp.float32) * scale + shift).astype(xs.dtype), lengths)
 
 
-def _moments(xs, per_step, axis_name):
-    """(mean, variance), float32, of xs [T, B, ..., N] over all axes but the last (and the first if `per_step`), and `axis_name`.
+def _moments(xs, per_step, axis_name, real):
+    """(mean, variance, the number of values), float32, of xs [T, B, ..., N] over all axes but the last (and the first if `per_step`),
+    and `axis_name`. `real` [T, B, ...] leaves out the steps where it is False; None takes all.
 
         mean = c + E[x - c];   variance = E[(x - c)^2] - E[x - c]^2
 
     xs is read once. With c = 0 the difference of squares would lose the digits of a variance that is small beside mean^2. So
     c is a value of the channel itself, the one in the middle: it is k deviations from the mean in less than 1 / k^2 of all
     choices (Chebyshev), and the relative error of the variance is about k^2 6e-8. Devices have their own c; their means and
-    variances are joined by mean = E[m] and variance = E[v + (m - mean)^2].
+    variances are joined by mean = E[m] and variance = E[v + (m - mean)^2], weighted by the number of values of each.
 
     Chan, Golub and LeVeque 1983, https://doi.org/10.1080/00031305.1983.10483115.
     """
-    mean, var = _own_moments(xs, tuple(range(1 if per_step else 0, xs.ndim - 1)))
+    mean, var = _own_moments(xs, real, tuple(range(1 if per_step else 0, xs.ndim - 1)))
+    n = _count(xs, real, mean)
     if axis_name is not None:  # each device writes into its own place, so that one sum sends all means and variances
         place, count = lax.axis_index(axis_name), lax.axis_size(axis_name)
         both = jnp.stack([mean, var])
         means, variances = lax.psum(jnp.zeros((count, *both.shape)).at[place].set(both), axis_name).swapaxes(0, 1)
-        mean = means.mean(0)
-        var = (variances + (means - mean) ** 2).mean(0)
-    return (mean, var) if per_step else (mean.reshape(-1), var.reshape(-1))
+        if real is None:
+            average, n = (lambda x: x.mean(0)), n * count
+        else:
+            each = lax.psum(jnp.zeros(count).at[place].set(n), axis_name)
+            n = each.sum()
+            average = lambda x: (x * (each / n).reshape(-1, *(1,) * (x.ndim - 1))).sum(0)
+        mean = average(means)
+        var = average(variances + (means - mean) ** 2)
+    return (mean, var, n) if per_step else (mean.reshape(-1), var.reshape(-1), n)
 
 
-@partial(jax.custom_vjp, nondiff_argnums=(1,))
-def _own_moments(xs, axes):
-    middle = tuple(slice(n // 2, n // 2 + 1) if i in axes else slice(None) for i, n in enumerate(xs.shape))
+def _count(xs, real, mean):
+    """The number of values that each mean is of."""
+    all_values = xs.size / mean.size
+    return all_values if real is None else real.sum(dtype=jnp.float32) * (all_values / real.size)
+
+
+@partial(jax.custom_vjp, nondiff_argnums=(2,))
+def _own_moments(xs, real, axes):
+    middle = [slice(n // 2, n // 2 + 1) if i in axes else slice(None) for i, n in enumerate(xs.shape)]
+    if real is not None:
+        middle[0] = slice(1)  # a step of every sequence
+    middle = tuple(middle)
     x = xs.astype(jnp.float32)
     # a sharded axis cannot be sliced where a mesh has explicit axes; there, the mean is taken first, which reads xs twice
     c = x.mean(axes, keepdims=True) if jax.typeof(xs).sharding.mesh.explicit_axes else xs[middle].astype(jnp.float32)
-    away = x - c
-    first, square = (a.mean(axes, keepdims=True) for a in (away, away * away))
+    away = x - c if real is None else jnp.where(real, x - c, 0)
+    part = 1 if real is None else real.sum(dtype=jnp.float32) / real.size  # of the values that count
+    first, square = (a.mean(axes, keepdims=True) / part for a in (away, away * away))
     return c + first, jnp.maximum(square - first * first, 0)
 
 
-def _own_moments_forward(xs, axes):
-    mean, var = _own_moments(xs, axes)
-    return (mean, var), (xs, mean)
+def _own_moments_forward(xs, real, axes):
+    mean, var = _own_moments(xs, real, axes)
+    return (mean, var), (xs, real, mean)
 
 
 def _own_moments_backward(axes, kept, cotangents):
     """d mean / dx = 1 / n and d variance / dx = 2 (x - mean) / n. JAX's own would also keep x - c, as large as xs."""
-    (xs, mean), (d_mean, d_var) = kept, cotangents
-    d_xs = (d_mean + 2 * d_var * (xs.astype(jnp.float32) - mean)) / (xs.size / mean.size)
-    return (d_xs.astype(xs.dtype),)
+    (xs, real, mean), (d_mean, d_var) = kept, cotangents
+    d_xs = (d_mean + 2 * d_var * (xs.astype(jnp.float32) - mean)) / _count(xs, real, mean)
+    return (d_xs if real is None else jnp.where(real, d_xs, 0)).astype(xs.dtype), None
 
 
 _own_moments.defvjp(_own_moments_forward, _own_moments_backward)
@@ -205,16 +232,19 @@ class NormSpiking(Temporal):
         self.connect, self.pack = connect, pack
 
     def init_state(self, xs: PyTree) -> PyTree:
-        return self.neuron.init_state(values(xs))
+        return self.neuron.init_state(xs)
 
-    def __call__(self, xs: Array | Spikes, state: PyTree | None = None, shortcut: Array | Spikes | None = None):
-        neuron, params, inputs, out_dtype = self._assembled(values(xs), shortcut)
+    def __call__(
+        self, xs: Array | Spikes | Padded, state: PyTree | None = None, shortcut: Array | Spikes | Padded | None = None
+    ):
+        (xs, lengths), (shortcut, _) = split(xs), split(shortcut)
+        neuron, params, inputs, out_dtype = self._assembled(values(xs), shortcut, lengths)
         if self.pack:
             neuron, out_dtype = Twice(neuron), (out_dtype, Packed(8))
         options = dict(implementation=self.neuron.implementation, out_dtype=out_dtype, reuse_cotangents=True)
         params, state, inputs = differentiable(self.neuron.out_dtype, (params, state, inputs))
-        outs, state = self.neuron.unroll(neuron, params, state, inputs, **options)
-        return (Spikes(*outs) if self.pack else outs), state
+        outs, state = until_end(self.neuron.unroll, lengths)(neuron, params, state, inputs, **options)
+        return join(Spikes(*outs) if self.pack else outs, lengths), state
 
     def explain(self, xs: Array, shortcut: Array | None = None) -> Explanation:
         """`snnfuse.explain` of a call; its `before` says what of the normalisations does not run in the kernel.
@@ -240,7 +270,7 @@ class NormSpiking(Temporal):
                 )
         return replace(found[0], before=tuple(outside))
 
-    def _assembled(self, xs, shortcut) -> tuple[Any, Any, Any, Any]:
+    def _assembled(self, xs, shortcut, lengths=None) -> tuple[Any, Any, Any, Any]:
         """(neuron, params, inputs, out_dtype) for the one call of `unroll` that computes the whole layer."""
         if shortcut is not None and values(shortcut).shape != xs.shape:
             raise ValueError(f"shortcut must have the shape of xs, {xs.shape}; got {values(shortcut).shape}")
@@ -256,9 +286,9 @@ class NormSpiking(Temporal):
             if isinstance(norm, nnx.LayerNorm | nnx.RMSNorm):
                 x, scale, shift = rows.affine(norm, x)
             elif norm is not None and norm.fused:
-                scale, shift = norm.affine(x)
+                scale, shift = norm.affine(x, lengths)
             elif norm is not None:
-                x = norm(x)
+                x = split(norm(join(x, lengths)))[0]
             inputs.append(x)
             scales.append(scale)
             shifts.append(shift)

@@ -12,9 +12,10 @@ from flax import nnx
 from jax import Array
 
 from snnfuse.core.surrogate import ATan, spike
+from snnfuse.nn.padded import join, split
 from snnfuse.nn.spikes import Spikes, values
 from snnfuse.nn.spiking import Fixed
-from snnfuse.nn.temporal import Temporal, Timeless, whole_steps, with_past
+from snnfuse.nn.temporal import Temporal, Timeless, last_steps, whole_steps, with_past
 from snnfuse.ops.check import check_choice
 
 _ATAN = ATan()
@@ -48,6 +49,8 @@ class PSN(Timeless):
         bound = 1 / sqrt(self.T)
         self.weight = nnx.Param(jax.random.uniform(rngs.params(), (self.T, self.T), jnp.float32, -bound, bound))
         self.threshold = nnx.Param(jnp.ones(self.T, jnp.float32))
+
+    mixes_steps = True
 
     def _weight(self):
         return self.weight[...]
@@ -109,13 +112,15 @@ class SlidingPSN(Temporal):
         self.threshold = nnx.Param(jnp.ones((), jnp.float32))
 
     def init_state(self, xs: Array | Spikes) -> Array:
-        xs = values(xs)
+        xs = values(split(xs)[0])
         return jnp.zeros((self.order - 1, *xs.shape[1:]), xs.dtype)
 
     def __call__(self, xs: Array | Spikes, state: Array | None = None) -> tuple[Array, Array]:
+        xs, lengths = split(xs)
         xs = _floats(xs)
         window, T, weight = with_past(xs, state, self.order - 1), len(xs), self.weight[...]
         wide = window.astype(jnp.promote_types(xs.dtype, weight.dtype))
         late = lambda k: wide[self.order - 1 - k : self.order - 1 - k + T]
         h = sum(weight[k].astype(wide.dtype) * late(k) for k in range(self.order))
-        return spike(h - self.threshold[...].astype(h.dtype), self.surrogate).astype(xs.dtype), window[T:]
+        outs = spike(h - self.threshold[...].astype(h.dtype), self.surrogate).astype(xs.dtype)
+        return join(outs, lengths), last_steps(window, self.order - 1, lengths)

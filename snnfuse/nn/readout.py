@@ -1,6 +1,6 @@
 """Readouts: one value per neuron from its whole sequence, [T, *B, N] -> [*B, N].
 
-If the sequences of a batch end at different steps, `lengths` [B] are their numbers of steps, integers from 1 to T. Then a
+If the sequences of a batch end at different steps, give `Padded`, or `lengths` [B]: their numbers of steps, integers from 1 to T. Then a
 readout is what it would be for each sequence alone, whatever follows its end. B is the first axis after T.
 """
 
@@ -8,31 +8,16 @@ import jax
 import jax.numpy as jnp
 from jax import Array
 
+from snnfuse.nn.padded import Padded, real_steps, split
 from snnfuse.nn.spikes import Spikes, values
 
 
-def _steps(name: str, sequence: Array | Spikes) -> Array:
+def _steps(name: str, sequence: Array | Spikes | Padded, lengths: Array | None) -> tuple[Array, Array | None]:
+    sequence, lengths = split(sequence, lengths)
     sequence = jnp.asarray(values(sequence))
     if not sequence.ndim or not len(sequence):
         raise ValueError(f"{name} must be [T, *B, N] with T >= 1; got shape {sequence.shape}")
-    return sequence
-
-
-def real_steps(lengths: Array | None, shape: tuple[int, ...]) -> Array | None:
-    """[T, B, 1, ...], whether each step of [T, B, ...] comes before the end of its sequence; None without `lengths`.
-
-    Lengths outside of 1..T raise ValueError. Inside of `jit` there is no value to look at; there, they count as 1 or T.
-    """
-    if lengths is None:
-        return None
-    lengths = jnp.asarray(lengths)
-    if len(shape) < 2 or lengths.shape != shape[1:2] or not jnp.issubdtype(lengths.dtype, jnp.integer):
-        wanted = f"integers of shape {shape[1:2]}, one for each sequence of {shape}"
-        raise ValueError(f"lengths must be {wanted}; got {lengths.dtype} of shape {lengths.shape}")
-    if not isinstance(lengths, jax.core.Tracer) and ((lengths < 1) | (lengths > shape[0])).any():
-        raise ValueError(f"lengths must be from 1 to T = {shape[0]}; got {int(lengths.min())} to {int(lengths.max())}")
-    t = jnp.arange(shape[0])[:, None]
-    return (t < jnp.maximum(lengths, 1)).reshape(*shape[:2], *(1,) * (len(shape) - 2))
+    return sequence, lengths
 
 
 def _mean(x, lengths):
@@ -43,13 +28,13 @@ def _mean(x, lengths):
     return jnp.sum(jnp.where(real, x, jnp.zeros((), x.dtype)), axis=0, dtype=jnp.float32) / real.sum(0)
 
 
-def spike_rate(spikes: Array | Spikes, lengths: Array | None = None) -> Array:
+def spike_rate(spikes: Array | Spikes | Padded, lengths: Array | None = None) -> Array:
     """Spikes per step, in float32; the spikes may have any dtype, bool and int8 too.
 
     An unsigned integer above 1 is no spike, but a word of a `Packed` output: it raises ValueError, and inside of `jit`, where
     there is no value to look at, its rate is NaN.
     """
-    x = _steps("spikes", spikes)
+    x, lengths = _steps("spikes", spikes, lengths)
     rate = _mean(x, lengths)
     if not jnp.issubdtype(x.dtype, jnp.unsignedinteger):
         return rate
@@ -62,21 +47,21 @@ def spike_rate(spikes: Array | Spikes, lengths: Array | None = None) -> Array:
     return jnp.where(words, jnp.nan, rate)
 
 
-def membrane_mean(v: Array, lengths: Array | None = None) -> Array:
+def membrane_mean(v: Array | Padded, lengths: Array | None = None) -> Array:
     """The mean of v over T, in float32."""
-    return _mean(_steps("v", v), lengths)
+    return _mean(*_steps("v", v, lengths))
 
 
-def membrane_max(v: Array, lengths: Array | None = None) -> Array:
+def membrane_max(v: Array | Padded, lengths: Array | None = None) -> Array:
     """The largest v over T."""
-    v = _steps("v", v)
+    v, lengths = _steps("v", v, lengths)
     real = real_steps(lengths, v.shape)
     return jnp.max(v if real is None else jnp.where(real, v, v[:1]), axis=0)
 
 
-def membrane_last(v: Array, lengths: Array | None = None) -> Array:
+def membrane_last(v: Array | Padded, lengths: Array | None = None) -> Array:
     """v at the last step."""
-    v = _steps("v", v)
+    v, lengths = _steps("v", v, lengths)
     if (real := real_steps(lengths, v.shape)) is None:
         return v[-1]
     last = jnp.broadcast_to(real.sum(0, keepdims=True) - 1, (1, *v.shape[1:]))

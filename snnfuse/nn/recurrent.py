@@ -9,6 +9,7 @@ import jax.numpy as jnp
 from flax import nnx
 from jax import Array
 
+from snnfuse.nn.padded import ends, join, split, until_end
 from snnfuse.nn.spikes import differentiable, values
 from snnfuse.nn.spiking import Fixed, Spiking
 from snnfuse.nn.temporal import Temporal, Timeless
@@ -70,22 +71,16 @@ class Recurrent(Temporal):
     unroll = staticmethod(partial(unroll_recurrent))  # this runs the layer; a monitor replaces it
 
     def init_state(self, xs: Array) -> RecurrentState:
-        return RecurrentState(self.neuron.init_state(xs), jnp.zeros(values(xs).shape[1:], jnp.float32))
+        return RecurrentState(self.neuron.init_state(xs), jnp.zeros(values(split(xs)[0]).shape[1:], jnp.float32))
 
     def __call__(self, xs: Array, state: RecurrentState | None = None) -> tuple[Array, RecurrentState]:
         weight = self.weight[...] if self.mask is None else self.weight[...] * self.mask[...]
+        xs, lengths = split(xs)
         inputs = self.neuron.params, state, values(xs), weight
         params, state, xs, weight = differentiable(self.neuron.out_dtype, inputs)
-        return self.unroll(
-            self.neuron.neuron,
-            params,
-            state,
-            xs,
-            weight=weight,
-            precision=self.precision,
-            implementation=self.neuron.implementation,
-            out_dtype=self.neuron.out_dtype,
-        )
+        options = dict(precision=self.precision, implementation=self.neuron.implementation)
+        options |= dict(weight=weight, out_dtype=self.neuron.out_dtype)
+        return _unroll(self.unroll, lengths, self.neuron.neuron, params, state, xs, **options)
 
 
 class Feedback(Temporal):
@@ -126,14 +121,28 @@ class Feedback(Temporal):
     unroll = staticmethod(partial(unroll_through))  # this runs the layer; a monitor replaces it
 
     def init_state(self, xs: Array) -> RecurrentState:
-        return RecurrentState(self.neuron.init_state(xs), jnp.zeros(values(xs).shape[1:], jnp.float32))
+        return RecurrentState(self.neuron.init_state(xs), jnp.zeros(values(split(xs)[0]).shape[1:], jnp.float32))
 
     def __call__(self, xs: Array, state: RecurrentState | None = None) -> tuple[Array, RecurrentState]:
         graph, weights = nnx.split(self.layer)
+        xs, lengths = split(xs)
         inputs = self.neuron.params, state, values(xs), nnx.to_pure_dict(weights)
         params, state, xs, weights = differentiable(self.neuron.out_dtype, inputs)
         options = dict(connect=_Layer(graph), weights=weights, out_dtype=self.neuron.out_dtype)
-        return self.unroll(self.neuron.neuron, params, state, xs, **options)
+        return _unroll(self.unroll, lengths, self.neuron.neuron, params, state, xs, **options)
+
+
+def _unroll(unroll, lengths, neuron, params, state, xs, **options):
+    if lengths is None:
+        return unroll(neuron, params, state, xs, **options)
+    fed = jnp.zeros(xs.shape[1:], jnp.float32) if state is None else state.fed
+
+    def inside(neuron, params, given, xs, **options):
+        outs, after = unroll(neuron, params, None if state is None else RecurrentState(given, fed), xs, **options)
+        return outs, after.neuron
+
+    outs, after = until_end(inside, lengths)(neuron, params, None if state is None else state.neuron, xs, **options)
+    return join(outs, lengths), RecurrentState(after, ends(outs, fed, lengths).astype(fed.dtype))
 
 
 @dataclass(frozen=True)

@@ -9,6 +9,7 @@ import jax.numpy as jnp
 from jax import Array
 
 from snnfuse.core.neuron import PyTree
+from snnfuse.nn.padded import Padded
 from snnfuse.ops.packing import Packed, pack, unpack
 
 
@@ -40,7 +41,9 @@ class Spikes:
 
 
 def values(x: Array | Spikes | None) -> Array | None:
-    """The values of `Spikes`; anything else is returned as it is."""
+    """The values of `Spikes`; anything else is returned as it is. Layers that take `Padded` split it before."""
+    if isinstance(x, Padded):
+        raise NotImplementedError("this layer or function takes no sequences of other lengths, nn.Padded")
     return x.values if isinstance(x, Spikes) else x
 
 

@@ -20,6 +20,7 @@ from jax import Array
 
 from snnfuse.core import neurons
 from snnfuse.core.neuron import Neuron, PyTree, WithState
+from snnfuse.nn.padded import join, split, until_end
 from snnfuse.nn.spikes import differentiable, values
 from snnfuse.nn.temporal import Temporal
 from snnfuse.ops.api import unroll
@@ -135,12 +136,14 @@ class Spiking(Temporal):
         return self.params_type(*(v[...] if isinstance(v, nnx.Variable) else v for v in values))
 
     def init_state(self, xs: PyTree) -> PyTree:
-        return self.neuron.init_state(jax.tree.leaves(values(xs))[0].shape[1:])
+        return self.neuron.init_state(jax.tree.leaves(values(split(xs)[0]))[0].shape[1:])
 
     def __call__(self, xs: PyTree, state: PyTree | None = None) -> tuple[PyTree, PyTree]:
         options = dict(implementation=self.implementation, out_dtype=self.out_dtype)
+        xs, lengths = split(xs)
         params, state, xs = differentiable(self.out_dtype, (self.params, state, values(xs)))
-        return self.unroll(self.neuron, params, state, xs, **options)
+        outs, state = until_end(self.unroll, lengths)(self.neuron, params, state, xs, **options)
+        return join(outs, lengths), state
 
     def trace(self, xs: Array, state: PyTree | None = None) -> tuple[tuple[Array, PyTree], PyTree]:
         """Like a call, and also returns the state after every step: ((outs, states), state), `states` float32 [T, *B, N]."""

@@ -5,7 +5,6 @@ from flax import nnx
 from jax import Array
 
 from snnfuse.nn.norm import BatchNorm
-from snnfuse.nn.spikes import Spikes, values
 
 
 class TEBN(BatchNorm):
@@ -35,15 +34,10 @@ class TEBN(BatchNorm):
     def fused(self) -> bool:
         return False
 
-    def affine(self, xs: Array) -> tuple[Array, Array]:
+    def affine(self, xs: Array, lengths: Array | None = None) -> tuple[Array, Array]:
         """(scale, shift) of y = scale x + shift, float32 [T, 1, ..., N]; updates the running averages."""
         if len(xs) != len(self.step_scale[...]):
             raise ValueError(f"xs must have T = {len(self.step_scale[...])} steps; got {len(xs)}")
-        scale, shift = super().affine(xs)
+        scale, shift = (a.reshape(*(1,) * (xs.ndim - 1), -1) for a in super().affine(xs, lengths))
         weight = self.step_scale[...].reshape(-1, *(1,) * (xs.ndim - 1))
         return weight * scale, weight * shift
-
-    def __call__(self, xs: Array | Spikes) -> Array:
-        xs = values(xs)
-        scale, shift = self.affine(xs)
-        return (xs.astype(jnp.float32) * scale + shift).astype(xs.dtype)

@@ -10,6 +10,7 @@ from flax import nnx
 from jax import Array, lax
 
 from snnfuse.core.neuron import PyTree
+from snnfuse.nn.padded import Padded, join, real_steps, split, take
 from snnfuse.nn.spikes import Spikes, values
 from snnfuse.ops.packing import Packed
 
@@ -30,6 +31,11 @@ def with_past(xs: Array, state: Array | None, steps: int) -> Array:
     return jnp.concatenate([state.astype(xs.dtype), xs])
 
 
+def last_steps(window: Array, steps: int, lengths: Array | None) -> Array:
+    """The last `steps` steps of each sequence of `with_past`, [steps, ...]: the state after it."""
+    return window[len(window) - steps :] if lengths is None else take(window, lengths, steps)
+
+
 class Temporal(nnx.Module):
     """A layer that runs along time: it takes xs [T, B, ...] and a state, and returns outputs and the state after the last step.
 
@@ -47,7 +53,12 @@ class Temporal(nnx.Module):
 
 
 class Timeless(nnx.Module):
-    """A layer without a state along time that takes [T, B, ...] whole, or `Spikes`: [..., in] -> [..., out]."""
+    """A layer without a state along time that takes [T, B, ...] whole, or `Spikes`: [..., in] -> [..., out].
+
+    One that sets `mixes_steps`, such as BatchNorm, looks at several steps at once; in a `Sequential` it is given `Padded` as it is.
+    """
+
+    mixes_steps = False
 
 
 class Folded(nnx.Module):
@@ -151,7 +162,8 @@ class Remat(Temporal):
 
     def __call__(self, xs: PyTree, state: PyTree | None = None) -> tuple[PyTree, PyTree]:
         def run(layer, xs, state):
-            return layer(xs.from_bits() if isinstance(xs, Spikes) else xs, state)
+            xs, lengths = split(xs)
+            return layer(join(xs.from_bits() if isinstance(xs, Spikes) else xs, lengths), state)
 
         return nnx.remat(run)(self.layer, xs, state)
 
@@ -197,11 +209,12 @@ class Pieces(Temporal):
                 f"out_dtype of layer must not be Packed, because words of pieces cannot be joined; got {packed}. "
                 "nn.PackSpikes() after nn.Pieces stores bits"
             )
+        xs, lengths = split(xs)
         xs = values(xs)
-        lengths = {x.shape[0] if x.ndim else 0 for x in jax.tree.leaves(xs)}
-        if len(lengths) != 1 or 0 in lengths:
-            raise ValueError(f"xs must be arrays [T, B, ...] of one T, at least 1; got lengths {sorted(lengths)}")
-        T = lengths.pop()
+        sizes = {x.shape[0] if x.ndim else 0 for x in jax.tree.leaves(xs)}
+        if len(sizes) != 1 or 0 in sizes:
+            raise ValueError(f"xs must be arrays [T, B, ...] of one T, at least 1; got lengths {sorted(sizes)}")
+        T = sizes.pop()
         state = self.init_state(jax.tree.map(lambda x: x[: self.length], xs)) if state is None else state
         graphdef, params, random, others = nnx.split(self.layer, nnx.Param, nnx.RngState, ...)
 
@@ -211,26 +224,31 @@ class Pieces(Temporal):
             state = lax.stop_gradient(state) if self.truncate else state
             here = jax.tree.map(lambda x: x, (params, random))  # variables of this trace
             layer = nnx.merge(graphdef, *here, others)
-            outs, state = layer(piece, state)
-            steps = jax.tree.leaves(piece)[0].shape[0]
+            outs, state = layer(join(*piece), state)
+            outs, steps = split(outs)[0], jax.tree.leaves(piece)[0].shape[0]
             if bad := [x.shape for x in jax.tree.leaves(values(outs)) if x.shape[:1] != (steps,)]:
                 raise ValueError(f"layer must return arrays [T, B, ...], with T = {steps} in a piece; got {bad[0]}")
             _, random_after, others = nnx.state(layer, nnx.Param, nnx.RngState, ...)
             return (state, others, random_after), outs
 
         carry, parts, count = (state, others, random), [], T // self.length
+        begins = jnp.arange(count + 1)[:, None] * self.length
+        left = (
+            None if lengths is None else jnp.clip(jnp.asarray(lengths) - begins, 0, self.length)
+        )  # steps in each piece
         if count:
             cut = lambda x: x[: count * self.length].reshape(count, self.length, *x.shape[1:])
-            carry, outs = lax.scan(run, carry, jax.tree.map(cut, xs))
+            carry, outs = lax.scan(run, carry, (jax.tree.map(cut, xs), None if left is None else left[:-1]))
             parts.append(jax.tree.map(lambda x: x.reshape(-1, *x.shape[2:]), outs))
         if T % self.length:
-            carry, outs = run(carry, jax.tree.map(lambda x: x[count * self.length :], xs))
+            rest = jax.tree.map(lambda x: x[count * self.length :], xs)
+            carry, outs = run(carry, (rest, None if left is None else left[-1]))
             parts.append(outs)
         state, others, random = carry
         nnx.update(self.layer, random, others)
         outs = jax.tree.map(lambda *x: jnp.concatenate(x), *parts)
         # a byte of bits holds 8 steps, which need not end where a piece ends: the bits are packed anew
-        return Spikes.of(outs.values) if isinstance(outs, Spikes) else outs, state
+        return join(Spikes.of(outs.values) if isinstance(outs, Spikes) else outs, lengths), state
 
     def _check_statistics(self):
         for path, module in nnx.iter_modules(self.layer) if self.statistics == "refuse" else ():
@@ -271,6 +289,13 @@ def piece_length(layer: Temporal, xs: PyTree, budget: int) -> int:
 
 
 def _fold(layer, xs, *args, **kwargs):
+    xs, lengths = split(xs)
+    if lengths is not None and not getattr(layer, "mixes_steps", False):
+        if isinstance(layer, nnx.BatchNorm):
+            real = real_steps(lengths, values(xs).shape)
+            kwargs = kwargs | dict(mask=real.reshape(-1, *real.shape[2:]))
+        return Padded(_fold(layer, xs, *args, **kwargs), lengths)
+    xs = join(xs, lengths)
     if isinstance(layer, Timeless):
         return layer(xs, *args, **kwargs)
     xs = values(xs)
@@ -289,7 +314,7 @@ def _fold(layer, xs, *args, **kwargs):
 def _check_features(i, layer, xs):
     """Flax's own error about a wrong number of features names no layer."""
     wanted = getattr(layer, "in_features", getattr(layer, "num_features", None))
-    shapes = [x.shape for x in jax.tree.leaves(values(xs))]
+    shapes = [x.shape for x in jax.tree.leaves(values(split(xs)[0]))]
     if isinstance(wanted, int) and getattr(layer, "axis", -1) == -1 and shapes and shapes[0][-1:] != (wanted,):
         raise ValueError(f"layer {i}, {_name(layer)}, takes {wanted} features, the last axis; its input is {shapes[0]}")
 

@@ -7,8 +7,9 @@ import jax.numpy as jnp
 from flax import nnx
 from jax import Array
 
+from snnfuse.nn.padded import join, split
 from snnfuse.nn.spikes import Spikes, values
-from snnfuse.nn.temporal import Temporal, with_past
+from snnfuse.nn.temporal import Temporal, last_steps, with_past
 
 
 class TimeConv(Temporal):
@@ -62,13 +63,14 @@ class TimeConv(Temporal):
         )
 
     def init_state(self, xs: Array | Spikes) -> Array:
-        xs = values(xs)
+        xs = values(split(xs)[0])
         return jnp.zeros((self.conv.kernel_size[0] - 1, *xs.shape[1:]), xs.dtype)
 
     def __call__(self, xs: Array | Spikes, state: Array | None = None) -> tuple[Array, Array]:
+        xs, lengths = split(xs)
         axes = len(self.conv.kernel_size) + 2
         if (xs := values(xs)).ndim != axes:
             raise ValueError(f"xs must be [T, B, *space, I], of rank {axes} for this kernel; got shape {xs.shape}")
         joined = with_past(xs, state, self.conv.kernel_size[0] - 1)
         outs = self.conv(jnp.moveaxis(joined, 0, 1))
-        return jnp.moveaxis(outs, 1, 0), joined[len(xs) :]
+        return join(jnp.moveaxis(outs, 1, 0), lengths), last_steps(joined, self.conv.kernel_size[0] - 1, lengths)

@@ -6,7 +6,7 @@ import optax
 from flax import nnx
 from jax import Array
 
-from snnfuse.nn.readout import real_steps
+from snnfuse.nn.padded import Padded, real_steps, split
 from snnfuse.nn.spiking import Spiking
 
 NORMS = (nnx.BatchNorm, nnx.LayerNorm, nnx.GroupNorm, nnx.InstanceNorm, nnx.RMSNorm)  # ours are among them
@@ -63,14 +63,14 @@ def update_average(average: nnx.Module, model: nnx.Module, decay: float | Array)
 
 
 def temporal_cross_entropy(
-    outs: Array, targets: Array, *, mse: float = 0.0, level: float = 1.0, lengths: Array | None = None
+    outs: Array | Padded, targets: Array, *, mse: float = 0.0, level: float = 1.0, lengths: Array | None = None
 ) -> Array:
     """The TET loss: the cross-entropy of every step's output, not of their mean; a number, float32 at least.
 
         L = (1 - mse) mean_t CE(outs[t], targets) + mse mean (outs - level)^2
 
     Args:
-      outs: [T, B, classes], floating: membranes of a readout, or other logits at every step.
+      outs: [T, B, classes], floating, or `nn.Padded`: membranes of a readout, or other logits at every step.
       targets: [B] integer classes, or [B, classes] probabilities, as of label smoothing or mixup.
       mse: in [0, 1], the share of the second term, which keeps outputs from growing; 0 by default, 0.05 in the paper on CIFAR-10.
       level: what the second term draws outputs to, 1.0 by default, the threshold.
@@ -82,6 +82,7 @@ def temporal_cross_entropy(
     """
     if not 0 <= mse <= 1:
         raise ValueError(f"mse must be in [0, 1]; got {mse}")
+    outs, lengths = split(outs, lengths)
     if outs.ndim != 3 or not jnp.issubdtype(outs.dtype, jnp.floating):
         raise ValueError(f"outs must be [T, B, classes], floating; got {outs.dtype} of shape {outs.shape}")
     if jnp.issubdtype(targets.dtype, jnp.integer) and targets.shape == outs.shape[1:2]:
