@@ -50,7 +50,7 @@ from models import MODELS, READOUTS, prepare
 from runs import NOT_COMPARED, Meter, Run, Stopped, keep_compiled
 from tqdm import tqdm
 
-from snnfuse import nn, parallel, training
+from snnfuse import nn, online, parallel, training
 from snnfuse.data.loader import Batches, load
 from snnfuse.nn import monitor
 
@@ -90,6 +90,11 @@ class Config(Generic[Model, Data]):
     the statistics of each piece"""
     truncate: bool = False
     """cut the gradient between pieces: truncated backpropagation through time"""
+    update_every: int | None = None
+    """truncated backpropagation that changes the weights after every so many time steps (k1), while the states go on; the loss is that
+    of these steps. None: once for a batch"""
+    reach: int | None = None
+    """time steps that its gradient goes back (k2), a multiple of --update_every; None: as many as that"""
     label_smoothing: float = 0.0
     """share of each label that is spread over all classes"""
     rate_upper: float | None = None
@@ -159,6 +164,7 @@ class Config(Generic[Model, Data]):
             raise ValueError(f"--piece must be at least 1, and --truncate needs it; got {self.piece}")
         if self.piece is not None and (self.rate_lower, self.rate_upper) != (None, None):
             raise ValueError("--rate_lower and --rate_upper count over the whole sequence: not with --piece")
+        self._check_update_every()
         if self.average is not None and not 0 <= self.average < 1:
             raise ValueError(f"--average must be None or in [0, 1); got {self.average}")
         for name in ("seed", "workers", "on_device"):
@@ -178,6 +184,21 @@ class Config(Generic[Model, Data]):
         if K is not None and (K < 1 or self.log_every % K or self.eval_every % K):
             raise ValueError(f"--steps_per_call must divide --log_every and --eval_every; got {K}")
 
+    @property
+    def updates(self) -> int:
+        """How often the weights change in a training step."""
+        return self.model.T // self.update_every if self.update_every else 1
+
+    def _check_update_every(self):
+        k1, k2, T = self.update_every, self.reach, self.model.T
+        if k1 is None and k2 is not None or k1 is not None and (k1 < 1 or T % k1):
+            raise ValueError(f"--update_every must divide --model.T, {T}, and --reach needs it; got {k1}")
+        if k2 is not None and (k2 < 1 or k2 % k1):
+            raise ValueError(f"--reach must be a multiple of --update_every, {k1}; got {k2}")
+        others = dict(piece=self.piece, rate_lower=self.rate_lower, rate_upper=self.rate_upper, first_T=self.first_T)
+        if k1 is not None and (given := [name for name, value in others.items() if value is not None]):
+            raise ValueError(f"--update_every goes without --{given[0]}; got {others[given[0]]}")
+
 
 def create(config: Config, shape: tuple[int, ...], classes: int) -> tuple[nnx.Module, nnx.Optimizer]:
     model = config.model.build(shape, classes, nnx.Rngs(config.seed))
@@ -189,9 +210,10 @@ def create(config: Config, shape: tuple[int, ...], classes: int) -> tuple[nnx.Mo
 
 @lru_cache  # the same functions for the same configuration, so that what is compiled for it is found again
 def _transform(config, groups):
-    warmup = int(config.warmup * config.steps)
+    updates = config.steps * config.updates
+    warmup = int(config.warmup * updates)
     if config.schedule == "cosine":
-        schedule = optax.warmup_cosine_decay_schedule(0.0, config.learning_rate, warmup, config.steps)
+        schedule = optax.warmup_cosine_decay_schedule(0.0, config.learning_rate, warmup, updates)
     else:
         start = 0.0 if warmup else config.learning_rate  # without a warmup optax stays at the value that it starts from
         schedule = optax.warmup_constant_schedule(start, config.learning_rate, warmup)
@@ -209,7 +231,7 @@ def _update(config, objects, key, batch):
     """A step of `objects`: model, optimizer, and the average of the model if there is one."""
     model, optimizer, *average = objects
     model.train()
-    prepare(config.model, model, optimizer.step[...] / config.steps)
+    prepare(config.model, model, optimizer.step[...] / (config.steps * config.updates))
     place, noise = jax.random.split(key)
     labels = batch["label"]
     targets = optax.smooth_labels(jax.nn.one_hot(labels, config.data.classes), config.label_smoothing)
@@ -218,27 +240,61 @@ def _update(config, objects, key, batch):
 
     band = {k: v for k, v in (("lower", config.rate_lower), ("upper", config.rate_upper)) if v is not None}
 
-    def loss_of(model):
-        options = dict(statistics="piece", truncate=config.truncate)
-        run = nn.Pieces(model, config.piece, **options) if config.piece else model
-        with _counting(model, bool(band)) as counts:
-            outs = run(xs)[0]
+    def loss_of(outs):
+        """(the loss, the part of the samples that are right)"""
         logits = READOUTS[config.model.readout](outs)
         if config.loss == "tet":
             loss = training.temporal_cross_entropy(outs, targets)
         else:
             loss = optax.softmax_cross_entropy(logits, targets).mean()
-        if band:
-            loss += config.rate_weight * training.rate_penalty(counts, len(xs), per=config.rate_per, **band)
         return loss, (logits.argmax(-1) == labels).mean()
 
-    (loss, accuracy), grads = nnx.value_and_grad(loss_of, has_aux=True)(model)
-    grads = parallel.mean_gradients(grads)
-    optimizer.update(model, grads)
+    def whole(model):
+        options = dict(statistics="piece", truncate=config.truncate)
+        run = nn.Pieces(model, config.piece, **options) if config.piece else model
+        with _counting(model, bool(band)) as counts:
+            outs = run(xs)[0]
+        loss, accuracy = loss_of(outs)
+        if band:
+            loss += config.rate_weight * training.rate_penalty(counts, len(xs), per=config.rate_per, **band)
+        return loss, accuracy
+
+    if config.update_every:
+        loss, accuracy, norm = _truncated(config, model, optimizer, loss_of, xs)
+    else:
+        (loss, accuracy), grads = nnx.value_and_grad(whole, has_aux=True)(model)
+        grads = parallel.mean_gradients(grads)
+        optimizer.update(model, grads)
+        norm = optax.tree.norm(grads)
     if average:  # the first steps count less: their weights are far from those at the end
         step = optimizer.step[...].astype(jnp.float32)
         training.update_average(average[0], model, jnp.minimum(config.average, (1 + step) / (10 + step)))
-    return {"loss": loss, "accuracy": accuracy, "grad_norm": optax.tree.norm(grads)}
+    return {"loss": loss, "accuracy": accuracy, "grad_norm": norm}
+
+
+def _truncated(config, model, optimizer, loss_of, xs):
+    """An update after every --update_every steps of `xs`: the means of loss, accuracy and norm of the gradients."""
+    k1 = config.update_every
+    options = dict(length=k1, reach=config.reach or k1, has_aux=True)
+
+    def update(model, optimizer, x, state):
+        (loss, accuracy), grads, state = online.gradients(model, loss_of, x, state=state, **options)
+        grads = parallel.mean_gradients(grads)
+        optimizer.update(model, grads)
+        return state, (loss, accuracy[0], optax.tree.norm(grads))
+
+    def body(carry, x):
+        variables, state = carry
+        objects = nnx.merge(graphdef, variables)
+        state, metrics = update(*objects, x, state)
+        return (nnx.state(objects), state), metrics
+
+    xs = xs.reshape(-1, k1, *xs.shape[1:])
+    state, first = update(model, optimizer, xs[0], None)  # it makes the first state, so it is outside of the loop
+    graphdef, variables = nnx.split((model, optimizer))
+    (variables, _), others = jax.lax.scan(body, (variables, state), xs[1:])
+    nnx.update((model, optimizer), variables)
+    return jax.tree.map(lambda a, b: (a + b.sum(0)) / len(xs), first, others)
 
 
 def _counting(model, wanted):

@@ -612,6 +612,17 @@ def _(draw):
         )
 
 
+@case("data.loader.pieces")
+def _(draw):
+    source = [{"xs": np.ones((n, 2)), "label": n} for n in one_of(draw, (), (3,), (3, 1, 5), (0, 2))]
+    options = dict(
+        batch=one_of(draw, 1, 2, *WHOLE), length=one_of(draw, 2, 9, *WHOLE), along=one_of(draw, ("xs",), ("ys",), ())
+    )
+    for batch in call(lambda **options: list(loader.pieces(source, lambda s, rng: s, **options)), **options):
+        assert batch["xs"].shape == (options["length"], options["batch"], 2) and (batch["length"] >= 1).all()
+        close(batch["xs"].sum((0, 2)), 2 * batch["length"])
+
+
 # ---- neurons
 
 SHAPE = (6, 2, 3)
@@ -1051,7 +1062,9 @@ def _(draw):
     model = nn.Sequential(linear, neuron)
     loss = lambda outs: outs.astype(jnp.float32).sum()
     for learner in (online.sltt(model), online.ottt(model), eprop):
-        value, grads, _ = call(online.gradients, learner, loss, xs, length=length)
+        value, grads, _ = call(
+            online.gradients, learner, loss, xs, length=length, reach=one_of(draw, None, None, 2, 4, -1)
+        )
         close(value, loss(call(model, xs)[0]))
         got = jax.tree.leaves(nnx.to_pure_dict(grads))[0]
         if neuron.decay == 0 and xs.dtype == jnp.float32 and getattr(learner, "decay_out", 0) == 0:

@@ -380,6 +380,22 @@ def test_every_listed_data_set_can_be_trained_on(name):
     assert configuration.flatten(config)["data"] == name and config.data.classes >= 3
 
 
+def test_an_update_after_every_k1_time_steps():
+    """With k1 = T it is a usual step; with k1 = 2, k2 = 4 the weights change twice a batch, and the schedule has as many steps."""
+    rng, found = np.random.default_rng(0), {}
+    batch = dict(image=rng.integers(0, 256, (8, 28, 28, 1), np.uint8), label=np.arange(8, dtype=np.int32))
+    small = dataclasses.replace(TINY, model=ConvNet(T=4, channels=(2,), hidden=4), batch=8, loss="tet", warmup=0.0)
+    for k1, k2 in ((None, None), (4, None), (2, 4)):
+        config = dataclasses.replace(small, update_every=k1, reach=k2)
+        model, optimizer = train.create(config, (28, 28, 1), 10)
+        metrics = train.train_step_from_host(config, tuple(batch))(model, optimizer, batch, np.int32(1))
+        found[k1] = nnx.to_pure_dict(nnx.state(model, nnx.Param)), metrics, int(optimizer.step[...])
+    for a, b in zip(*(jax.tree.leaves(found[k1][:2]) for k1 in (None, 4)), strict=True):
+        np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-6)
+    assert [found[k1][2] for k1 in (None, 4, 2)] == [1, 1, 2] and config.updates == 2
+    assert all(jnp.isfinite(value) for value in found[2][1].values())
+
+
 @pytest.mark.parametrize(
     "arguments, message",
     [
@@ -393,6 +409,10 @@ def test_every_listed_data_set_can_be_trained_on(name):
         (("--steps", "0"), "--steps must be at least 1; got 0"),
         (("--steps_per_call", "4"), "--steps_per_call must divide --log_every and --eval_every; got 4"),
         (("--truncate",), "--piece must be at least 1, and --truncate needs it; got None"),
+        (("--update_every", "3"), "--update_every must divide --model.T, 4, and --reach needs it; got 3"),
+        (("--reach", "2"), "--reach needs it; got None"),
+        (("--update_every", "2", "--reach", "3"), "--reach must be a multiple of --update_every, 2; got 3"),
+        (("--update_every", "2", "--piece", "2"), "--update_every goes without --piece; got 2"),
         (("--first_T", "1"), "--first_T needs --first_steps, a number below --steps; got 1 and 0"),
         (("--first_T", "1", "--first_steps", "15"), "--first_steps a multiple of --log_every; got 1 and 15"),
         (("--first_T", "99", "--first_steps", "10"), "--first_T must be from 1 to --model.T, .*; got 99 and 10"),

@@ -201,6 +201,60 @@ def read(source: Sequence[dict], indices: list[int]) -> list[dict]:
     return [source[i] for i in indices] if many is None else many(indices)
 
 
+def pieces(
+    source: Sequence[dict],
+    example: Example,
+    *,
+    batch: int,
+    length: int,
+    along: Sequence[str],
+    seed: int = 0,
+    shuffle: bool = True,
+) -> Iterator[dict[str, np.ndarray]]:
+    """Long recordings cut into consecutive pieces, one epoch: row b of a batch goes on where row b of the batch before ended.
+
+    A batch has, in NumPy:
+
+        the arrays in `along`     [length, B, ...], time first
+        the others                [B, ...], the same in each piece of a recording
+        begins                    bool [B], where a recording begins: the state must be the first one there
+        length                    [B], how many of the steps are real; zeros follow the end of a recording
+
+    `online.gradients(..., begins=batch["begins"][None], length=length)` starts the state anew where a recording begins. The epoch ends
+    when a row has no recording left.
+
+    Args:
+      source: samples by index. Each row takes the next recording in an order that `seed` draws.
+      example: example(sample, rng) gives arrays by name; those in `along` have time as their first axis, of any length.
+    """
+    batch, length = ev.at_least("batch", batch, 1), ev.at_least("length", length, 1)
+    _at_least(0, seed=seed)
+    if isinstance(along, str) or not along:
+        raise ValueError(f"along must be the names of one array or several; got {along!r}")
+    order, rows = iter(_order(len(source), seed, 0, shuffle)), [None] * batch
+    while True:
+        taken = []
+        for b, row in enumerate(rows):
+            if row is None:
+                index = next(order, None)
+                if index is None:
+                    return
+                made = example(source[int(index)], np.random.default_rng((seed, int(index))))
+                sizes = {len(made[name]) if name in made else 0 for name in along}
+                if len(sizes) != 1 or 0 in sizes:
+                    raise ValueError(
+                        f"along must name arrays of one length above 0 of sample {index}; got {tuple(along)}"
+                    )
+                row = made, 0
+            made, start = row
+            steps = min(length, len(made[along[0]]) - start)
+            pad = lambda x, steps=steps: np.pad(x, [(0, length - steps), *[(0, 0)] * (x.ndim - 1)])
+            piece = {n: pad(x[start : start + steps]) if n in along else np.asarray(x) for n, x in made.items()}
+            taken.append(piece | dict(begins=np.bool_(start == 0), length=np.int32(steps)))
+            rows[b] = None if start + steps == len(made[along[0]]) else (made, start + steps)
+        yield {name: np.stack([piece[name] for piece in taken], int(name in along)) for name in taken[0]}
+
+
 @lru_cache(maxsize=2)
 def _order(count: int, seed: int, epoch: int, shuffle: bool) -> np.ndarray:
     return np.random.default_rng((seed, epoch)).permutation(count) if shuffle else np.arange(count)
