@@ -139,8 +139,10 @@ class TritonKernels:
     def _call(self, name, text, params, args, out_shape, reused=None, **constants):
         lanes, K, T, M = self.blocks.lanes, self.blocks.chunk, self.problem.T, self.problem.M
         part = M // constants.get("GROUPS", 1)
-        # Here M is compiled in: with M as an argument LIF takes 61 us and not 56 at T = 500, M = 2^13.
-        unit = part if is_long(self.problem) else math.gcd(part, lanes)
+        # M is compiled in if a call is long: with M as an argument LIF takes 61 us and not 56 at T = 500, M = 2^13. It is also
+        # compiled in if a program runs several blocks: learned LIF, T = 4, bfloat16 then takes 64 registers and not 80, so
+        # that all programs fit on an H100 at once.
+        unit = part if is_long(self.problem) or part < M else math.gcd(part, lanes)
         constants |= dict(UNIT=unit, K=K, TAIL=T % K, BLOCK=lanes)
         wraps = [period - 1 for period in triton_source.wraps(self.problem, _periods(params))]
         args = (*params, *args, T // K, part // unit, *wraps)
