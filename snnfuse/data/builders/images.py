@@ -240,7 +240,11 @@ class ImageFolder(ImageSet):
         height, width, channels = first_sound(partial(_picture, path) for path in files).shape
         height, width = size or (height, width)
         parts = {"name": name, "LABELS": labels, "SHAPE": (height, width, channels), "FOLDER": folder}
-        parts |= {"RESIZED": size is not None, "__doc__": f"Your own pictures, from {folder}.", "__module__": __name__}
+        parts |= {
+            "RESIZED": size is not None,
+            "__doc__": f"Your own pictures, from {folder.resolve()}.",
+            "__module__": __name__,
+        }
         return type(name, (cls,), parts)
 
     @classmethod

@@ -137,4 +137,4 @@ def own(kind: type[TableSet], name: str, folder: Path, rows: list[Row], **parts)
     labels = {row.label for row in rows}
     parts["LABELS"] = tuple(sorted(labels, key=int if all(map(str.isdecimal, labels)) else str))
     about = {"name": name, "EXTRA": tuple(rows[0].extra), "__module__": kind.__module__}
-    return type(name, (kind,), about | {"__doc__": f"Your own recordings, from {folder}."} | parts)
+    return type(name, (kind,), about | {"__doc__": f"Your own recordings, from {folder.resolve()}."} | parts)
