@@ -79,10 +79,10 @@ def test_drop_path_rises_over_the_blocks():
 
 @pytest.fixture
 def narrow(monkeypatch):
-    """Make the networks a quarter as wide, and a ResNet of one block a stage; `test_shapes_of_resnets` builds all blocks."""
+    """Make the networks a quarter as wide, and a ResNet of two stages with a block each; `test_shapes_of_resnets` builds all."""
     quarter = lambda widths: tuple(width // 4 for width in widths)
     monkeypatch.setattr(models.resnet, "WIDTHS", quarter(models.resnet.WIDTHS))
-    monkeypatch.setitem(models.resnet.DEPTHS, 18, (1, 1, 1, 1))
+    monkeypatch.setitem(models.resnet.DEPTHS, 18, (1, 1, 0, 0))
     monkeypatch.setitem(models.vgg.STAGES, 11, tuple(map(quarter, models.vgg.STAGES[11])))
 
 

@@ -7,6 +7,7 @@ from snnfuse.nn import monitor as monitor
 from snnfuse.nn import summary as _summary  # noqa: F401  for nnx.tabulate
 from snnfuse.nn.delay import Delay, DelayedLinear, sharpen
 from snnfuse.nn.linear import Conv, Linear
+from snnfuse.nn.neurons import IF, LI, LIF, AdaptiveLIF, CubaLIF, ExpIF, Izhikevich, ParametricLIF
 from snnfuse.nn.norm import BatchNorm, NormSpiking
 from snnfuse.nn.padded import Padded
 from snnfuse.nn.pool import max_pool, mean_pool
@@ -16,7 +17,7 @@ from snnfuse.nn.quantised import Quantised
 from snnfuse.nn.readout import membrane_last, membrane_max, membrane_mean, spike_rate
 from snnfuse.nn.recurrent import Feedback, Recurrent
 from snnfuse.nn.spikes import Spikes
-from snnfuse.nn.spiking import IF, LI, LIF, AdaptiveLIF, CubaLIF, ExpIF, Fixed, Izhikevich, ParametricLIF, Spiking
+from snnfuse.nn.spiking import Fixed, Spiking
 from snnfuse.nn.stream import Stream
 from snnfuse.nn.tebn import TEBN
 from snnfuse.nn.temporal import (

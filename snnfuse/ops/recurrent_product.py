@@ -9,7 +9,7 @@ would wait at four more barriers to change it into the layout of the product; th
 that its user needs.
 """
 
-from snnfuse.ops.triton_source import call, fill
+from snnfuse.ops.triton_text import call, fill
 
 _ACCESS = """
 @triton.jit

@@ -16,7 +16,7 @@ the other.
     backward   d_s[t] = d_out[t] + weight d_current[t+1];  then the pullback of the step, which gives d_current[t]
 
 The forward kernel stores current[t] for the backward kernel. So the backward kernel recomputes the states of a chunk without
-any product. The other functions of the text are those of `snnfuse.ops.triton_source` (`step`, `pullback`) and of
+any product. The other functions of the text are those of `snnfuse.ops.triton_text` (`step`, `pullback`) and of
 `snnfuse.ops.recurrent_product` (`product`, `everyone`, `get`, `put`).
 """
 
@@ -28,7 +28,7 @@ from snnfuse.ops import triton_equations as equations
 from snnfuse.ops.fused import Wanted
 from snnfuse.ops.problem import Problem, Recurrence
 from snnfuse.ops.recurrent_product import access, exchange, functions, get, head_mask, lane_mask, put
-from snnfuse.ops.triton_source import (
+from snnfuse.ops.triton_text import (
     Names,
     Periods,
     at_step,

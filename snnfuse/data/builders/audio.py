@@ -7,7 +7,6 @@ from functools import partial
 from pathlib import Path
 
 import numpy as np
-import scipy.signal
 
 from snnfuse.data import formats
 from snnfuse.data.archives import Archive
@@ -41,6 +40,8 @@ class AudioSet(TableSet):
 
 def resampled(audio: np.ndarray, rate: int, to: int) -> np.ndarray:
     """int16 sound [n] at `rate` samples a second, at `to`: [n to / rate], by SciPy's polyphase filter."""
+    import scipy.signal  # here, because the import takes a second and few data sets need it
+
     common = math.gcd(rate, to)
     made = scipy.signal.resample_poly(audio.astype(np.float64), to // common, rate // common)
     return np.clip(np.rint(made), -(2**15), 2**15 - 1).astype(np.int16)
