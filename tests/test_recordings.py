@@ -95,6 +95,8 @@ def test_events_are_changed_before_they_become_frames():
     frames = data.encode(KEY, batch, 5)
     assert frames.shape == (5, 1, 34, 34, 2) and frames.sum() == 100 and frames[4].sum() == 0
     np.testing.assert_allclose(dataclasses.replace(data, log=True).encode(KEY, batch, 5), np.log1p(frames), rtol=1e-6)
+    held = dataclasses.replace(data, hold=True).encode(KEY, batch, 6)
+    np.testing.assert_array_equal(held, np.concatenate([frames[:4], frames[3:4], frames[3:4]]))
     summed = dataclasses.replace(data, sum=True).encode(KEY, batch, 4)
     np.testing.assert_array_equal(summed, np.cumsum(frames[:4], 0))
     small = dataclasses.replace(data, size=17)
