@@ -105,7 +105,7 @@ def is_long(problem: Problem) -> bool:
 
 def interpreter_blocks(problem: Problem) -> Blocks:
     # short chunks: XLA for CPU takes long over unrolled ones
-    return _tuned(problem, Blocks) or Blocks(128, 4, _chunk(problem, 3))
+    return _tuned(problem, Blocks) or Blocks(128, 4, _chunk(problem, 4))
 
 
 PROGRAMS = 1024  # at least so many are left if programs run several blocks: 8 for each of 132 processors
