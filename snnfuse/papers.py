@@ -9,7 +9,7 @@ the reset, s the spike, and every state starts at 0. `params` broadcast against 
 
 from dataclasses import dataclass
 from numbers import Real
-from typing import NamedTuple
+from typing import ClassVar, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -431,8 +431,8 @@ class ILIF:
 
         u[t] = decay v[t-1] + x[t];   s[t] = min(max(floor(u[t] / threshold + 1/2), 0), levels);   v[t] = u[t] - s[t] threshold
 
-    The gradient of s for u is 1 / threshold where 0 <= u <= levels threshold, and 0 elsewhere. Bits cannot hold these spikes: an
-    `out_dtype` Packed keeps only whether s is 0.
+    The gradient of s for u is 1 / threshold where 0 <= u <= levels threshold, and 0 elsewhere. `snnfuse.Packed(8, 0, levels)` stores
+    these spikes in bits.
 
     Params and their defaults: decay = 0.25, threshold = 1.0.
 
@@ -448,6 +448,10 @@ class ILIF:
         above_zero(self, "levels")
         if self.levels != int(self.levels):
             raise ValueError(f"ILIF: levels must be a whole number; got {self.levels}")
+
+    @property
+    def spike_range(self) -> tuple[int, int]:
+        return 0, int(self.levels)
 
     def init_state(self, shape):
         return _zeros(ILIFState, shape)
@@ -471,7 +475,7 @@ class TernaryLIFState(NamedTuple):
 
 @dataclass(frozen=True)
 class TernaryLIF:
-    """LIF with spikes of -1, 0 and 1. Bits cannot hold them: an `out_dtype` Packed loses the sign.
+    """LIF with spikes of -1, 0 and 1. `snnfuse.Packed(8, -1, 1)` stores them in two bits each.
 
         u[t] = decay v[t-1] + x[t];   s[t] = (u[t] >= threshold) - (-u[t] >= threshold);   v[t] = (1 - |s[t]|) u[t]
 
@@ -484,6 +488,7 @@ class TernaryLIF:
     """
 
     surrogate: Surrogate = ATan()
+    spike_range: ClassVar[tuple[int, int]] = (-1, 1)
 
     def init_state(self, shape):
         return _zeros(TernaryLIFState, shape)

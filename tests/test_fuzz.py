@@ -865,6 +865,10 @@ def _(draw):
     got = call(sf.unpack, words, steps)
     close(got, np.concatenate([spikes, np.zeros((max(0, steps - T), 2, 3))])[:steps])
     close(nn.Spikes.of(jnp.asarray(spikes)).from_bits().values, spikes)
+    low, span = one_of(draw, -1, 0, 1.5), one_of(draw, 1, 4, 0, 300)
+    packed = call(sf.Packed, 8, low, low + span)
+    graded = call(nn.PackSpikes, low, low + span)(jnp.asarray(spikes, jnp.float32) * min(span, 1) + low)
+    close(call(sf.unpack, graded.bits, T, jnp.float32, **({"lowest": low} if packed.graded else {})), graded.values)
 
 
 @case("explain", "Explanation", "autotune", "WithState")

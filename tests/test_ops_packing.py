@@ -6,10 +6,14 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from compare import assert_fires
+from flax import nnx
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import snnfuse as sf
+from snnfuse import models, nn, papers
+from snnfuse.models import resnet
+from snnfuse.ops.packing import packed_for
 
 IMPLEMENTATIONS = ["scan", "interpret", *(pytest.param(i, marks=pytest.mark.gpu) for i in ("pallas", "mosaic"))]
 
@@ -56,9 +60,91 @@ def test_a_packed_output_carries_no_gradient(implementation):
     np.testing.assert_allclose(got[0], want[0], rtol=1e-5, atol=1e-7)
 
 
+GRADED = {
+    "ILIF": (papers.ILIF(levels=4), papers.ILIFParams()),
+    "Ternary": (papers.TernaryLIF(), papers.TernaryLIFParams()),
+}
+
+
+@pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
+@pytest.mark.parametrize("name", GRADED)
+def test_graded_spikes_keep_their_levels(name, implementation):
+    neuron, params = GRADED[name]
+    low, high = neuron.spike_range
+    xs = 2.5 * jax.random.normal(jax.random.key(0), (21, 3, 50)) + low + 1
+    packed = sf.Packed(8, low, high)
+    words, final = sf.unroll(neuron, params, None, xs, implementation=implementation, out_dtype=packed)
+    want, want_final = sf.unroll(neuron, params, None, xs, implementation="scan")
+    assert {float(level) for level in np.unique(want)} == set(range(low, high + 1))
+    np.testing.assert_array_equal(sf.unpack(words, 21, jnp.float32, lowest=low), want)
+    np.testing.assert_array_equal(sf.unpack(sf.pack(want, packed), 21, jnp.int8, lowest=low), want)
+    np.testing.assert_allclose(final.v, want_final.v, rtol=1e-5, atol=1e-5)
+    assert [(w.dtype, w.shape) for w in words] == [(jnp.uint8, (3, 3, 50))] * (3 if name == "ILIF" else 2)
+    with pytest.raises(ValueError, match=rf"out_dtype must be Packed\(32, {low}, {high}\) for the graded spikes"):
+        sf.unroll(neuron, params, None, xs, out_dtype=sf.Packed(32))
+
+
+@pytest.mark.parametrize("name", GRADED)
+def test_layers_after_graded_spikes_store_their_bits(name):
+    """The gradients are those of the values, and what is stored are 3 or 2 bits a spike."""
+    neuron, params = GRADED[name]
+    low, high = neuron.spike_range
+    rngs = nnx.Rngs(0)
+    spiking = nn.NormSpiking(nn.Spiking(neuron, params), nnx.LayerNorm(8, rngs=rngs), pack=True)
+    plain, dense = nn.NormSpiking(spiking.neuron, spiking.norm), nn.Linear(8, 5, rngs=rngs)
+    xs = jax.random.normal(jax.random.key(0), (16, 3, 8))
+    models = [nn.Sequential(*layers, dense) for layers in ([spiking], [plain, nn.PackSpikes(low, high)], [plain])]
+    models.append(nn.Sequential(plain, nn.PackSpikes(low, high), nn.Remat(nn.Sequential(dense))))
+
+    @nnx.jit
+    def run(model):
+        return nnx.value_and_grad(lambda model: (model(xs)[0] ** 2).sum())(model)
+
+    *found, (want, want_grads), _ = results = [run(model) for model in models]
+    for value, grads in (*found, results[3]):
+        np.testing.assert_allclose(value, want, rtol=1e-6)
+        for a, b in zip(jax.tree.leaves(grads), jax.tree.leaves(want_grads), strict=True):
+            np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-5)
+    spikes = spiking(xs)[0]
+    assert (
+        spikes.lowest == low and sum(w.nbytes for w in spikes.bits) * 8 == spikes.values.size * packed_for(neuron).bits
+    )
+    kept = jax.eval_shape(
+        lambda k: jax.vjp(lambda k: nn.linear.bilinear(jnp.matmul, spikes, k), k)[1], dense.kernel[...]
+    )
+    assert sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(kept)) == len(spikes.bits) * 48 + 8 * 5 * 4
+
+
+@pytest.mark.parametrize("make", [models.spiking_resnet, models.spikformer])
+@pytest.mark.parametrize("name", GRADED)
+def test_networks_take_graded_neurons(make, name, monkeypatch):
+    """A ResNet and a transformer: the same loss and gradients with packed spikes as with values."""
+    monkeypatch.setitem(resnet.DEPTHS, 18, (1, 0, 0, 0))
+
+    def neuron(threshold=1.0, **options):
+        kind, params = GRADED[name]
+        return nn.Spiking(kind, params._replace(threshold=threshold), **options)
+
+    def run(memory):
+        options = dict(neuron=neuron, memory=memory, rngs=nnx.Rngs(0))
+        if make is models.spikformer:
+            model = make(3, 4, depth=1, width=16, heads=2, **options)
+        else:
+            model = make(18, 3, 4, stem="cifar", **options)
+        xs = jax.random.normal(jax.random.key(0), (2, 2, 16, 16, 3))
+        return nnx.jit(nnx.value_and_grad(lambda model: (model(xs)[0] ** 2).mean()))(model)
+
+    (value, grads), (want, want_grads) = run("packed"), run("fast")
+    np.testing.assert_allclose(value, want, rtol=1e-5)
+    for a, b in zip(jax.tree.leaves(grads), jax.tree.leaves(want_grads), strict=True):
+        np.testing.assert_allclose(a, b, rtol=1e-3, atol=1e-3 * float(jnp.abs(b).max()))
+
+
 def test_bad_words():
     with pytest.raises(ValueError, match="steps must be 8 or 32; got 16"):
         sf.Packed(16)
+    with pytest.raises(ValueError, match="lowest and highest must be whole numbers, .*; got 0 and 0"):
+        sf.Packed(8, 0, 0)
     with pytest.raises(ValueError, match="T must be in 9..16"):
         sf.unpack(jnp.zeros((2, 3), jnp.uint8), 17)
 

@@ -8,6 +8,7 @@ import jax
 from flax import nnx
 
 from snnfuse import nn
+from snnfuse.ops.packing import packed_for
 
 MEMORY = ("fast", "packed", "lean")
 _he_normal = nnx.initializers.variance_scaling(
@@ -81,7 +82,8 @@ class Build:
 
     def packed(self) -> list[nn.PackSpikes]:
         """A layer that packs spikes after a layer that does not, such as a max-pool; none if memory is "fast"."""
-        return [] if self.memory == "fast" else [nn.PackSpikes()]
+        spikes = packed_for(self.neuron().neuron)
+        return [] if self.memory == "fast" else [nn.PackSpikes(spikes.lowest, spikes.highest)]
 
     def block(self, layer: nn.Temporal) -> nn.Temporal:
         """The layer, wrapped in `nn.Remat` if memory is "lean"."""

@@ -205,22 +205,23 @@ def bilinear(f: Callable, x: Array | Spikes, kernel: Array) -> Array:
     """
     if not isinstance(x, Spikes):
         return f(x if x.dtype.itemsize < kernel.dtype.itemsize else x.astype(kernel.dtype), kernel)
-    return _of_spikes(f, x.values.shape[0], x.values.astype(kernel.dtype), x.bits, kernel)
+    how = f, x.values.shape[0], x.lowest
+    return _of_spikes(how, x.values.astype(kernel.dtype), x.bits, kernel)
 
 
-@partial(jax.custom_vjp, nondiff_argnums=(0, 1))
-def _of_spikes(f, T, x, bits, kernel):
-    return f(x, kernel)
+@partial(jax.custom_vjp, nondiff_argnums=(0,))
+def _of_spikes(how, x, bits, kernel):
+    return how[0](x, kernel)
 
 
-def _of_spikes_forward(f, T, x, bits, kernel):
-    return f(x, kernel), (bits, kernel)
+def _of_spikes_forward(how, x, bits, kernel):
+    return how[0](x, kernel), (bits, kernel)
 
 
-def _of_spikes_backward(f, T, residuals, d_y):
-    bits, kernel = residuals
-    d_x, d_kernel = jax.vjp(f, unpack(bits, T, kernel.dtype), kernel)[1](d_y)
-    return d_x, np.zeros(bits.shape, jax.dtypes.float0), d_kernel
+def _of_spikes_backward(how, residuals, d_y):
+    (f, T, lowest), (bits, kernel) = how, residuals
+    d_x, d_kernel = jax.vjp(f, unpack(bits, T, kernel.dtype, lowest=lowest), kernel)[1](d_y)
+    return d_x, jax.tree.map(lambda words: np.zeros(words.shape, jax.dtypes.float0), bits), d_kernel
 
 
 _of_spikes.defvjp(_of_spikes_forward, _of_spikes_backward)

@@ -216,7 +216,7 @@ def _recording(unroll: Callable, what: str, keep: Callable) -> Callable:
     def spikes(neuron, params, state, xs, *, out_dtype=None, **options):
         outs, final = unroll(neuron, params, state, xs, out_dtype=out_dtype, **options)
         spikes = outs[0] if isinstance(neuron, Twice) else outs
-        keep(unpack(spikes, len(jax.tree.leaves(xs)[0])) if isinstance(out_dtype, Packed) else spikes)
+        keep(_unpacked(spikes, len(jax.tree.leaves(xs)[0]), out_dtype))
         return outs, final
 
     def states(neuron, params, state, xs, *, out_dtype=None, **options):
@@ -245,6 +245,12 @@ def _recording(unroll: Callable, what: str, keep: Callable) -> Callable:
         return outs, final._replace(neuron=kept.inner) if isinstance(final, RecurrentState) else kept.inner
 
     return {"spikes": spikes, "state": states, "membrane": membranes, "counts": counts}[what]
+
+
+def _unpacked(spikes, T, out_dtype):
+    if not isinstance(out_dtype, Packed):
+        return spikes
+    return unpack(spikes, T, jnp.int16 if out_dtype.graded else jnp.bool_, lowest=out_dtype.lowest)
 
 
 def _after_unroll(unroll: Callable, count: Callable) -> Callable:

@@ -18,7 +18,7 @@ from snnfuse.nn.spikes import Spikes, differentiable, values
 from snnfuse.nn.spiking import Spiking
 from snnfuse.nn.temporal import Temporal, Timeless
 from snnfuse.ops.explain import Explanation, explain
-from snnfuse.ops.packing import Packed
+from snnfuse.ops.packing import Packed, packed_for
 
 
 class BatchNorm(Timeless, nnx.BatchNorm):
@@ -220,6 +220,10 @@ class NormSpiking(Temporal):
                 f"pack must be False if outputs are not the numbers 0 and 1; got connect={connect!r}, "
                 f"neuron {type(neuron).__name__}, out_dtype {neuron.out_dtype}"
             )
+        if pack and connect != "sum" and packed_for(neuron.neuron).graded:
+            raise ValueError(
+                f"pack must be False if connect={connect!r} joins graded spikes of {type(neuron.neuron).__name__}"
+            )
         if connect != "sum":
             Connect(neuron.neuron, connect)  # checks it
             if shortcut_norm is not None:
@@ -240,11 +244,13 @@ class NormSpiking(Temporal):
         (xs, lengths), (shortcut, _) = split(xs), split(shortcut)
         neuron, params, inputs, out_dtype = self._assembled(values(xs), shortcut, lengths)
         if self.pack:
-            neuron, out_dtype = Twice(neuron), (out_dtype, Packed(8))
+            neuron, out_dtype = Twice(neuron), (out_dtype, packed_for(self.neuron.neuron))
         options = dict(implementation=self.neuron.implementation, out_dtype=out_dtype, reuse_cotangents=True)
         params, state, inputs = differentiable(self.neuron.out_dtype, (params, state, inputs))
         outs, state = until_end(self.neuron.unroll, lengths)(neuron, params, state, inputs, **options)
-        return join(Spikes(*outs) if self.pack else outs, lengths), state
+        if self.pack:
+            outs = Spikes(*outs, packed_for(self.neuron.neuron).lowest)
+        return join(outs, lengths), state
 
     def explain(self, xs: Array, shortcut: Array | None = None) -> Explanation:
         """`snnfuse.explain` of a call; its `before` says what of the normalisations does not run in the kernel.

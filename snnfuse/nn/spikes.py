@@ -10,34 +10,41 @@ from jax import Array
 
 from snnfuse.core.neuron import PyTree
 from snnfuse.nn.padded import Padded
-from snnfuse.ops.packing import Packed, pack, unpack
+from snnfuse.ops.packing import Packed, Words, pack, unpack
+
+_BINARY = Packed(8)
 
 
-@jax.tree_util.register_dataclass
+@partial(jax.tree_util.register_dataclass, data_fields=("values", "bits"), meta_fields=("lowest",))
 @dataclass(frozen=True)
 class Spikes:
     """Packed spikes: `values` [T, B, ...] of 0 and 1, and the same as `bits` [ceil(T / 8), B, ...] in uint8 (`snnfuse.pack`).
 
-    A layer called on `Spikes` stores only the bits for its backward pass, so the memory of the values can be freed.
+    A layer called on `Spikes` stores only the bits for its backward pass, so the memory of the values can be freed. The bits of graded
+    spikes are a tuple of such arrays, and `lowest` is their lowest value.
     """
 
     values: Array
-    bits: Array
+    bits: Words
+    lowest: int = 0
 
     @staticmethod
-    def of(values: Array) -> "Spikes":
-        """`values`, each 0 or 1, together with their bits.
+    def of(values: Array, packed: Packed = _BINARY) -> "Spikes":
+        """`values`, each 0 or 1, or whole numbers from `packed.lowest` to `packed.highest`, together with their bits.
 
         Another value raises ValueError. Inside of `jit` there is no value to look at: there, the gradient of the next layer's
-        weights counts every value that is not 0 as 1.
+        weights counts every value that is not 0 as 1, or with graded spikes as the lowest one.
         """
-        if not isinstance(values, jax.core.Tracer) and not ((values == 0) | (values == 1)).all():
-            raise ValueError(f"values must be 0 or 1 to be packed as bits; got {values.min()} to {values.max()}")
-        return Spikes(values, pack(values, 8))
+        low, high = packed.lowest, packed.highest
+        known = jnp.array([*range(low, high + 1)] if packed.graded else [0, 1], jnp.float32)
+        if not isinstance(values, jax.core.Tracer) and not jnp.isin(values.astype(jnp.float32), known).all():
+            wanted = f"whole numbers from {low} to {high}" if packed.graded else "0 or 1"
+            raise ValueError(f"values must be {wanted} to be packed as bits; got {values.min()} to {values.max()}")
+        return Spikes(values, pack(values, packed), low)
 
     def from_bits(self) -> "Spikes":
         """The same spikes with values unpacked from the bits, so that the old values can be freed; those still get the gradient."""
-        return Spikes(_unpacked(self.values, self.bits), self.bits)
+        return Spikes(_unpacked(self.lowest, self.values, self.bits), self.bits, self.lowest)
 
 
 def values(x: Array | Spikes | None) -> Array | None:
@@ -47,15 +54,16 @@ def values(x: Array | Spikes | None) -> Array | None:
     return x.values if isinstance(x, Spikes) else x
 
 
-@jax.custom_jvp  # not custom_vjp: a remat stores all arguments of a custom_vjp, used or not
-def _unpacked(values, bits):
-    return unpack(bits, values.shape[0], values.dtype)
+@partial(
+    jax.custom_jvp, nondiff_argnums=(0,)
+)  # not custom_vjp: a remat stores all arguments of a custom_vjp, used or not
+def _unpacked(lowest, values, bits):
+    return unpack(bits, values.shape[0], values.dtype, lowest=lowest)
 
 
 @_unpacked.defjvp
-def _unpacked_jvp(primals, tangents):
-    values, bits = primals
-    return unpack(bits, values.shape[0], values.dtype), tangents[0]
+def _unpacked_jvp(lowest, primals, tangents):
+    return _unpacked(lowest, *primals), tangents[0]
 
 
 def differentiable(out_dtype: Any, inputs: PyTree) -> PyTree:

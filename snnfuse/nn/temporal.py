@@ -125,10 +125,16 @@ def flatten(x: Array) -> Array:
 
 
 class PackSpikes(Timeless):
-    """Packs values of 0 and 1 into `Spikes`, so that the next layer stores only their bits."""
+    """Packs values of 0 and 1 into `Spikes`, so that the next layer stores only their bits.
+
+    Graded spikes are whole numbers from `lowest` to `highest`; they take as many bits as these need.
+    """
+
+    def __init__(self, lowest: int = 0, highest: int = 1):
+        self.packed = Packed(8, lowest, highest)
 
     def __call__(self, xs: Array | Spikes) -> Spikes:
-        return xs if isinstance(xs, Spikes) else Spikes.of(xs)
+        return xs if isinstance(xs, Spikes) else Spikes.of(xs, self.packed)
 
 
 class Dropout(Timeless, nnx.Dropout):
@@ -247,8 +253,11 @@ class Pieces(Temporal):
         state, others, random = carry
         nnx.update(self.layer, random, others)
         outs = jax.tree.map(lambda *x: jnp.concatenate(x), *parts)
-        # a byte of bits holds 8 steps, which need not end where a piece ends: the bits are packed anew
-        return join(Spikes.of(outs.values) if isinstance(outs, Spikes) else outs, lengths), state
+        if isinstance(outs, Spikes):
+            # a byte of bits holds 8 steps, which need not end where a piece ends: the bits are packed anew
+            highest = 1 if not isinstance(outs.bits, tuple) else outs.lowest + 2 ** len(outs.bits) - 1
+            outs = Spikes.of(outs.values, Packed(8, outs.lowest, highest))
+        return join(outs, lengths), state
 
     def _check_statistics(self):
         for path, module in nnx.iter_modules(self.layer) if self.statistics == "refuse" else ():

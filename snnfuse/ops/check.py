@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from snnfuse.ops.packing import Packed
+from snnfuse.ops.packing import Packed, Planes, packed_for
 from snnfuse.ops.problem import Problem, Step
 
 
@@ -24,13 +24,21 @@ def check_call(neuron, params, state, xs, out_dtype, reuse_cotangents=False):
     out_struct, out_tree = check_step(step, params, xs, shape, dtype)
     if not all(jnp.issubdtype(o.dtype, jnp.integer) for o in jax.tree.leaves(out_struct)):  # counts have no gradient
         warn_without_gradient(step, tuple(p.shape for p in params), len(xs), shape, dtype)
+    out_dtypes = check_out_dtype(out_dtype, out_struct, xs)
+    check_packed(neuron, out_dtypes)
+    formats = tuple(d if isinstance(d, Packed) and d.graded else None for d in out_dtypes)
+    if any(formats):
+        step = Step(Planes(neuron, formats), params_tree, state_tree, x_tree, constants)
+        out_struct, out_tree = check_step(step, params, xs, shape, dtype)
+        each = [(Packed(d.steps),) * d.bits if f else (d,) for d, f in zip(out_dtypes, formats, strict=True)]
+        out_dtypes = sum(each, ())
     problem = Problem(
         step=step,
         T=xs[0].shape[0],
         lane_shape=shape,
         param_shapes=tuple(p.shape for p in params),
         x_dtypes=tuple(x.dtype for x in xs),
-        out_dtypes=check_out_dtype(out_dtype, out_struct, xs),
+        out_dtypes=out_dtypes,
         out_tree=out_tree,
         dtype=dtype,
         initial=initial,
@@ -211,6 +219,16 @@ def warn_without_gradient(step, param_shapes, num_xs, shape, dtype):
             f"neuron {type(step.neuron).__name__}: the gradient of its outputs is zero, so nothing before it can be trained. "
             "A comparison has no gradient; snnfuse.spike(u, surrogate) has one",
             stacklevel=4,
+        )
+
+
+def check_packed(neuron, out_dtypes):
+    """One `Packed` output of a neuron with graded spikes must hold them all; with several outputs, the first is the spikes."""
+    wanted, given = packed_for(neuron), out_dtypes[0]
+    if isinstance(given, Packed) and not given.lowest <= wanted.lowest < wanted.highest <= given.highest:
+        raise ValueError(
+            f"out_dtype must be Packed({given.steps}, {wanted.lowest}, {wanted.highest}) for the graded spikes of "
+            f"{type(neuron).__name__}; got {given}"
         )
 
 

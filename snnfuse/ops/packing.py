@@ -1,10 +1,13 @@
-"""Spikes as bits: 8 or 32 time steps of a neuron in one word."""
+"""Spikes as bits: 8 or 32 time steps of a neuron in one word; graded spikes take several words, one for each bit."""
 
 from dataclasses import dataclass
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 from jax import Array
+
+Words = Array | tuple[Array, ...]
 
 
 @dataclass(frozen=True)
@@ -13,17 +16,52 @@ class Packed:
 
     Bit k of word w is 1 where the output at t = steps w + k is not 0. `steps` is 8 (uint8) or 32 (uint32). A packed output
     carries no gradient. `unpack` reverses it.
+
+    Graded spikes are whole numbers from `lowest` to `highest`: 0 and 4 for `papers.ILIF(levels=4)`, -1 and 1 for
+    `papers.TernaryLIF()`. Then the output is a tuple of words, which hold the bits of output - lowest, the lowest bit first: 3 bits
+    a spike for five values, 2 for three.
     """
 
     steps: int = 8
+    lowest: int = 0
+    highest: int = 1
 
     def __post_init__(self):
         if self.steps not in (8, 32):
             raise ValueError(f"Packed: steps must be 8 or 32; got {self.steps}")
+        whole = all(isinstance(x, int) and not isinstance(x, bool) for x in (self.lowest, self.highest))
+        if not whole or not 1 <= self.highest - self.lowest <= 255:
+            raise ValueError(
+                f"Packed: lowest and highest must be whole numbers, highest 1 to 255 above lowest; got {self.lowest!r} and "
+                f"{self.highest!r}"
+            )
+
+    def __repr__(self):
+        return f"Packed(steps={self.steps}" + (
+            f", lowest={self.lowest}, highest={self.highest})" if self.graded else ")"
+        )
 
     @property
     def word(self):
         return jnp.dtype(f"uint{self.steps}")
+
+    @property
+    def graded(self) -> bool:
+        return (self.lowest, self.highest) != (0, 1)
+
+    @property
+    def bits(self) -> int:
+        """Bits of a spike."""
+        return (self.highest - self.lowest).bit_length()
+
+    def planes(self, out: Array) -> tuple[Array, ...]:
+        """The bits of out - lowest, each as 0 or 1 in the dtype of `out`. It uses comparisons alone, which all kernels have."""
+        one, zero = jnp.ones_like(out), jnp.zeros_like(out)
+        found = [zero] * self.bits
+        for code in range(1, self.highest - self.lowest + 1):
+            here = jax.lax.select(out == self.lowest + code, one, zero)
+            found = [bit + here if code >> k & 1 else bit for k, bit in enumerate(found)]
+        return tuple(found)
 
     def words(self, outs: list[Array]) -> list[Array]:
         """Words made of successive outputs; the first output belongs to a step that is a multiple of `steps`."""
@@ -37,16 +75,52 @@ class Packed:
         return words
 
 
-def pack(spikes: Array, steps: int = 8) -> Array:
-    """Words [ceil(T / steps), *B, N] of [T, *B, N]; a bit is 1 where the value is not 0."""
-    packed = Packed(steps)
+def packed_for(neuron: Any, steps: int = 8) -> Packed:
+    """The `Packed` of a neuron's spikes. One whose spikes are not 0 and 1 says so: `spike_range` is (lowest, highest)."""
+    while hasattr(neuron, "inner"):
+        neuron = neuron.inner
+    return Packed(steps, *getattr(neuron, "spike_range", (0, 1)))
+
+
+@dataclass(frozen=True)
+class Planes:
+    """The same neuron with the bits of some outputs in place of them: `formats` has a graded `Packed` or None for each output."""
+
+    inner: Any
+    formats: tuple[Packed | None, ...]
+
+    def init_state(self, shape):
+        return self.inner.init_state(shape)
+
+    def step(self, params, state, x):
+        state, out = self.inner.step(params, state, x)
+        leaves, tree = jax.tree.flatten(out)
+        split = [o if f is None else f.planes(o) for o, f in zip(leaves, self.formats, strict=True)]
+        return state, tree.unflatten(split)
+
+
+def pack(spikes: Array, packed: int | Packed = 8) -> Words:
+    """Words [ceil(T / steps), *B, N] of [T, *B, N]; a bit is 1 where the value is not 0.
+
+    `packed` is the number of steps in a word, 8 or 32, or a `Packed`. A graded one gives a tuple of words.
+    """
+    packed = packed if isinstance(packed, Packed) else Packed(packed)
+    if packed.graded:
+        return tuple(pack(plane, packed.steps) for plane in packed.planes(spikes))
+    steps = packed.steps
     padded = jnp.pad(spikes != 0, [(0, -len(spikes) % steps)] + [(0, 0)] * (spikes.ndim - 1))
     shift = jnp.arange(steps, dtype=packed.word).reshape(1, steps, *(1,) * (spikes.ndim - 1))
     return (padded.reshape(-1, steps, *spikes.shape[1:]).astype(packed.word) << shift).sum(1, dtype=packed.word)
 
 
-def unpack(words: Array, T: int, dtype=jnp.bool_) -> Array:
-    """Packed spikes back to [T, *B, N], 0 and 1 in `dtype`. Raises ValueError if the words do not hold T steps."""
+def unpack(words: Words, T: int, dtype=jnp.bool_, *, lowest: int = 0) -> Array:
+    """Packed spikes back to [T, *B, N] in `dtype`. Raises ValueError if the words do not hold T steps.
+
+    A tuple of words holds graded spikes, whose lowest value is `lowest`; give a dtype that holds them.
+    """
+    if isinstance(words, tuple):
+        bits = [unpack(plane, T, dtype) for plane in words]
+        return sum((bit * 2**k for k, bit in enumerate(bits)), jnp.asarray(lowest, dtype))
     steps = jnp.iinfo(words.dtype).bits
     if not 0 <= len(words) * steps - T < steps:
         raise ValueError(

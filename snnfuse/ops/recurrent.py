@@ -107,6 +107,8 @@ def _check_state(neuron, params, state, xs, out_dtype):
     if state is not None and not isinstance(state, RecurrentState):
         raise TypeError(f"state must be None or RecurrentState(neuron, fed); got {type(state).__name__}")
     given = None if state is None else state.neuron
+    if any(isinstance(d, Packed) and d.graded for d in jax.tree.leaves(out_dtype)):
+        raise NotImplementedError(f"out_dtype: a recurrent layer packs spikes of 0 and 1 only; got {out_dtype}")
     problem, params, leaves, xs = check_call(neuron, params, given, xs, out_dtype)
     return problem, params, leaves, () if state is None else (_check_fed(state, problem),), xs
 
