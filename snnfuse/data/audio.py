@@ -67,7 +67,7 @@ def _mel_places(rate, bands, low, high) -> tuple[np.ndarray, np.ndarray]:
 
 def band_middles(rate: float, bands: int = 40, low: float = 0.0, high: float | None = None) -> np.ndarray:
     """The frequency of the middle of each band of `mel_filters`, in hertz."""
-    return _mel_places(rate, bands, low, high)[1][1:-1]
+    return _mel_places(rate, at_least("bands", bands, 1), low, high)[1][1:-1]
 
 
 def samples(sound: Array) -> Array:
