@@ -63,7 +63,8 @@ def _unpacked(lowest, values, bits):
 
 @_unpacked.defjvp
 def _unpacked_jvp(lowest, primals, tangents):
-    return _unpacked(lowest, *primals), tangents[0]
+    values, bits = primals  # not by _unpacked itself, of which a remat would store the values
+    return unpack(bits, values.shape[0], values.dtype, lowest=lowest), tangents[0]
 
 
 def differentiable(out_dtype: Any, inputs: PyTree) -> PyTree:
