@@ -2,6 +2,7 @@
 
 import math
 import re
+import sys
 from dataclasses import replace
 from functools import partial
 
@@ -61,6 +62,20 @@ def test_lowers_for_cuda_to_one_kernel_and_with_the_gradient_to_two(name, implem
     like = jax.eval_shape(partial(sf.unroll, neuron, implementation="scan"), *args)
     assert kernels(f, *args) == [LOWERED[implementation]]
     assert kernels(gradient, args, like) == [LOWERED[implementation]] * 2
+
+
+def test_no_operation_of_a_kernel_searches_for_the_module_of_its_dialect(monkeypatch):
+    """A search that fails is made again for the next operation: it took more than half of the time of lowering."""
+    searched = []
+
+    class Search:
+        def find_spec(self, name, path=None, target=None):
+            searched.append(name)
+
+    monkeypatch.setattr(sys, "meta_path", [Search(), *sys.meta_path])
+    neuron, *args, _ = cases.make("lif", T=3, lanes=(40,))
+    assert kernels(partial(sf.unroll, neuron, implementation="pallas"), *args) == [LOWERED["pallas"]]
+    assert searched.count("jaxlib.mlir.dialects.tt") <= 1
 
 
 @pytest.mark.parametrize("implementation", LOWERED)
