@@ -2,7 +2,8 @@
 
     python benchmarks/long_sequences.py              on a GPU; 4 minutes on an H100; rows go to results/long_sequences.jsonl
     python benchmarks/long_sequences.py streaming    1 minute; rows go to results/streaming.jsonl
-    XLA_PYTHON_CLIENT_MEM_FRACTION=0.97 python benchmarks/long_sequences.py --only whole   the largest T that fits into all memory
+    XLA_PYTHON_CLIENT_MEM_FRACTION=0.97 XLA_FLAGS=--xla_gpu_autotune_level=0 python benchmarks/long_sequences.py --only whole
+                                                     the largest T that fits into all memory; XLA takes no time to choose products
 
 "whole" is backpropagation through all T steps at once; "pieces of 500" is `nn.Pieces`, which recomputes one piece at a time.
 The case "dense" is the network 700-256-256-20 with a batch of 32; "convolutional" has two convolutions on events of 64 x 64
@@ -16,6 +17,7 @@ to the class as a Python number, the median of many calls one after another; `la
 the same call without `nn.Stream`.
 """
 
+import os
 import time
 from math import sqrt
 
@@ -47,6 +49,8 @@ def long_sequences(args):
         length = (5 if args.tiny else LENGTH[case]) if how == "pieces" else None
         named = dict(case=case, implementation="scan" if how == "scan" else kind, dtype="float32", T=T)
         key = named | dict(memory=f"pieces of {length}" if length else "whole", B=4 if args.tiny else BATCH[case])
+        if "autotune_level=0" in os.environ.get("XLA_FLAGS", ""):
+            key |= dict(note="without autotuning")  # which takes minutes with the largest arrays
         yield Case(key, measure, (case, key["implementation"], T, key["B"], length, args.tiny), "fresh")
 
 

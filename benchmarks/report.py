@@ -63,6 +63,9 @@ COLUMNS = {  # of each table: head={format of a row's fields}
     "ms per step={ms:.1f}; spikes that differ={flips}; gradient error={gradient_error:.1e}; GPU={gpu}",
     "online": "network={network}; rule={implementation}; held-out accuracy={held_out_accuracy:.1%}; of each seed={each}; "
     "temporary MB, T = 100={mb100:.1f}; T = 1,000={mb1000:.1f}; T = 10,000={mb10000:,.1f}",
+    "delays": "network={network}; all speakers={mean:.1%}; of each seed={each}; theo={theo:.1%}; george={george:.1%}; "
+    "nicolas={nicolas:.1%}; jackson={jackson:.1%}; lucas={lucas:.1%}; yweweler={yweweler:.1%}; seconds of a training={seconds:.2f}",
+    "delay_layers": "layer={case}; longest delay={steps}; computed by={implementation}; dtype={dtype}; ms={ms:.2f}",
     "streaming": "network={case}; called by=`{implementation}`; steps in a call={T}; ms per call={call_ms:.2f}; "
     "99th percentile={late_ms:.2f}; us per step={us_per_step:.0f}",
     "contract": "implementation={implementation}; tests=`{tests}`; passed={passed}; failed={failed}; commit={commit}",
@@ -362,13 +365,27 @@ def online():
     return table("online", found)
 
 
+def delays():
+    """One line for each network: its accuracy on the speaker held out, the mean of the seeds."""
+    found = rows("delays")
+    lines, mean = [], lambda values: sum(values) / len(values)
+    for network in dict.fromkeys(r["case"].split(", ")[0] for r in found):
+        own = [r | dict(speaker=r["case"].split()[1]) for r in found if r["case"].startswith(f"{network}, ")]
+        of = lambda **fields: mean([r["held_out_accuracy"] for r in own if fields.items() <= r.items()])  # noqa: B023
+        line = own[0] | dict(network=network, mean=of(), seconds=mean([r["seconds"] for r in own]))
+        line |= {r["speaker"]: of(speaker=r["speaker"]) for r in own}
+        lines.append(line | dict(each=", ".join(f"{of(seed=seed):.1%}" for seed in sorted({r["seed"] for r in own}))))
+    return table("delays", lines)
+
+
 def long_sequences():
     found = [r | dict(gpu=r["device"].split()[1]) for r in rows("long_sequences")]
     return table("long_sequences", sorted(found, key=lambda r: (r["case"] != "dense", r["T"], r["memory"])))
 
 
 TABLES = {
-    file: lambda file=file: table(file, rows(file)) for file in ("flips", "accuracy", "loader", "contract", "streaming")
+    file: lambda file=file: table(file, rows(file))
+    for file in ("flips", "accuracy", "loader", "contract", "streaming", "delay_layers")
 }
 TABLES |= {
     make.__name__: make
@@ -376,6 +393,7 @@ TABLES |= {
         core,
         long_sequences,
         online,
+        delays,
         papers,
         compile_time,
         choice,
