@@ -15,13 +15,14 @@ from flax import nnx
 from snnfuse import models, nn
 from snnfuse.core import surrogate
 from snnfuse.core.compose import CONNECTIONS
-from snnfuse.core.reset import HardReset
+from snnfuse.core.reset import HardReset, SoftReset
 from snnfuse.models.build import MEMORY
 from snnfuse.models.resnet import DEPTHS, STEMS
 from snnfuse.models.transformer import PATCHES
 from snnfuse.models.vgg import STAGES
 from snnfuse.ops.implementations import NAMES as IMPLEMENTATIONS
 from snnfuse.ops.problem import PARTS
+from snnfuse.papers import QCFS, QCFSParams
 
 Name = Annotated[str, tyro.conf.arg(name="model", prefix_name=False, metavar="NAME")]
 SURROGATES = {
@@ -30,6 +31,7 @@ SURROGATES = {
     "triangle": surrogate.PiecewiseQuadratic(),
     "rectangle": surrogate.Rectangle(),
 }
+RESETS = {"hard": HardReset(detach=True), "soft": SoftReset(detach=True)}
 READOUTS = {
     "rate": nn.spike_rate,
     "mean": nn.membrane_mean,
@@ -244,9 +246,14 @@ class Network:
     T: int = 4
     """time steps"""
     tau: float | None = None
-    """LIF neurons of this time constant, in steps, with a detached reset; None takes those of snnfuse.models"""
+    """LIF neurons of this time constant, in steps, with a detached reset; inf: without a leak. None takes the neurons of
+    snnfuse.models"""
+    reset: str = "hard"
+    """what a spike does to the membrane, with --model.tau: hard sets it to 0, soft subtracts the threshold"""
     surrogate: str = "atan"
     """gradient of a spike, with --model.tau: atan, sigmoid, triangle or rectangle, each of area 1"""
+    levels: int | None = None
+    """in place of spikes, activations from 0 to 1 in so many levels: a quantised ReLU, the rate of a neuron over that many steps"""
     policy: str = "bfloat16"
     """number format of activations"""
     memory: str = "packed"
@@ -257,18 +264,27 @@ class Network:
     """of snnfuse.unroll, such as scan or pallas; None takes the fused kernels where they run"""
 
     def __post_init__(self):
-        _check(self, policy=nn.PrecisionPolicy, memory=MEMORY, readout=READOUTS, surrogate=SURROGATES)
-        if self.surrogate != "atan" and self.tau is None:
-            raise ValueError(f"--model.surrogate needs --model.tau; got {self.surrogate!r} without it")
+        known = dict(readout=READOUTS, surrogate=SURROGATES, reset=RESETS)
+        _check(self, policy=nn.PrecisionPolicy, memory=MEMORY, **known)
+        if (self.surrogate, self.reset) != ("atan", "hard") and self.tau is None:
+            raise ValueError(
+                f"--model.surrogate and --model.reset need --model.tau; got {self.surrogate!r} and {self.reset!r}"
+            )
+        if self.levels is not None and (self.levels < 1 or self.memory != "fast"):
+            raise ValueError(
+                f"--model.levels must be at least 1, and needs --model.memory fast, because bits cannot hold levels; "
+                f"got {self.levels} and {self.memory!r}"
+            )
 
     @property
     def options(self) -> dict:
         """The options that all functions of snnfuse.models share."""
         options = {name: getattr(self, name) for name in ("policy", "memory", "implementation")}
-        if self.tau is not None:
-            options["neuron"] = partial(
-                nn.LIF, tau=self.tau, reset=HardReset(detach=True), surrogate=SURROGATES[self.surrogate]
-            )
+        if self.levels is not None:
+            options["neuron"] = partial(nn.Spiking, QCFS(self.levels, shift=0.0), QCFSParams())
+        elif self.tau is not None:
+            choices = dict(reset=RESETS[self.reset], surrogate=SURROGATES[self.surrogate])
+            options["neuron"] = partial(nn.LIF, tau=self.tau, **choices)
         return options
 
 

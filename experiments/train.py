@@ -80,6 +80,9 @@ class Config(Generic[Model, Data]):
     """time steps of the network in the first --first_steps training steps; fewer are faster. None: always --model.T.
     Evaluations have --model.T steps from the beginning, so they say little before the network has trained with them. With
     sound and signals a step is a window; there --first_T windows, which are longer, cover the recording"""
+    first_levels: int | None = None
+    """--model.levels in the first --first_steps training steps: with --first_T 1 a quantised ReLU network, which learns faster
+    than spikes do, and whose weights the spiking network then takes over"""
     first_steps: int = 0
     neuron_rate: float = 1.0
     """learning rate of the neurons' parameters, as a multiple of --learning_rate"""
@@ -180,6 +183,12 @@ class Config(Generic[Model, Data]):
                 f"--first_T must be from 1 to --model.T, {most}, and --first_steps a multiple of --log_every; "
                 f"got {self.first_T} and {self.first_steps}"
             )
+        if self.first_levels is not None and (self.first_T is None or not hasattr(self.model, "levels")):
+            raise ValueError(
+                f"--first_levels needs --first_T, and a network of snnfuse.models; got {self.first_levels}, with "
+                f"--first_T {self.first_T} and --model {self.model.name}"
+            )
+        _first(self)  # checks the options of the model
         K = self.steps_per_call
         if K is not None and (K < 1 or self.log_every % K or self.eval_every % K):
             raise ValueError(f"--steps_per_call must divide --log_every and --eval_every; got {K}")
@@ -200,12 +209,14 @@ class Config(Generic[Model, Data]):
             raise ValueError(f"--update_every goes without --{given[0]}; got {others[given[0]]}")
 
 
-def create(config: Config, shape: tuple[int, ...], classes: int) -> tuple[nnx.Module, nnx.Optimizer]:
+def create(config: Config, shape: tuple[int, ...], classes: int) -> tuple:
+    """The model, its optimizer, and with --average the average of the model."""
     model = config.model.build(shape, classes, nnx.Rngs(config.seed))
     if config.mesh and config.sync_batch_norm:
         parallel.synchronise_batch_norm(model, "data")
     groups = tuple(nnx.to_flat_state(training.parameter_groups(model)))
-    return model, nnx.Optimizer(model, _transform(config, groups), wrt=nnx.Param)
+    optimizer = nnx.Optimizer(model, _transform(config, groups), wrt=nnx.Param)
+    return (model, optimizer) if config.average is None else (model, optimizer, nnx.clone(model))
 
 
 @lru_cache  # the same functions for the same configuration, so that what is compiled for it is found again
@@ -469,14 +480,15 @@ def _batches(config, fixed, source, start):
     return lambda objects, at, K: step(at)(*objects, next(batches), np.int32(at + 1)), None
 
 
-@lru_cache
 def _first(config):
-    return dataclasses.replace(config, model=dataclasses.replace(config.model, T=config.first_T))
+    """The model of the first steps."""
+    levels = {} if config.first_levels is None else dict(levels=config.first_levels)
+    return config.model if config.first_T is None else dataclasses.replace(config.model, T=config.first_T, **levels)
 
 
 def _at(config, step):
     """The configuration of the training step after `step`: fewer time steps at first, if --first_T says so."""
-    return _first(config) if step < config.first_steps else config
+    return dataclasses.replace(config, model=_first(config)) if step < config.first_steps else config
 
 
 def _steps_per_call(config, size, on_device):
@@ -501,26 +513,33 @@ def train(config: Config) -> dict:
         fixed = dataclasses.replace(config, **{f.name: f.default for f in unused})  # steps are compiled for this
         began, shape = time.perf_counter(), _input_shape(config, train_source)
         objects = create(fixed, shape, config.data.classes)
-        if config.average is not None:
-            objects += (nnx.clone(objects[0]),)
         # Placed on its device, as a restored state is, so that a resumed run is the same compiled program.
         arrays = training.to_arrays(*objects)
         arrays = parallel.shard(arrays, mesh) if mesh else jax.device_put(arrays, jax.devices()[0])
         training.from_arrays(arrays, *objects)
         start = run.start(*objects)
+        first = objects
+        if config.first_levels is not None and start < config.first_steps:
+            first = create(_at(fixed, start), shape, config.data.classes)
+            _move(objects, first)
         size = sum(x.size for x in jax.tree.leaves(nnx.state(objects[0], nnx.Param)))
         print(f"{run.path}: {size:,} parameters, steps {start + 1} to {config.steps}, {jax.devices()[0].device_kind}")
         step, lower = _batches(config, fixed, train_source, start)
         K = _steps_per_call(config, size, lower is not None)
         print(f"training samples come from the {'device' if lower else 'host'}; steps in a call: {K}")
         lower = lower if K == 1 and start < config.steps else None
-        _loop(run, config, fixed, objects, step, lower, K, test_source, start)
+        _loop(run, config, fixed, first, objects, step, lower, K, test_source, start)
         return _finish(run, config, fixed, objects, len(train_source), test_source, time.perf_counter() - began)
     finally:
         run.close()
 
 
-def _loop(run, config, fixed, objects, step, lower, K, test_source, start):
+def _move(old, new):
+    """Puts the arrays of the old objects into the new ones, whose neurons may be others."""
+    training.from_arrays(training.to_arrays(*old), *new)
+
+
+def _loop(run, config, fixed, first, objects, step, lower, K, test_source, start):
     meter, size = Meter(run, config.batch), min(250, 10 * config.batch)
     bar = tqdm(total=config.steps, initial=start, unit="step", mininterval=0.5 if sys.stderr.isatty() else 5)
     if start < config.steps:
@@ -530,9 +549,10 @@ def _loop(run, config, fixed, objects, step, lower, K, test_source, start):
     # One program at a time, because XLA times kernels while it compiles; the others compile while the first one trains.
     with bar, ThreadPoolExecutor(max_workers=1) as pool, interrupt.noted() as interrupted:
         compiling, began = {}, time.perf_counter()
+        trained = lambda at: first if at < config.first_steps else objects
         if lower:
             for at in dict.fromkeys([start, max(start, config.first_steps)]):
-                compiling[at] = pool.submit(lower(objects, at).compile)
+                compiling[at] = pool.submit(lower(trained(at), at).compile)
             compiling["eval"] = pool.submit(_lower_eval(fixed, _evaluated(objects), test_source, size).compile)
         # after a resume the first call may be shorter, so that calls end at multiples of K, where logging and evaluation fall
         ends = [*range(start - start % K + K, config.steps, K), config.steps] if start < config.steps else []
@@ -540,10 +560,12 @@ def _loop(run, config, fixed, objects, step, lower, K, test_source, start):
             if before in compiling:
                 compiling.pop(before).result()
                 bar.write(f"compiled after {time.perf_counter() - began:.0f} s", sys.stdout)
-            meter.add(before + 1, step(objects, before, now - before))
+            meter.add(before + 1, step(trained(before), before, now - before))
             bar.update(now - before)
             stopping = now < config.steps and (before < (config.stop_at or 0) <= now or interrupted())
             evaluating = now % config.eval_every == 0 or now == config.steps
+            if first is not objects and (evaluating or stopping or now == config.first_steps):
+                _move(trained(before), objects)
             if now % config.log_every == 0 or evaluating or stopping:
                 bar.set_postfix(meter.write(), refresh=False)
             if evaluating:

@@ -24,6 +24,16 @@ def _zeros(kind, shape):
     return kind(*(jnp.zeros(shape, jnp.float32) for _ in kind._fields))
 
 
+def _between(z, low, high):
+    return jnp.where(z < low, low, jnp.where(z > high, high, z))
+
+
+def _check_levels(neuron):
+    above_zero(neuron, "levels")
+    if neuron.levels != int(neuron.levels):
+        raise ValueError(f"{type(neuron).__name__}: levels must be a whole number; got {neuron.levels}")
+
+
 class AdLIFParams(NamedTuple):
     decay: Param = 0.935
     decay_adapt: Param = 0.993
@@ -445,9 +455,7 @@ class ILIF:
     levels: int = 4
 
     def __post_init__(self):
-        above_zero(self, "levels")
-        if self.levels != int(self.levels):
-            raise ValueError(f"ILIF: levels must be a whole number; got {self.levels}")
+        _check_levels(self)
 
     @property
     def spike_range(self) -> tuple[int, int]:
@@ -458,10 +466,47 @@ class ILIF:
 
     def step(self, params: ILIFParams, state: ILIFState, x: Array):
         u = params.decay * state.v + x
-        z = u / params.threshold
-        z = jnp.where(z < 0, 0.0, jnp.where(z > self.levels, float(self.levels), z))
+        z = _between(u / params.threshold, 0.0, float(self.levels))
         s = z + jax.lax.stop_gradient(jnp.floor(z + 0.5) - z)
         return ILIFState(u - s * params.threshold), s
+
+
+class QCFSParams(NamedTuple):
+    threshold: Param = 1.0
+
+
+@dataclass(frozen=True)
+class QCFS:
+    """Quantised ReLU: the firing rate over `levels` steps of an integrate-and-fire neuron with soft reset and a constant input.
+
+        s[t] = min(max(floor(levels x[t] / threshold + shift), 0), levels) / levels
+
+    It has no state. The gradient of s for x is 1 / threshold where 0 <= x <= threshold, and 0 elsewhere. A network with these
+    neurons trains at T = 1, and its weights are a start for one of `IF` neurons with `SoftReset` at T = levels.
+
+    Params and their defaults: threshold = 1.0.
+
+    Args:
+      levels: the number of steps whose rate it is, L in the paper; a whole number.
+      shift: v before the first step, in thresholds; 0.5 in the paper, 0 for neurons that start at v = 0.
+
+    Bu et al. 2022, https://arxiv.org/abs/2303.04347.
+    """
+
+    levels: int = 4
+    shift: float = 0.5
+
+    def __post_init__(self):
+        _check_levels(self)
+
+    def init_state(self, shape):
+        return ()
+
+    def step(self, params: QCFSParams, state: tuple, x: Array):
+        z = _between(x / params.threshold, 0.0, 1.0)
+        k = jnp.floor(self.levels * z + self.shift)
+        s = jnp.where(k > self.levels, float(self.levels), k) / self.levels
+        return (), z + jax.lax.stop_gradient(s - z)
 
 
 class TernaryLIFParams(NamedTuple):
