@@ -355,7 +355,7 @@ def eval_step(config: Config) -> training.CompiledStep:
         real = labels >= 0
         losses = optax.softmax_cross_entropy_with_integer_labels(logits, jnp.where(real, labels, 0))
         # a membrane that is NaN never spikes, and the loss alone would not show it
-        finite = jnp.stack([jnp.isfinite(leaf).all() for leaf in jax.tree.leaves(state)]).all()
+        finite = jnp.stack([jnp.isfinite(leaf).all() for leaf in [logits, *jax.tree.leaves(state)]]).all()
         losses = jnp.where(finite, losses, jnp.nan)
         mean = lambda count: count.reshape(len(real), -1).mean(1) / len(xs)
         rates = {f"rate {path}": (mean(count) * real).sum() for path, count in counts.items()}

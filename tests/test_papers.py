@@ -181,6 +181,23 @@ def test_the_gradient_of_integer_spikes_is_one_between_their_ends():
         papers.ILIF(levels=2.5)
 
 
+def test_levels_of_a_quantised_relu_are_rates_of_integrate_and_fire():
+    """Over T = levels steps of one current. Its gradient is 1 / threshold between 0 and the threshold; the kernels agree."""
+    x = jnp.array([-3.0, -0.1, 0.1, 0.26, 0.5, 0.7, 0.99, 1.3, 9.0]) * 2
+
+    def run(how, x, **choices):
+        return sf.unroll(papers.QCFS(**choices), papers.QCFSParams(2.0), None, x[None], implementation=how)[0][0]
+
+    for how in ("scan", "interpret"):
+        spikes, _ = sf.unroll(sf.IF(reset=sf.SoftReset()), sf.IFParams(2.0), None, jnp.tile(x, (5, 1)))
+        np.testing.assert_allclose(run(how, x, levels=5, shift=0.0), spikes.mean(0))
+        np.testing.assert_allclose(run(how, x, levels=2) * 2, [0, 0, 0, 1, 1, 1, 2, 2, 2])
+        slope = jax.grad(lambda x, how=how: run(how, x).sum())(x)
+        np.testing.assert_allclose(slope, np.where((x >= 0) & (x <= 2), 0.5, 0))
+    with pytest.raises(ValueError, match="QCFS: levels must be a whole number; got 2.5"):
+        papers.QCFS(levels=2.5)
+
+
 @pytest.mark.parametrize("name", ["ILIF", "TernaryLIF"])
 def test_graded_spikes_can_be_fed_back_by_scan_alone(name):
     neuron, params, xs = make(name)
