@@ -78,12 +78,14 @@ class Config(Generic[Model, Data]):
     """of weights alone, not of biases, normalisations and neurons; AdamW with 0 is Adam"""
     first_T: int | None = None
     """time steps of the network in the first --first_steps training steps; fewer are faster. None: always --model.T.
-    Evaluations have --model.T steps from the beginning, so they say little before the network has trained with them. With
-    sound and signals a step is a window; there --first_T windows, which are longer, cover the recording"""
+    Evaluations before --first_steps are those of that network, and metrics.jsonl calls them first_accuracy. With sound and signals a step is a window; there --first_T windows, which are longer, cover the recording"""
     first_levels: int | None = None
     """--model.levels in the first --first_steps training steps: with --first_T 1 a quantised ReLU network, which learns faster
     than spikes do, and whose weights the spiking network then takes over"""
     first_steps: int = 0
+    second_rate: float | None = None
+    """learning rate after the first steps, as a part of --learning_rate: it falls to 0 twice, at their end and at the last step.
+    None: it falls once, over all steps"""
     neuron_rate: float = 1.0
     """learning rate of the neurons' parameters, as a multiple of --learning_rate"""
     loss: str = "mean"
@@ -183,6 +185,12 @@ class Config(Generic[Model, Data]):
                 f"--first_T must be from 1 to --model.T, {most}, and --first_steps a multiple of --log_every; "
                 f"got {self.first_T} and {self.first_steps}"
             )
+        if self.second_rate is not None and not (
+            0 < self.second_rate <= 1 and self.first_steps and self.schedule == "cosine"
+        ):
+            raise ValueError(
+                f"--second_rate must be above 0 and at most 1, with --first_steps and --schedule cosine; got {self.second_rate}"
+            )
         if self.first_levels is not None and (self.first_T is None or not hasattr(self.model, "levels")):
             raise ValueError(
                 f"--first_levels needs --first_T, and a network of snnfuse.models; got {self.first_levels}, with "
@@ -221,10 +229,14 @@ def create(config: Config, shape: tuple[int, ...], classes: int) -> tuple:
 
 @lru_cache  # the same functions for the same configuration, so that what is compiled for it is found again
 def _transform(config, groups):
-    updates = config.steps * config.updates
-    warmup = int(config.warmup * updates)
-    if config.schedule == "cosine":
-        schedule = optax.warmup_cosine_decay_schedule(0.0, config.learning_rate, warmup, updates)
+    all, first = (steps * config.updates for steps in (config.steps, config.first_steps))
+    warmup = int(config.warmup * (all if config.second_rate is None else first))
+    if config.second_rate is not None:
+        second = optax.cosine_decay_schedule(config.second_rate * config.learning_rate, all - first)
+        falls = optax.warmup_cosine_decay_schedule(0.0, config.learning_rate, warmup, first)
+        schedule = optax.join_schedules([falls, second], [first])
+    elif config.schedule == "cosine":
+        schedule = optax.warmup_cosine_decay_schedule(0.0, config.learning_rate, warmup, all)
     else:
         start = 0.0 if warmup else config.learning_rate  # without a warmup optax stays at the value that it starts from
         schedule = optax.warmup_constant_schedule(start, config.learning_rate, warmup)
@@ -553,7 +565,11 @@ def _loop(run, config, fixed, first, objects, step, lower, K, test_source, start
         if lower:
             for at in dict.fromkeys([start, max(start, config.first_steps)]):
                 compiling[at] = pool.submit(lower(trained(at), at).compile)
-            compiling["eval"] = pool.submit(_lower_eval(fixed, _evaluated(objects), test_source, size).compile)
+            for at in dict.fromkeys(
+                [*([start] if config.eval_every <= config.first_steps else []), config.first_steps]
+            ):
+                lowered = _lower_eval(_at(fixed, at), _evaluated(trained(at)), test_source, size)
+                compiling["eval", at >= config.first_steps] = pool.submit(lowered.compile)
         # after a resume the first call may be shorter, so that calls end at multiples of K, where logging and evaluation fall
         ends = [*range(start - start % K + K, config.steps, K), config.steps] if start < config.steps else []
         for before, now in itertools.pairwise([start, *ends]):
@@ -569,18 +585,22 @@ def _loop(run, config, fixed, first, objects, step, lower, K, test_source, start
             if now % config.log_every == 0 or evaluating or stopping:
                 bar.set_postfix(meter.write(), refresh=False)
             if evaluating:
-                if "eval" in compiling:
-                    compiling.pop("eval").result()
-                row = evaluate(fixed, _evaluated(objects), test_source, size)
-                run.record(now, {f"eval_{name}": value for name, value in row.items()})
-                text = f"step {now:5d}   held out: loss {row['loss']:.4f}, accuracy {row['accuracy']:.2%}"
-                bar.write(text, sys.stdout)
+                kind = "eval" if now > config.first_steps else "first"
+                if ("eval", kind == "eval") in compiling:
+                    compiling.pop(("eval", kind == "eval")).result()
+                row = evaluate(_at(fixed, before), _evaluated(trained(before)), test_source, size)
+                run.record(now, {f"{kind}_{name}": value for name, value in row.items()})
+                bar.write(
+                    f"step {now:5d}   held out: loss {row['loss']:.4f}, accuracy {row['accuracy']:.2%}"
+                    + " (network of the first steps)" * (kind == "first"),
+                    sys.stdout,
+                )
                 meter.restart()
             if evaluating or stopping:
                 run.save(now, *objects)
             if evaluating and not np.isfinite(row["loss"]):
                 raise Stopped(
-                    f"eval_loss is {row['loss']}, from the loss or from a membrane, at step {now}: stopped. "
+                    f"{kind}_loss is {row['loss']}, from the loss or from a membrane, at step {now}: stopped. "
                     "Try a smaller --learning_rate or --clip; start again, or from a checkpoint before this step"
                 )
             if stopping:
