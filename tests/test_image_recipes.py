@@ -11,9 +11,9 @@ sys.path.append(str(Path(__file__).parent.parent / "benchmarks"))
 
 import accuracy
 import config as configuration
-import inputs
 import recipes
 import train
+from inputs.reading import in_memory
 
 
 @pytest.mark.parametrize("name", recipes.RECIPES)
@@ -59,5 +59,5 @@ def test_samples_are_read_many_at_a_time():
             asked.append(len(indices))
             return [self[i] for i in indices]
 
-    assert inputs.in_memory(Source(range(2500)), "x") == inputs.in_memory(list(range(2500)), "x") == list(range(2500))
+    assert in_memory(Source(range(2500)), "x") == in_memory(list(range(2500)), "x") == list(range(2500))
     assert asked == [1000, 1000, 500]

@@ -14,9 +14,11 @@ from flax import nnx
 sys.path.insert(0, str(Path(__file__).parent.parent / "experiments"))
 
 pytest.importorskip("tensorflow_datasets", reason="the experiments need the extra `data`")
-import inputs
+import inputs.recordings
+import inputs.signals
 import train
-from inputs import DATASETS, Audio, Signals, two_windows
+from inputs import DATASETS, Audio, Signals
+from inputs.recordings import two_windows
 from models import MODELS
 from test_data_formats import recording
 
@@ -63,7 +65,7 @@ def test_signals_relative_to_a_person_do_not_show_how_strong_the_person_is():
 
 def test_signals_that_are_all_0_are_refused(monkeypatch):
     silent = lambda name: [[{"signal": np.zeros((100, 2), np.float32), "label": 0}]] * 2
-    monkeypatch.setattr(inputs, "_sources", silent)
+    monkeypatch.setattr(inputs.signals, "train_and_test", silent)
     with pytest.raises(archives.Missing, match="the training signals of gestures are all 0"):
         gestures().sources()
 
@@ -118,7 +120,7 @@ def test_a_first_T_below_the_frames_of_a_recording_is_named(monkeypatch):
     data = dataclasses.replace(DATASETS["nmnist"], bins=4, store="events", events=128)
     config = dataclasses.replace(train.Config(), data=data, first_T=2, first_steps=10, batch=1)
     source = [{"events": recording(100, 0, sensor), "label": 1}]
-    monkeypatch.setattr(inputs, "_sources", lambda name: (source, source))
+    monkeypatch.setattr(inputs.recordings, "train_and_test", lambda name: (source, source))
     said = "--first_T 2 stands for --model.T in the first steps: --model.T must be at least --data.bins, 4; got 2"
     with pytest.raises(train.Stopped, match=said):
         train._input_shape(config, source)

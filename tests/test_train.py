@@ -26,7 +26,8 @@ sys.path.insert(0, str(Path(__file__).parent.parent / "experiments"))
 import config as configuration
 import runs
 import train
-from inputs import DATASETS, STATISTICS, Images
+from inputs import DATASETS, Images
+from inputs.images import STATISTICS
 from models import MODELS, READOUTS, ConvNet
 
 from snnfuse import training

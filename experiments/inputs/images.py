@@ -1,0 +1,101 @@
+"""Static images."""
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+import jax
+import jax.numpy as jnp
+from jax import Array
+
+from inputs.reading import Batch, Labelled, Name, Sources, in_memory, train_and_test
+from snnfuse.data import encoders, image_augment
+from snnfuse.data import loader as load
+
+STATISTICS = {  # the mean and the standard deviation of each channel over the training images
+    "mnist": ((0.1307,), (0.3081,)),
+    "fashion_mnist": ((0.2860,), (0.3530,)),
+    "cifar10": ((0.4914, 0.4822, 0.4465), (0.2470, 0.2435, 0.2616)),
+    "cifar100": ((0.5071, 0.4865, 0.4409), (0.2673, 0.2564, 0.2762)),
+}
+
+
+@dataclass(frozen=True)
+class Images(Labelled):
+    """Static images, kept in memory and turned into spikes on the device."""
+
+    note: ClassVar[str] = ""
+    name: Name
+    encoding: str = "bernoulli"
+    """bernoulli: each step spikes with probability equal to the pixel value; direct: the pixel value at every step"""
+    shift: int = 0
+    """training images move by up to this many pixels each way"""
+    flip: bool = False
+    """half of the training images are mirrored"""
+    cutout: int = 0
+    """side of a square, in pixels, that is erased in every training image"""
+    rand_augment: int = 0
+    """transforms of RandAugment in every training image"""
+    magnitude: float = 0.3
+    """their strength, in [0, 1]"""
+    mixup: float = 0.0
+    """training images are mixed in pairs, by a share drawn from Beta(mixup, mixup)"""
+    cutmix: float = 0.0
+    """a rectangle of each training image comes from another one; its size is drawn from Beta(cutmix, cutmix)"""
+    normalise: bool = False
+    """channels get mean 0 and deviation 1; with --data.encoding direct"""
+    repeat: int = 1
+    """copies of the image, each as its own channels with its own noise"""
+
+    def __post_init__(self):
+        if self.encoding not in ("direct", "bernoulli"):
+            raise ValueError(f"--data.encoding must be direct or bernoulli; got {self.encoding!r}")
+        for name in ("shift", "cutout", "rand_augment", "mixup", "cutmix"):
+            if (value := getattr(self, name)) < 0:
+                raise ValueError(f"--data.{name} must be at least 0; got {value}")
+        if not 0 <= self.magnitude <= 1:
+            raise ValueError(f"--data.magnitude must be in [0, 1]; got {self.magnitude}")
+        if self.normalise and (self.encoding != "direct" or self.name not in STATISTICS):
+            raise ValueError(
+                f"--data.normalise needs --data.encoding direct, and one of {', '.join(STATISTICS)}; "
+                f"got {self.encoding!r} and {self.name!r}"
+            )
+        if self.repeat < 1:
+            raise ValueError(f"--data.repeat must be at least 1; got {self.repeat}")
+
+    def sources(self) -> Sources:
+        train, test = train_and_test(self.name)
+        return in_memory(train, f"{self.name}, train"), in_memory(test, f"{self.name}, test")
+
+    def example(self) -> load.Images:
+        return load.Images()
+
+    def augment(self, key: Array, batch: Batch, targets: Array) -> tuple[Batch, Array]:
+        keys, images = iter(jax.random.split(key, 6)), self.example().unpack(batch["image"])
+        if self.shift:
+            images = image_augment.crop(next(keys), images, self.shift)
+        if self.flip:
+            images = image_augment.flip(next(keys), images)
+        if self.rand_augment:
+            images = image_augment.rand_augment(next(keys), images, self.rand_augment, self.magnitude)
+        if self.cutout:
+            mean, _ = STATISTICS.get(self.name, (0.0, 1.0))
+            images = image_augment.cutout(next(keys), images, self.cutout, jnp.asarray(mean))
+        if self.mixup:
+            images, targets = image_augment.mixup(next(keys), images, targets, self.mixup)
+        if self.cutmix:
+            images, targets = image_augment.cutmix(next(keys), images, targets, self.cutmix)
+        return batch | {"image": images}, targets
+
+    def encode(self, key: Array, batch: Batch, T: int) -> Array:
+        images = (
+            batch["image"]
+            if jnp.issubdtype(batch["image"].dtype, jnp.floating)
+            else self.example().unpack(batch["image"])
+        )
+        if self.normalise:
+            mean, deviation = map(jnp.asarray, STATISTICS[self.name])
+            images = (images - mean) / deviation
+        images = jnp.tile(images, self.repeat)
+        if self.encoding == "bernoulli":
+            return encoders.bernoulli(key, images, T)
+        return encoders.direct(images, T)
