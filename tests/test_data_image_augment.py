@@ -4,8 +4,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import scipy.stats
 from PIL import Image, ImageEnhance, ImageOps
 
+from snnfuse.data import draws
 from snnfuse.data import image_augment as ia
 
 KEY = jax.random.key(3)
@@ -47,6 +49,18 @@ def test_cutout_covers_a_square_with_its_centre_anywhere():
     assert np.array_equal(hole, hole.any(2)[:, :, None] & hole.any(1)[:, None, :])
 
 
+@pytest.mark.parametrize("alpha", [0.5, 1.0, 8.0])
+def test_shares_have_the_distribution_beta_and_need_no_loop(alpha):
+    draw = jax.jit(lambda key: draws.beta_share(key, alpha, (20_000,)))
+    shares = draw(KEY)
+    assert scipy.stats.kstest(shares, scipy.stats.beta(alpha, alpha).cdf).statistic < 0.014  # p = 0.001
+    text, loops = (
+        str(jax.make_jaxpr(draw)(KEY)),
+        str(jax.make_jaxpr(lambda key: jax.random.beta(key, alpha, alpha))(KEY)),
+    )
+    assert "gamma" in loops and not any(word in text for word in ("gamma", "while", "scan"))
+
+
 def test_mixup_mixes_images_and_targets_by_one_share():
     xs, targets = images(B=6), jax.nn.one_hot(jnp.arange(6), 6)
     shares = []
@@ -62,9 +76,9 @@ def test_mixup_mixes_images_and_targets_by_one_share():
 
 def test_cutmix_mixes_the_targets_by_the_area_that_it_replaces():
     xs, targets = images(B=6), jax.nn.one_hot(jnp.arange(6), 6)
-    areas = []
-    for i in range(200):
-        out, mixed = ia.cutmix(jax.random.key(i), xs, targets)
+    areas, cutmix = [], jax.jit(ia.cutmix)
+    for i in range(400):
+        out, mixed = cutmix(jax.random.key(i), xs, targets)
         cut = np.asarray(out == xs[::-1]).all((0, 3))
         assert np.array_equal(np.where(cut[..., None], xs[::-1], xs), out)
         assert np.array_equal(cut, cut.any(1)[:, None] & cut.any(0)[None])  # a rectangle

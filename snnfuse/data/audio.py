@@ -14,6 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import Array
 
+from snnfuse.data.draws import beta_share
 from snnfuse.data.events import at_least
 
 
@@ -233,7 +234,7 @@ def mixup(key: Array, sound: Array, targets: Array, alpha: float = 0.3) -> tuple
     sound, alpha = samples(_check("sound", sound, "B, n")), _number("alpha", alpha, above=True)
     if targets.ndim != 2 or len(targets) != len(sound):
         raise ValueError(f"targets must be [B, classes], B = {len(sound)}; got shape {targets.shape}")
-    share = jax.random.beta(key, alpha, alpha, (len(sound), 1))
+    share = beta_share(key, alpha, (len(sound), 1))
     return share * sound + (1 - share) * sound[::-1], share * targets + (1 - share) * targets[::-1]
 
 

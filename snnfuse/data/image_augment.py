@@ -17,6 +17,8 @@ import jax
 import jax.numpy as jnp
 from jax import Array, lax
 
+from snnfuse.data.draws import beta_share
+
 
 def _check(images: Array) -> None:
     if images.ndim != 4:
@@ -109,7 +111,7 @@ def mixup(key: Array, images: Array, targets: Array, alpha: float = 0.2) -> tupl
     [B, classes]. Zhang et al. 2018, https://arxiv.org/abs/1710.09412.
     """
     others, other_targets = _partners(images, targets, alpha)
-    share = jax.random.beta(key, alpha, alpha)
+    share = beta_share(key, alpha)
     mix = lambda a, b: (share * a + (1 - share) * b).astype(a.dtype)
     return mix(images, others), mix(targets, other_targets)
 
@@ -124,7 +126,7 @@ def cutmix(key: Array, images: Array, targets: Array, alpha: float = 1.0) -> tup
     """
     others, other_targets = _partners(images, targets, alpha)
     share_key, place = jax.random.split(key)
-    part = jnp.sqrt(1 - jax.random.beta(share_key, alpha, alpha))
+    part = jnp.sqrt(1 - beta_share(share_key, alpha))
     centres = [jax.random.randint(k, (1, 1), 0, n) for k, n in _sides(place, images)]
     halves = [part * n / 2 for n in images.shape[1:3]]
     inside = [
