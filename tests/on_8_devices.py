@@ -352,12 +352,13 @@ def test_packed_spikes_over_time(implementation):
     run = lambda unroll, *args: (lambda outs, final: ((outs[0], final), outs[1]))(*unroll(*args))
     args = case.params, case.state, case.xs
 
-    def gradients(unroll):
+    @partial(jax.jit, static_argnums=0)
+    def gradients(unroll, *args):
         out, vjp, words = jax.vjp(partial(run, unroll), *args, has_aux=True)
         return out, words, vjp(cases.cotangents(out))
 
-    got = gradients(over_time(4, neuron, implementation=implementation, out_dtype=out_dtype))
-    want = gradients(partial(sf.unroll, neuron, implementation="scan", out_dtype=out_dtype))
+    got = gradients(over_time(4, neuron, implementation=implementation, out_dtype=out_dtype), *args)
+    want = gradients(partial(sf.unroll, neuron, implementation="scan", out_dtype=out_dtype), *args)
     assert_fires(want[0][0])
     np.testing.assert_array_equal(got[1], want[1])
     assert_close((got[0], got[2]), (want[0], want[2]), rtol=1e-5)

@@ -57,7 +57,7 @@ SMOKE = {  # question: the options that keep it short
     "recurrent": ["--only", "^LIF scan"],
     "contract": [],
     "long_sequences": ["--only", "dense"],
-    "online": ["--only", "dense sltt"],
+    "online": ["--only", "dense sltt", "--seeds", "1"],
     "delays": ["--only", "^neither"],
     "delay_layers": ["--only", "float32"],
     "streaming": ["--only", "nn.Stream 10 "],

@@ -67,22 +67,24 @@ def test_drop_path_drops_the_spikes_of_whole_samples(implementation):
     dropping, *_ = make("add", implementation, drop_path=nnx.Dropout(0.25, rngs=nnx.Rngs(0)))
     xs, shortcut = jnp.tile(xs, (1, 8, 1, 1)), jnp.tile(shortcut, (1, 8, 1, 1))
 
-    def run(layer):
-        graphdef, state = nnx.split(layer)
-        return jax.vjp(lambda xs, r: nnx.merge(graphdef, state, copy=True)(xs, None, r)[0], xs, shortcut)
+    @partial(jax.jit, static_argnums=0)
+    def run(graphdef, state, d_outs):
+        outs, vjp = jax.vjp(lambda xs, r: nnx.merge(graphdef, state, copy=True)(xs, None, r)[0], xs, shortcut)
+        return outs, vjp(d_outs)
 
-    (plain, plain_vjp), (outs, vjp) = run(layer), run(dropping)
+    cotangents = jax.random.normal(jax.random.key(1), xs.shape)
+    plain, _ = run(*nnx.split(layer), cotangents)
+    outs, gradients = run(*nnx.split(dropping), cotangents)
     gate = (outs - shortcut).max((0, 2, 3), keepdims=True)
     assert_fires(plain - shortcut)
     assert (
         set(np.round(np.asarray(gate).ravel(), 4).tolist()) == {0, np.float32(1.3333)} and 12 <= (gate > 0).sum() < 24
     )
     np.testing.assert_allclose(outs, gate * (plain - shortcut) + shortcut, rtol=1e-6)
-    cotangents = jax.random.normal(jax.random.key(1), xs.shape)
-    d_xs, _ = plain_vjp(cotangents * gate)
-    assert_close(vjp(cotangents), (d_xs, cotangents), 1e-5)
+    _, (d_xs, _) = run(*nnx.split(layer), cotangents * gate)
+    assert_close(gradients, (d_xs, cotangents), 1e-5)
     dropping.drop_path.deterministic = True
-    np.testing.assert_array_equal(run(dropping)[0], plain)
+    np.testing.assert_array_equal(run(*nnx.split(dropping), cotangents)[0], plain)
 
 
 def unfused(layer, xs, state, shortcut):

@@ -133,7 +133,7 @@ def compare(out, implementations):
 
 def make_small(patch):
     patch.setattr(resnet, "WIDTHS", (8, 16, 32, 64))
-    patch.setitem(resnet.DEPTHS, 18, (1, 1, 1, 1))
+    patch.setitem(resnet.DEPTHS, 18, (1, 1, 0, 0))
 
 
 @pytest.fixture(scope="module")

@@ -59,10 +59,14 @@ def start(out, resume=False):
     )
 
 
-def kill_when(process, condition):
+def wait_until(condition, process, every):
     while not condition():
         assert process.poll() is None, f"it ended before it could be killed: {process.stderr.read()[-2000:]}"
-        time.sleep(0.0005)
+        time.sleep(every)
+
+
+def kill_when(process, condition, every=0.02):
+    wait_until(condition, process, every)
     process.send_signal(signal.SIGKILL)
     assert process.wait() == -signal.SIGKILL
     process.stderr.close()
@@ -79,7 +83,9 @@ def test_killed_at_a_random_step_and_while_saving_it_repeats_the_same_losses(who
     )
     for p in checkpoints.glob("*tmp*"):
         shutil.rmtree(p)
-    kill_when(start(tmp_path, resume=True), being_saved)
+    second, rows_before = start(tmp_path, resume=True), metrics.stat().st_mtime_ns
+    wait_until(lambda: metrics.stat().st_mtime_ns != rows_before, second, every=0.02)  # it trains
+    kill_when(second, being_saved, every=0.0005)
     train.train(dataclasses.replace(CONFIG, out=str(tmp_path), resume=True))
     assert rows(path) == rows(whole), f"killed after {at} rows"
 
