@@ -1056,7 +1056,9 @@ def _(draw):
     *(
         "online." + n
         for n in ("gradients", "sltt", "ottt", "Instant", "Traced", "TracedRecurrent", "Eprop", "RandomFeedback")
-    )
+    ),
+    "online.EpropConv",
+    "online.Window",
 )
 def _(draw):
     # with a neuron that forgets everything (decay 0), every rule gives the gradient of backpropagation
@@ -1078,6 +1080,9 @@ def _(draw):
         if neuron.decay == 0 and xs.dtype == jnp.float32 and getattr(learner, "decay_out", 0) == 0:
             exact = nnx.grad(lambda model: loss(model(xs)[0]))(model)
             close(got, jax.tree.leaves(nnx.to_pure_dict(exact))[0], 1e-4)
+    reset = one_of(draw, sf.SoftReset(detach=True), sf.NoReset(), sf.HardReset(), sf.SoftReset())
+    conv = call(online.EpropConv, linear, one_of(draw, nn.LIF(tau=2.0, reset=reset), nn.LIF(tau=2.0, learn="decay"), 3))
+    close(call(conv, xs)[0], call(nn.Sequential(linear, conv.neuron), xs)[0])
     layer = online.RandomFeedback(3, 4, rngs=rngs)
     close(call(layer, xs), np.asarray(xs, np.float64) @ np.asarray(layer.kernel[...]), 0.02)
 

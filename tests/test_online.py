@@ -138,6 +138,63 @@ def test_ottt_takes_convolutions_and_other_layers_between():
     np.testing.assert_allclose(of_conv, want, rtol=1e-5, atol=1e-6)
 
 
+@pytest.mark.parametrize("reset", [sf.SoftReset(detach=True), sf.NoReset()], ids=["soft", "none"])
+def test_eprop_of_a_convolution_is_its_equation(reset):
+    """A trace for each input gives what a trace for each weight at each position gives: `Eprop` with the convolution as a matrix.
+
+    And it is backpropagation through time, whole and one step at a time.
+    """
+    conv = wide(nn.Conv(2, 3, (3, 3), use_bias=False, rngs=nnx.Rngs(0)))
+    conv.kernel[...] = 2 * conv.kernel[...] + 0.1
+    layer, xs = wide(online.EpropConv(conv, lif(reset=reset))), (RNG.random((T, B, 4, 4, 2)) < 0.4) * 1.0
+    error = RNG.normal(size=(T, B, 4, 4, 3))
+    graphdef, params = nnx.split(conv)
+
+    def matrix(params):  # [inputs, neurons]
+        return nnx.merge(graphdef, params)(jnp.eye(32).reshape(32, 4, 4, 2)).reshape(32, 48)
+
+    dense, to_kernel = jax.vjp(matrix, params)
+    eprop = wide(online.Eprop(lif(reset=reset), 32, 48, recurrent=False, rngs=nnx.Rngs(0)))
+    eprop.kernel[...] = dense
+    flat, first = jnp.asarray(xs.reshape(T, B, 32)), lambda layer, xs: jax.tree.map(jnp.float64, layer.init_state(xs))
+    by_synapse = lambda eprop: (eprop(flat, first(eprop, flat))[0].reshape(error.shape) * error).sum()
+    (want,) = to_kernel(nnx.grad(by_synapse)(eprop)["kernel"][...])
+    state = first(layer, jnp.asarray(xs))
+    got = nnx.grad(lambda layer: (layer(jnp.asarray(xs), state)[0] * error).sum())(layer)["traced"]["layer"]
+    assert_fires(layer(jnp.asarray(xs))[0], high=0.9)
+    np.testing.assert_allclose(got["kernel"][...], want["kernel"][...], rtol=1e-9)
+    exact = nnx.grad(lambda model: (model(jnp.asarray(xs))[0] * error).sum())(nn.Sequential(conv, lif(reset=reset)))
+    np.testing.assert_allclose(got["kernel"][...], exact["layers"][0]["kernel"][...], rtol=1e-9)
+    _, steps, _ = online.gradients(layer, loss, jnp.asarray(xs), jnp.asarray(error), state=state)
+    np.testing.assert_allclose(steps["traced"]["layer"]["kernel"][...], want["kernel"][...], rtol=1e-9)
+
+
+@pytest.mark.parametrize(
+    "make, error, message",
+    [
+        (
+            lambda conv: online.EpropConv(conv(), lif(reset=sf.HardReset())),
+            NotImplementedError,
+            "reset SoftReset.*got Hard",
+        ),
+        (
+            lambda conv: online.EpropConv(conv(), alif(sf.NoReset())),
+            NotImplementedError,
+            "one decay that is not trained",
+        ),
+        (lambda conv: online.EpropConv(conv(use_bias=True), lif()), ValueError, "layer must have no bias"),
+        (lambda conv: online.EpropConv(nn.flatten, lif()), TypeError, "layer must be linear"),
+        (lambda conv: online.EpropConv(conv(), 3), TypeError, "neuron must be a module"),
+    ],
+)
+def test_what_a_convolution_cannot_learn_by_eprop_is_named(make, error, message):
+    def conv(use_bias=False):
+        return nn.Conv(2, 3, (3, 3), use_bias=use_bias, rngs=nnx.Rngs(0))
+
+    with pytest.raises(error, match=message):
+        make(conv)
+
+
 def alif(reset):
     options = dict(decay=DECAY, decay_adapt=0.9, beta=0.3, threshold=THRESHOLD, reset=reset, surrogate=SURROGATE)
     return nn.AdaptiveLIF(implementation="scan", **options)

@@ -11,24 +11,30 @@ Masquelier 2023, https://arxiv.org/abs/2306.00817. They clip delays to their ran
 """
 
 from collections.abc import Callable
+from numbers import Real
 from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import nnx
 from jax import Array, lax
 
 from snnfuse.nn.padded import join, split
 from snnfuse.nn.spikes import Spikes, values
 from snnfuse.nn.spiking import Fixed
-from snnfuse.nn.temporal import Temporal, last_steps, whole_steps, with_past
+from snnfuse.nn.temporal import Temporal, last_steps, whole, whole_steps, with_past
 
 _lecun_normal = nnx.initializers.lecun_normal()
 
 
 def _check_sigma(sigma, interpolation):
-    if jnp.ndim(sigma) or not (0 < sigma < float("inf") or (sigma == 0 and interpolation == "triangle")):
-        raise ValueError(f"sigma must be above 0 and finite (or 0, for 'triangle'), one number; got {sigma}")
+    if (
+        not isinstance(sigma, Real | np.number | jax.Array | np.ndarray)
+        or jnp.ndim(sigma)
+        or not (0 < sigma < float("inf") or (sigma == 0 and interpolation == "triangle"))
+    ):
+        raise ValueError(f"sigma must be above 0 and finite (or 0, for 'triangle'), one number; got {sigma!r}")
 
 
 class _Delayed(Temporal):
@@ -89,6 +95,7 @@ class Delay(_Delayed):
     """
 
     def __init__(self, features: int, max_delay: int, *, sigma=None, interpolation="gaussian", rngs: nnx.Rngs):
+        features = whole("features", features)
         super().__init__((features,), max_delay, sigma, interpolation, rngs)
         self.features = features
 
@@ -131,6 +138,7 @@ class DelayedLinear(_Delayed):
         kernel_init: Callable = _lecun_normal,
         rngs: nnx.Rngs,
     ):
+        in_features, out_features = whole("in_features", in_features), whole("out_features", out_features)
         super().__init__((in_features, out_features), max_delay, sigma, interpolation, rngs)
         self.in_features, self.out_features, self.dtype, self.precision = in_features, out_features, dtype, precision
         self.kernel = nnx.Param(kernel_init(rngs.params(), (in_features, out_features), jnp.float32))

@@ -21,6 +21,7 @@ from jax import Array
 from snnfuse.core import neurons
 from snnfuse.core.compose import CountedState, Twice, WithMembrane, counted
 from snnfuse.core.neuron import PyTree, WithState
+from snnfuse.nn.padded import split
 from snnfuse.nn.recurrent import Feedback, Recurrent
 from snnfuse.nn.spikes import refuse_gradient, values
 from snnfuse.nn.spiking import Spiking
@@ -38,7 +39,7 @@ def record(
 
     Args:
       layers: paths of the `Spiking`, `Recurrent` and `Feedback` layers to record. None records all of them; `LI`, which never
-        spikes, only if `what` is "state".
+        spikes, only if `what` is "state". `PSN`, `SlidingPSN` and `online.Eprop` are recorded too, for "spikes" and "counts".
       what: "spikes" records the outputs [T, *B, N] of a layer; "state" records its states after every step, a tree of
         float32 [T, *B, N] (`.v` is the membrane after the reset); "membrane" records the membrane before the reset, float32
         [T, *B, N], which is what is compared with the threshold. A neuron needs a field `reset` for it. "counts" records how
@@ -46,7 +47,7 @@ def record(
 
     A `NormSpiking` with connect="add" adds the shortcut inside its kernel, so its recorded outputs include the shortcut; its
     counts do not. If a layer is called more than once, its records are joined along time, and its counts are added. This works
-    under `jax.jit`. Only the layers named above are recorded: no `PSN`, `SlidingPSN` or `online.Eprop`.
+    under `jax.jit`.
 
     Raises:
       ValueError: `what` is none of the four, or a path in `layers` is not that of a spiking layer.
@@ -78,32 +79,51 @@ def watch(
     if what not in ("spikes", "state", "membrane", "counts"):
         raise ValueError(f"what must be 'spikes', 'state', 'membrane' or 'counts'; got {what!r}")
     found = _layers(model, Spiking | Recurrent | Feedback)
-    inside = {f"{path}.neuron" for path, m in found.items() if not isinstance(m, Spiking)}
+    others = {path: m for path, m in _layers(model, nnx.Module).items() if getattr(m, "emits_spikes", False)}
+    inside = {f"{path}.neuron".strip(".") for path, m in (found | others).items() if not isinstance(m, Spiking)}
     found = {path: m for path, m in found.items() if path not in inside}
     if layers is None:
         layers = [p for p, m in found.items() if what == "state" or not isinstance(_innermost(m.neuron), neurons.LI)]
-    elif isinstance(layers, str) or (unknown := [path for path in layers if path not in found]):
+        layers += [*others] if what in ("spikes", "counts") else []
+    elif not isinstance(layers, str) and what in ("state", "membrane") and (bad := [p for p in layers if p in others]):
+        raise ValueError(
+            f"what must be 'spikes' or 'counts' for {bad[0]!r}, a {type(others[bad[0]]).__name__}; got {what!r}"
+        )
+    elif isinstance(layers, str) or (unknown := [path for path in layers if path not in found | others]):
         got = layers if isinstance(layers, str) else unknown[0]
-        raise ValueError(f"layers must be a list of paths of spiking layers, from {list(found)}; got {got!r}")
+        raise ValueError(f"layers must be a list of paths of spiking layers, from {list(found | others)}; got {got!r}")
     calls, records = {path: [] for path in layers}, {}
-    remats = [(layer, type(layer)) for layer in _layers(model, Remat | Pieces).values()]
-    own = {path: vars(found[path]).get("unroll") for path in layers}  # `parallel.over_time` may have set one
+    changed = [*_layers(model, Remat | Pieces).values(), *(others[path] for path in layers if path in others)]
+    changed = [(layer, type(layer)) for layer in changed]
+    unrolled = [path for path in layers if path in found]
+    own = {path: vars(found[path]).get("unroll") for path in unrolled}  # `parallel.over_time` may have set one
     try:
-        for layer, _ in remats:
-            _run_inside(layer)
+        for layer, kind in changed:
+            if issubclass(kind, Remat | Pieces):
+                _run_inside(layer)
         for path in layers:
+            if path in others:
+                _intercept(others[path], partial(_keep_outputs, what, calls[path].append))
+        for path in unrolled:
             object.__setattr__(found[path], "unroll", _recording(found[path].unroll, what, calls[path].append))
         yield records
     finally:
-        for layer, kind in remats:
+        for layer, kind in changed:
             object.__setattr__(layer, "__class__", kind)
-        for path in layers:
+        for path in unrolled:
             if own[path] is None and "unroll" in vars(found[path]):
                 object.__delattr__(found[path], "unroll")
             elif own[path] is not None:
                 object.__setattr__(found[path], "unroll", own[path])
     join = (lambda *pieces: sum(pieces)) if what == "counts" else (lambda *pieces: jnp.concatenate(pieces))
     records |= {path: jax.tree.map(join, *r) for path, r in calls.items() if r}
+
+
+def _keep_outputs(what, keep, call, *args, **kwargs):
+    returned = call(*args, **kwargs)
+    outs = values(split(returned[0] if isinstance(returned, tuple) else returned)[0])
+    keep(outs if what == "spikes" else outs.sum(0, dtype=jnp.float32))
+    return returned
 
 
 def _innermost(neuron):

@@ -230,6 +230,11 @@ class NormSpiking(Temporal):
                 raise ValueError(f"shortcut_norm goes with connect='sum'; got connect={connect!r}")
         if drop_path is not None and not isinstance(drop_path, nnx.Dropout):
             raise TypeError(f"drop_path must be an nnx.Dropout, or None; got {drop_path!r}")
+        if drop_path is not None and drop_path.broadcast_dims:
+            raise ValueError(
+                f"drop_path must have no broadcast_dims, so that samples are dropped one by one: nnx.Dropout, not nn.Dropout; got "
+                f"{drop_path.broadcast_dims}"
+            )
         if drop_path is not None and connect != "add":
             raise ValueError(f"drop_path goes with connect='add'; got connect={connect!r}")
         self.neuron, self.norm, self.shortcut_norm, self.drop_path = neuron, norm, shortcut_norm, drop_path

@@ -51,6 +51,7 @@ class PSN(Timeless):
         self.threshold = nnx.Param(jnp.ones(self.T, jnp.float32))
 
     mixes_steps = True
+    emits_spikes = True  # a monitor records its outputs
 
     def _weight(self):
         return self.weight[...]
@@ -104,6 +105,8 @@ class SlidingPSN(Temporal):
 
     `weight` starts at 1, 1/2, 1/4, ..., `threshold` at 1; both are trained. Sums are float32.
     """
+
+    emits_spikes = True
 
     def __init__(self, order: int, *, surrogate: Any = _ATAN):
         check_choice("surrogate", surrogate)

@@ -9,6 +9,8 @@ import numpy as np
 from flax import nnx
 
 from snnfuse.core.neuron import PyTree
+from snnfuse.nn.psn import PSN
+from snnfuse.nn.tebn import TEBN
 from snnfuse.nn.temporal import Temporal
 
 
@@ -36,6 +38,12 @@ class Stream:
             raise TypeError(f"layer must run along time, such as nn.Sequential(...); got {layer!r}")
         if read is not None and not callable(read):
             raise TypeError(f"read must be a function of the outputs, or None; got {read!r}")
+        for path, module in nnx.iter_modules(layer):
+            if isinstance(module, PSN | TEBN):
+                raise ValueError(
+                    f"layer must have no {type(module).__name__}, which needs all T steps at once; got one at "
+                    f"{'.'.join(map(str, path))}. A SlidingPSN can stream"
+                )
         layer = nnx.clone(layer)
         layer.eval()
         graphdef, variables = nnx.split(layer)

@@ -5,6 +5,7 @@ from flax import nnx
 from jax import Array
 
 from snnfuse.nn.norm import BatchNorm
+from snnfuse.nn.temporal import whole_steps
 
 
 class TEBN(BatchNorm):
@@ -23,8 +24,7 @@ class TEBN(BatchNorm):
     """
 
     def __init__(self, T: int, num_features: int, *, rngs: nnx.Rngs, **options):
-        if not isinstance(T, int) or isinstance(T, bool) or T < 1:
-            raise ValueError(f"T must be a whole number of steps, at least 1; got {T!r}")
+        T = whole_steps("T", T)
         if "per_step" in options:
             raise ValueError("per_step is not an option of TEBN, whose statistics are those of all steps")
         super().__init__(num_features, rngs=rngs, **options)

@@ -15,19 +15,25 @@ from snnfuse.nn.spikes import Spikes, values
 from snnfuse.ops.packing import Packed
 
 
+def whole(name: str, value: int, of: str = "") -> int:
+    """A size as an int. Raises ValueError unless it is a whole number, at least 1."""
+    if not isinstance(value, int | np.integer) or isinstance(value, bool) or value < 1:
+        raise ValueError(f"{name} must be a whole number{of}, at least 1; got {value!r}")
+    return int(value)
+
+
 def whole_steps(name: str, value: int) -> int:
     """A number of steps as an int. Raises ValueError unless it is a whole number, at least 1."""
-    if not isinstance(value, int | np.integer) or isinstance(value, bool) or value < 1:
-        raise ValueError(f"{name} must be a whole number of steps, at least 1; got {value!r}")
-    return int(value)
+    return whole(name, value, " of steps")
 
 
 def with_past(xs: Array, state: Array | None, steps: int) -> Array:
     """xs [T, ...] after the `steps` steps before it, which are `state`, or 0 if that is None: [steps + T, ...]."""
     wanted = (steps, *xs.shape[1:])
     state = jnp.zeros(wanted, xs.dtype) if state is None else state
-    if state.shape != wanted:
-        raise ValueError(f"state must be the input of the last {steps} steps, {wanted}; got {state.shape}")
+    if getattr(state, "shape", None) != wanted:
+        got = getattr(state, "shape", f"a {type(state).__name__}")
+        raise ValueError(f"state must be the input of the last {steps} steps, {wanted}; got {got}")
     return jnp.concatenate([state.astype(xs.dtype), xs])
 
 

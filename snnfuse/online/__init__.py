@@ -8,8 +8,10 @@
 """
 
 from snnfuse.online.eprop import Eprop, EpropState, RandomFeedback
-from snnfuse.online.gradients import gradients
+from snnfuse.online.eprop_conv import EpropConv
+from snnfuse.online.gradients import Window, gradients
 from snnfuse.online.ottt import Traced, TracedRecurrent, ottt
 from snnfuse.online.sltt import Instant, sltt
 
-__all__ = ["Eprop", "EpropState", "Instant", "RandomFeedback", "Traced", "TracedRecurrent", "gradients", "ottt", "sltt"]
+__all__ = ["Eprop", "EpropConv", "EpropState", "Instant", "RandomFeedback", "Traced", "TracedRecurrent", "Window"]
+__all__ += ["gradients", "ottt", "sltt"]

@@ -19,7 +19,7 @@ from jax import Array, lax
 from snnfuse.core.neuron import PyTree
 from snnfuse.nn.spikes import Spikes, values
 from snnfuse.nn.spiking import Fixed, Spiking
-from snnfuse.nn.temporal import Temporal, Timeless
+from snnfuse.nn.temporal import Temporal, Timeless, whole
 
 
 class EpropState(NamedTuple):
@@ -45,9 +45,11 @@ class Eprop(Temporal):
       in_features, features: I and H.
       recurrent: True by default; False has no `weight`.
       decay_out: 0.0 by default; the decay of the readout after the layer, if the gradient does not pass through the readout's
-        state: with `online.gradients` in pieces of one step. In longer pieces the decay would count twice.
+        state: with `online.gradients` in pieces of one step, which raises ValueError for longer ones: the decay would count twice.
       rngs: draws the weights; a neuron has none to itself.
     """
+
+    emits_spikes = True  # a monitor records its outputs
 
     def __init__(
         self,
@@ -61,6 +63,7 @@ class Eprop(Temporal):
     ):
         if not isinstance(neuron, Spiking):
             raise TypeError(f"neuron must be a module such as nn.LIF(tau=2.0); got {neuron!r}")
+        in_features, features = whole("in_features", in_features), whole("features", features)
         if not 0 <= decay_out <= 1:
             raise ValueError(f"decay_out must be in [0, 1]; got {decay_out}")
         self.neuron, self.in_features, self.features, self.decay_out = neuron, in_features, features, float(decay_out)

@@ -83,6 +83,12 @@ def gradients(
         raise ValueError(f"state must be what a call with reach={reach} returned, or None; got {type(state).__name__}")
     before = state if past else Window(state, (), ())
     axes = _batch_axes(model, xs, length) if flagged else None
+    counted = [path for path, module in nnx.iter_modules(model) if getattr(module, "decay_out", 0)]
+    if counted and reach > 1:
+        raise ValueError(
+            f"length and reach must be 1 for an Eprop with decay_out, whose decay would count twice; got {length} and {reach} for "
+            f"{'.'.join(map(str, counted[0])) or 'the model'}"
+        )
     graphdef, params, others = nnx.split(model, nnx.Param, ...)
 
     def reset(state, flag):

@@ -124,7 +124,8 @@ def rate_penalty(
 
     Raises ValueError for other bounds, for no layers, and for another `per`.
     """
-    if not 0 <= lower <= upper:
+    traced = any(isinstance(bound, jax.core.Tracer) for bound in (lower, upper))  # these have no value to look at
+    if not traced and not 0 <= lower <= upper:
         raise ValueError(f"lower and upper must be 0 <= lower <= upper; got {lower} and {upper}")
     if steps < 1:
         raise ValueError(f"steps must be at least 1; got {steps}")
