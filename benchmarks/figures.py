@@ -105,12 +105,37 @@ def choice():
     return figure
 
 
+def conversion_rows():
+    return [row for row in rows("conversion") if row["status"] == "ok"]
+
+
+def conversion():
+    """Accuracy of the converted network over T, and that of the ReLU network."""
+    plt, shown = pyplot(), conversion_rows()
+    figure, both = plt.subplots(1, 2, figsize=(9, 3.4), layout="constrained", sharey=True)
+    for note, ax in zip(dict.fromkeys(row["note"] for row in shown), both, strict=True):
+        for case, colour in zip(dict.fromkeys(row["case"] for row in shown), (OURS, SCAN, OTHER), strict=True):
+            mine = [
+                (row["T"], 100 * row["held_out_accuracy"])
+                for row in shown
+                if (row["note"], row["case"]) == (note, case)
+            ]
+            ax.plot(*zip(*sorted(mine), strict=True), "o-", color=colour, label=case)
+        ax.axhline(100 * shown[0]["relu_accuracy"], color="0.4", lw=0.8, ls="--", label="ReLU network")
+        ax.set_xscale("log", base=2)
+        ax.set(xlabel="time steps T", title=note.replace("left out", "of the steps left out"))
+    both[0].set_ylabel("held-out digits, %")
+    both[0].legend(frameon=False)
+    return figure
+
+
 def _power(m):
     extra = m - 2 ** (m.bit_length() - 1)
     return f"$2^{{{m.bit_length() - 1}}}{f'+{extra}' if extra else ''}$"
 
 
 FIGURES = {"figures.png": (shown_rows, layers_and_resnet), "choice.png": (cells, choice)}  # file: (what it shows, how)
+FIGURES["conversion.png"] = conversion_rows, conversion
 
 
 def main(argv):

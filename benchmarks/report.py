@@ -65,6 +65,8 @@ COLUMNS = {  # of each table: head={format of a row's fields}
     "temporary MB, T = 100={mb100:.1f}; T = 1,000={mb1000:.1f}; T = 10,000={mb10000:,.1f}",
     "delays": "network={network}; all speakers={mean:.1%}; of each seed={each}; theo={theo:.1%}; george={george:.1%}; "
     "nicolas={nicolas:.1%}; jackson={jackson:.1%}; lucas={lucas:.1%}; yweweler={yweweler:.1%}; seconds of a training={seconds:.2f}",
+    "conversion": "largest rate={case}; outputs={note}; "
+    + "; ".join(f"T = {T}={{T{T}:.1%}}" for T in (4, 8, 16, 32, 64, 128, 256)),
     "delay_layers": "layer={case}; longest delay={steps}; computed by={implementation}; dtype={dtype}; ms={ms:.2f}",
     "streaming": "network={case}; called by=`{implementation}`; steps in a call={T}; ms per call={call_ms:.2f}; "
     "99th percentile={late_ms:.2f}; us per step={us_per_step:.0f}",
@@ -365,6 +367,14 @@ def online():
     return table("online", found)
 
 
+def conversion():
+    """One line for each percentile: the accuracy at each T."""
+    lines = {}
+    for r in rows("conversion"):
+        lines.setdefault((r["case"], r["note"]), dict(r))[f"T{r['T']}"] = r["held_out_accuracy"]
+    return table("conversion", list(lines.values()))
+
+
 def delays():
     """One line for each network: its accuracy on the speaker held out, the mean of the seeds."""
     found = rows("delays")
@@ -394,6 +404,7 @@ TABLES |= {
         long_sequences,
         online,
         delays,
+        conversion,
         papers,
         compile_time,
         choice,

@@ -16,6 +16,7 @@ BENCHMARKS = pathlib.Path(__file__).parents[1] / "benchmarks"
 sys.path.append(str(BENCHMARKS))  # last: it has a compare.py, as the tests have
 for script in (
     "accuracy",
+    "conversion",
     "core",
     "delays",
     "loader",
@@ -59,6 +60,7 @@ SMOKE = {  # question: the options that keep it short
     "long_sequences": ["--only", "dense"],
     "online": ["--only", "dense sltt", "--seeds", "1"],
     "delays": ["--only", "^neither"],
+    "conversion": ["--only", "99 scan"],
     "delay_layers": ["--only", "float32"],
     "streaming": ["--only", "nn.Stream 10 "],
     "step_calls": ["--only", "host (comp|flat)|mnist.*(Device|32)"],
