@@ -69,28 +69,31 @@ RELU_FIRST = "--model.tau=inf --model.reset=soft --model.surrogate=triangle --fi
 
 @recipe
 def fashion_mnist():
-    """Fashion-MNIST, SEW-ResNet-18 of integrate-and-fire neurons, T = 4: 33 epochs of a quantised ReLU network, then 7 with spikes."""
+    """Fashion-MNIST, SEW-ResNet-18 of integrate-and-fire neurons, T = 4: 94.5 %.
+
+    33 epochs train a quantised ReLU network (--first_levels), 7 more the spiking network that takes over its weights. One seed.
+    """
     changes = "--data.flip --data.shift=2".split()
     sgd = [*SGD, *RELU_FIRST, "--average=0.999", "--warmup=0.1", "--first_steps=15444"]
     return [*SEW, "--data=fashion_mnist", *IMAGES, *changes, *sgd, *_schedule(60_000, 128, 40, evaluations=2)]
 
 
 def _cifar10(*network: str):
-    """A network on CIFAR-10, T = 4, LIF neurons: 42 epochs."""
-    changes = "--data.flip --data.shift=4 --data.cutout=12".split()
-    sgd = [*SGD, "--average=0.999", "--loss=tet", "--warmup=0.1"]
-    return [*network, "--data=cifar10", *IMAGES, *changes, *sgd, *_schedule(50_000, 128, 42, evaluations=3)]
+    """A network on CIFAR-10, T = 4, LIF neurons: 100 epochs."""
+    changes = "--data.flip --data.shift=4 --data.cutout=16".split()
+    sgd = [*SGD, "--warmup=0.02", *_schedule(50_000, 128, 100, evaluations=4)]
+    return [*network, "--data=cifar10", *IMAGES, *changes, *sgd]
 
 
 @recipe
 def cifar10():
-    """CIFAR-10, SEW-ResNet-18 of LIF neurons, T = 4: 42 epochs. Not measured to its end."""
+    """CIFAR-10, SEW-ResNet-18 of LIF neurons, T = 4: 100 epochs. Not measured to its end."""
     return _cifar10(*SEW)
 
 
 @recipe
 def resnet19():
-    """CIFAR-10, ResNet-19 of LIF neurons, T = 4: 42 epochs. Not measured.
+    """CIFAR-10, ResNet-19 of LIF neurons, T = 4: 100 epochs. Not measured.
 
     Others reach 94.4 % with this network and the loss of every time step (TET, Deng et al. 2022).
     """
@@ -99,13 +102,13 @@ def resnet19():
 
 @recipe
 def vgg11():
-    """CIFAR-10, VGG-11 of LIF neurons, T = 4: 42 epochs. Not measured."""
+    """CIFAR-10, VGG-11 of LIF neurons, T = 4: 100 epochs. Not measured."""
     return _cifar10(*VGG)
 
 
 @recipe
 def vgg16():
-    """CIFAR-10, VGG-16 of LIF neurons, T = 4: 42 epochs. Not measured."""
+    """CIFAR-10, VGG-16 of LIF neurons, T = 4: 100 epochs. Not measured."""
     return _cifar10(*VGG, "--model.depth=16")
 
 
