@@ -4,7 +4,7 @@ build(shape, classes, rngs) -> a snnfuse.nn.Sequential, from [T, B, *shape] to o
 """
 
 from dataclasses import dataclass
-from functools import partial
+from functools import lru_cache, partial
 from math import exp, prod
 from typing import Annotated
 
@@ -140,7 +140,7 @@ class Recurrent:
             )
             norm = nnx.BatchNorm(self.channels, momentum=0.9, rngs=rngs)
             fires = nn.LIF(decay=0.5, decay_input=True, implementation=self.implementation)
-            channels_last = partial(jnp.reshape, shape=(-1, shape[0], features // shape[0]))
+            channels_last = _reshape(shape[0], features // shape[0])
             layers, features = [channels_last, convolution, norm, fires, nn.flatten], width * self.channels
         return nn.Sequential(*layers, *_dense(self, features, classes, rngs))
 
@@ -218,7 +218,7 @@ class TimeConvNet:
 
     def build(self, shape: tuple[int, ...], classes: int, rngs: nnx.Rngs) -> nn.Sequential:
         bands, inputs = shape[0], prod(shape[1:])
-        layers = [partial(_with_channels, shape=(bands, inputs))]
+        layers = [_reshape(bands, inputs)]
         drop = lambda *axes: [nn.Dropout(self.dropout, rngs=rngs, broadcast_dims=(0, *axes))] if self.dropout else []
         for features in self.channels:
             fires = nn.LIF(decay=exp(-1 / self.tau), decay_input=True, implementation=self.implementation)
@@ -233,9 +233,10 @@ class TimeConvNet:
         return nn.Sequential(*layers, *_dense(self, bands * inputs, classes, rngs))
 
 
-def _with_channels(x, shape):
+@lru_cache  # one function for equal networks, so that the next one runs the program that the first one compiled
+def _reshape(*shape):
     """[B, bands, ...] -> [B, bands, channels]."""
-    return x.reshape(-1, *shape)
+    return lambda x: x.reshape(-1, *shape)
 
 
 @dataclass(frozen=True)

@@ -13,6 +13,7 @@ import pytest
 sys.path.insert(0, str(Path(__file__).parent.parent / "experiments"))
 
 pytest.importorskip("tensorflow_datasets", reason="the experiments need the extra `data`")
+import digits_of_others
 import spoken_digits
 import train
 from inputs import DATASETS, Audio
@@ -94,6 +95,23 @@ def test_speakers_get_the_same_mean_spectrum():
         assert one["audio"].dtype == np.int16 and len(one["audio"]) == len(same["audio"])
     with pytest.raises(archives.Missing, match="--data.relative_to must be columns of spoken_digits; got 'room'"):
         dataclasses.replace(data, relative_to=("room",)).sources()
+
+
+def test_digits_of_others_are_the_loud_parts_of_unknown_words(tmp_path):
+    source, words = tmp_path / "speech_commands" / "_unknown_", tmp_path / "digits_of_others"
+    source.mkdir(parents=True)
+    quiet = np.zeros(2000, np.int16)
+    for name in ("two_a1_nohash_0", "tree_a1_nohash_0", "nine_b2_nohash_1"):
+        (source / f"{name}.wav").write_bytes(wav(np.concatenate([quiet, chirp(1600), quiet])))
+    assert digits_of_others.main(source.parent, words) == 2
+    head, nine, two = (words / "split.csv").read_text().splitlines()
+    assert head == "file,label,speaker,split,start,stop" and nine.startswith("nine_b2_nohash_1.wav,9,b2,train,")
+    start, stop = map(int, two.split(",")[-2:])
+    assert 1400 <= start < 2000 and 3600 < stop <= 4200
+    assert digits_of_others.loud(quiet, 8000) == (0, 2000)
+    catalog.prepare("digits_of_others", tmp_path / "data", manual=tmp_path)
+    (one, _) = catalog.source("digits_of_others", "train", tmp_path / "data")
+    assert one["speaker"] == b"b2" and len(one["audio"]) == stop - start
 
 
 @pytest.mark.parametrize("code, width", [("bands", (40,)), ("level_crossing", (40, 2)), ("lif", (40,))])
