@@ -341,6 +341,7 @@ def choice():
         near = lambda some: f"{sum(cell.over <= 1.05 for cell in some)} of {len(some)}"
         worst = max(long, key=lambda cell: cell.over)
         says = f"{worst.over:.2f}: {worst.chosen}, not {worst.fastest}, at T = {worst.T}, {power(worst.M)} lanes"
+        says = says if worst.chosen != worst.fastest else "none"
         found.append(dict(case=case, dtype=dtype, cells=len(mine), near=near(mine), large=near(long), worst=says))
     body, _ = table("choice", found).split("\n\n")
     return f"{body}\n\n{where('choice', rows('choice'))}"
