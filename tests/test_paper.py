@@ -23,6 +23,7 @@ import accuracy
 import config as configuration
 import paper
 import runner
+import steps
 import train
 from inputs import DATASETS, Random, Recordings
 
@@ -80,7 +81,7 @@ def test_missing_data_is_said_with_what_to_do(name, tmp_path, monkeypatch, capsy
 
 
 def test_the_papers_optimizer_is_adam():
-    ours, adam = train._transform(parse(paper.arguments("mnist", "r18")), ((("w",), "weight"),)), optax.adam(1e-3)
+    ours, adam = steps.transform(parse(paper.arguments("mnist", "r18")), ((("w",), "weight"),)), optax.adam(1e-3)
     params = nnx.State({"w": jnp.array([3.0, -4.0])})
     mine, its = ours.init(params), adam.init(params)
     for scale in (1.0, 100.0):

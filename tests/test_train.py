@@ -212,8 +212,8 @@ def test_the_first_steps_may_have_fewer_time_steps(on_device, tmp_path):
 def test_the_first_steps_may_train_a_quantised_relu_network(tmp_path, monkeypatch):
     """They are those of a run of that network alone, the spiking network goes on from its weights, and a resumed run too."""
     monkeypatch.setitem(STAGES, 11, ((4,),))  # compiles in a second
-    vgg = dataclasses.replace(train.MODELS["vgg"], T=2, hidden=8, memory="fast", tau=float("inf"), reset="soft")
-    data = dataclasses.replace(train.DATASETS["random"], like="cifar10")
+    vgg = dataclasses.replace(MODELS["vgg"], T=2, hidden=8, memory="fast", tau=float("inf"), reset="soft")
+    data = dataclasses.replace(DATASETS["random"], like="cifar10")
     options = dict(data=data, out=str(tmp_path), batch=4, steps=6, log_every=2, eval_every=2, average=0.9, warmup=0.0)
     config = dataclasses.replace(TINY, model=vgg, **options)
     losses = lambda name: [row["loss"] for row in rows(tmp_path / name) if "loss" in row]
@@ -349,7 +349,7 @@ def test_the_pieces_of_the_image_recipe_train_together_and_the_average_is_what_i
     config = dataclasses.replace(TINY, data=dataclasses.replace(TINY.data, **every), out=str(tmp_path), **recipe)
     train.train(dataclasses.replace(config, steps=6, eval_every=6))
     path, fixed = tmp_path / TINY.name, dataclasses.replace(config, out="runs", steps=6, eval_every=6)
-    objects = (*train.create(fixed, (28, 28, 1), 10), train.create(fixed, (28, 28, 1), 10)[0])
+    objects = train.create(fixed, (28, 28, 1), 10)
     training.from_arrays(checkpoint(path, 6), *objects)
     (row,) = [row for row in rows(path) if "eval_loss" in row]
     weights, average = (train.evaluate(fixed, objects[i], config.data.sources()[1]) for i in (0, 2))
@@ -388,7 +388,7 @@ def test_overrides():
     assert (config.steps, config.model.T, config.model.channels, config.resume) == (8, 8, (8, 16), True)
     assert (config.stop_at, parse("--stop_at=None", "--clip", "None").clip) == (None, None)
     assert parse("--data.repeat", "1", "--data", "mnist").data == Images("mnist")
-    assert parse("--model=resnet", "--model.T=2").model == dataclasses.replace(train.MODELS["resnet"], T=2)
+    assert parse("--model=resnet", "--model.T=2").model == dataclasses.replace(MODELS["resnet"], T=2)
     assert parse() == train.Config()
     flat = configuration.flatten(parse("--data", "digits"))
     assert flat["data"] == "digits" and flat["model"] == "conv" and flat == json.loads(json.dumps(flat))
