@@ -181,6 +181,23 @@ def test_the_gradient_of_integer_spikes_is_one_between_their_ends():
         papers.ILIF(levels=2.5)
 
 
+@pytest.mark.filterwarnings("ignore:neuron BinaryILIF")  # it has no gradient
+@pytest.mark.parametrize("implementation", ["scan", "interpret"])
+def test_integer_spikes_are_binary_steps_when_deployed(implementation):
+    """Two layers: the graded network, and the one that sends `levels` binary spikes for each step, added up after the weights."""
+    params, weight = papers.ILIFParams(decay=0.4), jax.random.normal(jax.random.key(1), (LANES, 7))
+    xs = 2 * jax.random.normal(jax.random.key(0), (9, LANES)) + 1
+    run = lambda neuron, xs: sf.unroll(neuron, params, None, xs, implementation=implementation)
+    graded, state = run(papers.ILIF(3), xs)
+    binary, binary_state = run(papers.BinaryILIF(3), xs)
+    assert all(set(np.unique(s)) == {0, 1} for s in binary) and set(np.unique(graded)) == {0, 1, 2, 3}
+    np.testing.assert_array_equal(sum(binary), graded)
+    np.testing.assert_allclose(binary_state.v, state.v, atol=1e-5)
+    later, _ = run(papers.ILIF(3), graded @ weight)
+    deployed, _ = run(papers.BinaryILIF(3), sum(s @ weight for s in binary))
+    np.testing.assert_array_equal(sum(deployed), later)
+
+
 def test_levels_of_a_quantised_relu_are_rates_of_integrate_and_fire():
     """Over T = levels steps of one current. Its gradient is 1 / threshold between 0 and the threshold; the kernels agree."""
     x = jnp.array([-3.0, -0.1, 0.1, 0.26, 0.5, 0.7, 0.99, 1.3, 9.0]) * 2

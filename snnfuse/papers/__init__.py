@@ -11,6 +11,7 @@ from snnfuse.papers.adaptive import AdLIF, AdLIFParams, AdLIFState, SEAdLIF, SEA
 from snnfuse.papers.levels import (
     ILIF,
     QCFS,
+    BinaryILIF,
     ILIFParams,
     ILIFState,
     QCFSParams,

@@ -67,6 +67,35 @@ class ILIF:
         return ILIFState(u - s * params.threshold), s
 
 
+@dataclass(frozen=True)
+class BinaryILIF:
+    """`ILIF` as it is deployed: each step gives `levels` binary spikes, a tuple, whose sum is the spike of `ILIF`.
+
+        u_0 = decay v[t-1] + x[t];   s_d = u_d >= threshold / 2;   u_d+1 = u_d - s_d threshold,   d = 0 .. levels - 1;   v[t] = u_levels
+
+    A linear layer without bias that adds up the products of the binary spikes gets what it gets from the graded ones. Params and state are
+    those of `ILIF`. It is for inference: spikes have no gradient.
+
+    Args:
+      levels: as in `ILIF`.
+    """
+
+    levels: int = 4
+
+    def __post_init__(self):
+        _check_levels(self)
+
+    def init_state(self, shape):
+        return zeros(ILIFState, shape)
+
+    def step(self, params: ILIFParams, state: ILIFState, x: Array):
+        u, spikes = params.decay * state.v + x, []
+        for _ in range(int(self.levels)):
+            spikes.append(jnp.where(u >= params.threshold / 2, 1.0, jnp.zeros_like(u)))
+            u = u - spikes[-1] * params.threshold
+        return ILIFState(u), tuple(spikes)
+
+
 class QCFSParams(NamedTuple):
     threshold: Param = 1.0
 
