@@ -159,7 +159,7 @@ def triton_call(name, text, args, out_shape, grid, warps, constants, zeroed=(), 
     import jax_triton
 
     known = inspect.signature(jax_triton.triton_call).parameters
-    fusion = {"enable_fp_fusion": True}  # fused multiply-adds, as in XLA; Triton 3.10 changes the default
+    fusion = {"enable_fp_fusion": True}  # fused multiply-adds; Triton 3.10 changes the default
     return jax_triton.triton_call(
         *args,
         kernel=kernel(text, name),
