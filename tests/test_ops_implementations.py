@@ -20,6 +20,13 @@ import sys
 sys.modules["jax.experimental.pallas.triton"] = None  # an import of it raises ImportError
 import jax, jax.numpy as jnp, numpy as np
 import snnfuse as sf
+import snnfuse.nn
+from snnfuse.ops.implementations import _TABLE, get
+
+imported = lambda: [module for module, _ in _TABLE.values() if module in sys.modules]
+print(bool(_TABLE), imported())
+get("scan")
+print(imported())
 
 xs = 2 * jax.random.normal(jax.random.key(0), (9, 2, 40))
 args = sf.LIF(), sf.LIFParams(jnp.full(40, 0.7), 1.0), None, xs
@@ -38,24 +45,22 @@ print(said.implementation, "|", said.why_not["pallas"])
 """
 
 
-def test_a_jax_without_the_triton_lowering_of_pallas_runs_the_others_and_explain_says_why():
+@pytest.fixture(scope="module")
+def said():
+    """What a process without that lowering prints, line by line."""
     run = subprocess.run([sys.executable, "-c", WITHOUT_THE_TRITON_LOWERING], capture_output=True, text=True)
     assert run.returncode == 0, run.stderr
-    name, why = run.stdout.strip().split(" | ")
+    return run.stdout.splitlines()
+
+
+def test_a_jax_without_the_triton_lowering_of_pallas_runs_the_others_and_explain_says_why(said):
+    name, why = said[-1].split(" | ")
     assert name in ("mosaic", "triton", "scan")
     assert "has no Triton lowering of Pallas" in why
 
 
-def test_importing_snnfuse_imports_no_kernels():
-    code = """
-import sys, snnfuse, snnfuse.nn
-from snnfuse.ops.implementations import _TABLE, get
-print(bool(_TABLE), [module for module, _ in _TABLE.values() if module in sys.modules])
-get("scan")
-print([module for module, _ in _TABLE.values() if module in sys.modules])
-"""
-    run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
-    assert run.stdout.splitlines() == ["True []", "['snnfuse.ops.scan']"]
+def test_importing_snnfuse_imports_no_kernels(said):
+    assert said[:2] == ["True []", "['snnfuse.ops.scan']"]
 
 
 @pytest.mark.parametrize("name", implementations.NAMES)
