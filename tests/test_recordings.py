@@ -99,8 +99,6 @@ def test_events_are_changed_before_they_become_frames():
     np.testing.assert_allclose(dataclasses.replace(data, log=True).encode(KEY, batch, 5), np.log1p(frames), rtol=1e-6)
     held = dataclasses.replace(data, hold=True).encode(KEY, batch, 6)
     np.testing.assert_array_equal(held, np.concatenate([frames[:4], frames[3:4], frames[3:4]]))
-    summed = dataclasses.replace(data, sum=True).encode(KEY, batch, 4)
-    np.testing.assert_array_equal(summed, np.cumsum(frames[:4], 0))
     small = dataclasses.replace(data, size=17)
     np.testing.assert_array_equal(small.encode(KEY, batch, 4), frames[:4].reshape(4, 1, 17, 2, 17, 2, 2).sum((3, 5)))
     same, _ = data.augment(KEY, batch, jnp.zeros((1, 10)))

@@ -76,27 +76,6 @@ def test_recordings_of_another_set_train_too_if_their_labels_are_of_this_set(mon
     assert train_source[-1]["label"] == 0 and train_source[-1]["room"] == b"hall"
 
 
-def test_speakers_get_the_same_mean_spectrum():
-    data = dataclasses.replace(DIGITS, bands=10, relative_to=("speaker",))
-    sources, plain = data.sources(), dataclasses.replace(data, relative_to=()).sources()
-    size = round(data.seconds * data.rate)
-
-    def spread(sources):
-        """How far the mean spectra of the speakers are apart."""
-        means = []
-        for speaker in SPEAKERS:
-            some = [s["audio"][:size] for source in sources for s in source if s["speaker"] == speaker.encode()]
-            spectra = data._spectrum(jnp.stack([jnp.pad(x, (0, size - len(x))) for x in some]), 256)
-            means.append(spectra.mean(0) - spectra.mean())
-        return float(jnp.std(jnp.stack(means), axis=0).mean())
-
-    assert spread(sources) < 0.6 * spread(plain)
-    for one, same in zip(sources[0], plain[0], strict=True):
-        assert one["audio"].dtype == np.int16 and len(one["audio"]) == len(same["audio"])
-    with pytest.raises(archives.Missing, match="--data.relative_to must be columns of spoken_digits; got 'room'"):
-        dataclasses.replace(data, relative_to=("room",)).sources()
-
-
 def test_digits_of_others_are_the_loud_parts_of_unknown_words(tmp_path):
     source, words = tmp_path / "speech_commands" / "_unknown_", tmp_path / "digits_of_others"
     source.mkdir(parents=True)

@@ -34,8 +34,6 @@ class Recordings(Labelled):
     """room for the events of a recording, with --data.store events"""
     size: int | None = None
     """frames have this many pixels on each side, with --data.store events; None: those of the sensor"""
-    sum: bool = False
-    """a frame also counts the events of the frames before it, so that the last one shows the whole recording"""
     hold: bool = False
     """steps after the last frame show it again; without, they are empty"""
     log: bool = False
@@ -113,8 +111,6 @@ class Recordings(Labelled):
             xs = packed.bin_events(events, small, self.bins, split=self.split)
         else:
             xs = self.example().unpack(jnp.asarray(batch["frames"]))
-        if self.sum:
-            xs = jnp.cumsum(xs, 0)
         if self.log:
             xs = jnp.log1p(xs)
         empty = 0 if self.channels is None else self.channels - xs.shape[-1]

@@ -1,6 +1,5 @@
 """Recordings of sound."""
 
-import itertools
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -64,9 +63,6 @@ class Audio(Labelled):
     """training recordings are mixed in pairs, by a share drawn from Beta(mixup, mixup)"""
     held_out: str | None = None
     """a speaker, such as theo: test on all recordings of this one, train on all others"""
-    relative_to: tuple[str, ...] = ()
-    """columns, such as speaker: a filter gives the recordings that agree in them the mean spectrum of all, without looking at
-    labels; the held-out recordings too, and those of --data.also as one group"""
     also: str | None = None
     """a further prepared set of recordings: those of its training split whose label this set has are for training too"""
 
@@ -98,14 +94,6 @@ class Audio(Labelled):
     def sources(self) -> Sources:
         train, test = (in_memory(source, self.name) for source in train_and_test(self.name))
         more = self._more() if self.also else []
-        if unknown := [column for column in self.relative_to if column not in train[0]]:
-            raise archives.Missing(f"--data.relative_to must be columns of {self.name}; got {unknown[0]!r}")
-        if self.relative_to:
-            groups = [str([s[column] for column in self.relative_to]) for s in train + test] + ["also"] * len(more)
-            every = self._equalised(train + test + more, groups)
-            train, test, more = (
-                every[i:j] for i, j in itertools.pairwise(np.cumsum([0, *map(len, (train, test, more))]))
-            )
         if self.held_out is None:
             return train + more, test
         every, column = train + test, "speaker" if "speaker" in train[0] else "group"
@@ -130,30 +118,6 @@ class Audio(Labelled):
         if not (found := [s | {"label": label[int(s["label"])]} for s in samples if int(s["label"]) in label]):
             raise archives.Missing(f"--data.also must have labels of {self.name}; {self.also} has none of them")
         return found
-
-    def _equalised(self, samples, groups):
-        """The samples, those of each group filtered to the mean spectrum of all groups."""
-        size, window = round(self.seconds * self.rate), round(0.032 * self.rate)
-        spectrum = jax.jit(lambda sound: self._spectrum(sound, window))
-        filled = [np.pad(s["audio"][:size], (0, max(0, size - len(s["audio"])))) for s in samples]
-        parts = [spectrum(np.stack(filled[i : i + 100])) for i in range(0, len(filled), 100)]
-        spectra, names = np.concatenate([np.asarray(part) for part in parts]), np.array(groups)
-        means = {name: spectra[names == name].mean(0) for name in dict.fromkeys(groups)}
-        whole, middles = np.mean(list(means.values()), 0), audio.band_middles(self.rate, self.bands, self.low)
-
-        def filtered(sample, group):
-            n = len(sample["audio"])
-            gain = np.interp(np.fft.rfftfreq(n, 1 / self.rate), middles, np.clip((whole - means[group]) / 2, -2, 2))
-            sound = np.fft.irfft(np.fft.rfft(sample["audio"].astype(np.float64)) * np.exp(gain), n)
-            return sample | {"audio": np.rint(sound * (30_000 / max(1, np.abs(sound).max()))).astype(np.int16)}
-
-        return list(map(filtered, samples, groups))
-
-    def _spectrum(self, sound, window):
-        """The mean of the log bands [B, K], in which loud steps count more."""
-        log = audio.log_mel(sound, self.rate, window=window, hop=window // 2, bands=self.bands, low=self.low)
-        weight = jnp.square(audio.loudness(log, self.range).mean(-1, keepdims=True))
-        return (log * weight).sum(0) / weight.sum(0)
 
     def example(self) -> load.Sound:
         return load.Sound(round(self.seconds * self.rate), lengths=self.lengths)

@@ -66,11 +66,6 @@ def _mel_places(rate, bands, low, high) -> tuple[np.ndarray, np.ndarray]:
     return mel, 700 * (10 ** (mel / 2595) - 1)
 
 
-def band_middles(rate: float, bands: int = 40, low: float = 0.0, high: float | None = None) -> np.ndarray:
-    """The frequency of the middle of each band of `mel_filters`, in hertz."""
-    return _mel_places(rate, at_least("bands", bands, 1), low, high)[1][1:-1]
-
-
 def samples(sound: Array) -> Array:
     """The samples in float32; int16 becomes [-1, 1)."""
     sound = jnp.asarray(sound)
