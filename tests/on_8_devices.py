@@ -452,6 +452,23 @@ def test_statistics_on_a_mesh_with_explicit_axes():
     assert_close(jax.device_get(got), want, rtol=1e-4)
 
 
+def test_statistics_of_padded_sequences_weigh_devices_by_their_steps():
+    """Synchronised over four devices, whose sequences have different lengths, as on one device; gradients too."""
+    xs, lengths = jax.random.normal(jax.random.key(0), (6, 8, 3)) + 5, jnp.array([6, 1, 3, 2, 5, 1, 1, 4])
+    real = jnp.arange(6)[:, None, None] < lengths[:, None]
+    cotangent = jnp.where(real, jax.random.normal(jax.random.key(1), xs.shape), 0)
+
+    def run(xs, lengths, cotangent, axis_name=None):
+        make = lambda: nn.BatchNorm(3, axis_name=axis_name, rngs=nnx.Rngs(0))
+        outs, vjp = jax.vjp(lambda xs: make()(nn.Padded(xs, lengths)).values, xs)
+        return outs, vjp(cotangent)[0]
+
+    mesh, over = parallel.make_mesh("data=4"), P(None, "data")
+    options = dict(mesh=mesh, in_specs=(over, P("data"), over), out_specs=(over, over))
+    got = jax.jit(jax.shard_map(partial(run, axis_name="data"), **options))(xs, lengths, cotangent)
+    assert_close(jax.device_get(got), run(xs, lengths, cotangent), rtol=1e-4)
+
+
 def test_every_device_has_its_own_keys_and_the_state_keeps_its_own():
     def step(state, batch, key):
         return {"key": state["key"]}, {"draw": jax.random.uniform(key) + jax.random.uniform(state["key"])}
