@@ -146,3 +146,27 @@ def test_the_loader_says_how_long_each_sample_is():
     assert "length" not in loader.Sound(800)(sample, rng)
     sound = jnp.ones((1, 500))
     assert audio.steps(jnp.array([500, 300]), 256, 80).tolist() == [len(audio.log_mel(sound, 8000)), 1]
+
+
+def test_pieces_after_the_end_of_a_sequence_do_not_count_in_statistics():
+    xs, _ = sequences()
+    norm = nn.BatchNorm(N, momentum=0.0, rngs=rngs())
+    run = nn.Pieces(nn.Sequential(norm, lif()), 3, statistics="piece")
+    grads = nnx.grad(lambda run, xs: (run(nn.Padded(xs, jnp.array([3, 1, 5])))[1][0].v ** 2).sum())(run, xs)
+    np.testing.assert_allclose(norm.mean[...], xs[3:5, 2].mean(0), rtol=1e-5)  # the last piece has no real step
+    assert all(jnp.isfinite(g).all() for g in jax.tree.leaves(grads))
+    run = nn.Pieces(nn.Sequential(nnx.BatchNorm(N, rngs=rngs()), lif()), 3, statistics="piece")
+    with pytest.raises(NotImplementedError, match="nnx.BatchNorm at layers.0: Pieces of nn.Padded need nn.BatchNorm"):
+        run(nn.Padded(xs, jnp.array(LENGTHS)))
+
+
+def test_a_shortcut_does_not_lose_its_lengths():
+    layer, (xs, _) = nn.NormSpiking(lif(), nn.BatchNorm(N, rngs=rngs())), sequences()
+    with pytest.raises(ValueError, match="xs must be nn.Padded where shortcut is"):
+        layer(xs, None, nn.Padded(xs, jnp.array(LENGTHS)))
+
+
+def test_lengths_above_T_count_as_T_inside_of_jit():
+    layer, (xs, _) = nn.TimeConv(N, N, (3,), rngs=rngs()), sequences()
+    state = lambda L: layer(nn.Padded(xs, L))[1]
+    np.testing.assert_array_equal(jax.jit(state)(jnp.array([T + 3, 1, 5])), state(jnp.array([T, 1, 5])))

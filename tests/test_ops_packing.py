@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 
 import snnfuse as sf
 from snnfuse import models, nn, papers
-from snnfuse.models import resnet
+from snnfuse.models import resnet, transformer
 from snnfuse.ops.packing import packed_for
 
 IMPLEMENTATIONS = ["scan", "interpret", *(pytest.param(i, marks=pytest.mark.gpu) for i in ("pallas", "mosaic"))]
@@ -138,6 +138,32 @@ def test_networks_take_graded_neurons(make, name, monkeypatch):
     np.testing.assert_allclose(value, want, rtol=1e-5)
     for a, b in zip(jax.tree.leaves(grads), jax.tree.leaves(want_grads), strict=True):
         np.testing.assert_allclose(a, b, rtol=1e-3, atol=1e-3 * float(jnp.abs(b).max()))
+
+
+def test_token_attention_packs_products_of_graded_spikes():
+    """Two spikes of 0..4 multiply to 0..16; the gradients are those of the values."""
+    neuron = lambda threshold=1.0, **options: nn.Spiking(*GRADED["ILIF"], **options)
+    xs = 4 * jax.random.normal(jax.random.key(0), (2, 2, 3, 8))
+
+    def run(memory):
+        normal = nnx.initializers.normal(1.0)
+        build = transformer._Build(neuron, nn.PrecisionPolicy.FLOAT32, memory, None, nnx.Rngs(0), kernel_init=normal)
+        encoder = build.encoder(8, 2, 1, 0.0, tokens_alone=True)
+        return nnx.jit(nnx.grad(lambda encoder: (encoder(xs)[0] ** 2).mean()))(encoder)
+
+    got, want = run("packed"), run("fast")
+    for a, b in zip(jax.tree.leaves(got), jax.tree.leaves(want), strict=True):
+        np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-4 * float(jnp.abs(b).max()))
+
+
+def test_graded_words_need_a_dtype_that_holds_them():
+    words = sf.pack(jnp.array([[-1.0, 0.0, 1.0]]), sf.Packed(8, -1, 1))
+    np.testing.assert_array_equal(sf.unpack(words, 1, lowest=-1), [[-1, 0, 1]])
+    for dtype in (jnp.bool_, jnp.uint8):
+        with pytest.raises(ValueError, match=r"dtype must hold whole numbers from -1 to 2; got (bool|uint8)"):
+            sf.unpack(words, 1, dtype, lowest=-1)
+    with pytest.raises(ValueError, match="lowest must be 0 unless words are a tuple"):
+        sf.unpack(words[0], 1, jnp.int8, lowest=-1)
 
 
 def test_bad_words():

@@ -231,6 +231,8 @@ def pieces(
     _at_least(0, seed=seed)
     if isinstance(along, str) or not along:
         raise ValueError(f"along must be the names of one array or several; got {along!r}")
+    if batch > len(source):
+        raise ValueError(f"batch must be at most the number of recordings, {len(source)}; got {batch}")
     order, rows = iter(_order(len(source), seed, 0, shuffle)), [None] * batch
     while True:
         taken = []

@@ -2,6 +2,8 @@
 
 from collections.abc import Callable, Sequence
 from functools import partial
+from itertools import product
+from math import prod
 from typing import Any
 
 import jax
@@ -80,10 +82,14 @@ class Build:
         options["drop_path"] = nnx.Dropout(drop_path, rngs=self.rngs) if drop_path else None
         return nn.NormSpiking(self.neuron(), self.norm(width), pack=pack and self.memory != "fast", **options)
 
-    def packed(self) -> list[nn.PackSpikes]:
-        """A layer that packs spikes after a layer that does not, such as a max-pool; none if memory is "fast"."""
+    def packed(self, factors: int = 1) -> list[nn.PackSpikes]:
+        """A layer that packs spikes after a layer that does not, such as a max-pool; none if memory is "fast".
+
+        `factors`: its input are products of so many spikes, whose range is larger if the spikes are graded.
+        """
         spikes = packed_for(self.neuron().neuron)
-        return [] if self.memory == "fast" else [nn.PackSpikes(spikes.lowest, spikes.highest)]
+        ends = [prod(some) for some in product((spikes.lowest, spikes.highest), repeat=factors)]
+        return [] if self.memory == "fast" else [nn.PackSpikes(min(ends), max(ends))]
 
     def block(self, layer: nn.Temporal) -> nn.Temporal:
         """The layer, wrapped in `nn.Remat` if memory is "lean"."""

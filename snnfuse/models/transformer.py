@@ -57,7 +57,7 @@ class SelfAttention(nn.Timeless):
 class TokenAttention(nn.Temporal):
     """Q-K token attention: queries decide which tokens pass. Queries and keys [T, B, *tokens, 2 D] -> spikes [T, B, *tokens, D].
 
-        a = neuron(sum of q over the features of a head);   y = a k     a is 0 or 1, for each token and head
+        a = neuron(sum of q over the features of a head);   y = a k     a is one spike for each token and head
 
     The cost is linear in the number of tokens. Sums of spikes are exact: they are float32. Called on `Spikes`, the layer stores
     their bits for the backward pass.
@@ -222,6 +222,7 @@ class _Build(Build):
         else:
             parts, attend = 3, [SelfAttention(heads, policy=self.policy), fire]
         queries = [self.linear(width, parts * width), self.spiking(parts * width)]
-        attention = [*queries, *attend, *self.packed(), self.linear(width, width)]
+        pack = self.packed(2 if tokens_alone else 1)  # token attention multiplies two spikes
+        attention = [*queries, *attend, *pack, self.linear(width, width)]
         mlp = [self.linear(width, expand * width), self.spiking(expand * width), self.linear(expand * width, width)]
         return nn.Sequential(*(self.add(width, *main, drop_path=drop_path) for main in (attention, mlp)))

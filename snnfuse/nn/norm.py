@@ -77,7 +77,7 @@ class BatchNorm(Timeless, nnx.BatchNorm):
         if self.use_running_average:
             mean, var = self.mean[...], self.var[...]
         else:
-            mean, var = self._statistics(xs, real_steps(lengths, xs.shape))
+            mean, var = self._statistics(xs, real_steps(lengths, xs.shape, least=0))
         like = lambda variable: variable[...].reshape(*(1,) * (mean.ndim - 1), -1)
         scale = lax.rsqrt(var + self.epsilon) * self.gain * like(self.scale)
         return scale, like(self.bias) - mean * scale
@@ -89,7 +89,8 @@ class BatchNorm(Timeless, nnx.BatchNorm):
         unbiased = n / max(1, n - 1) if real is None else n / jnp.maximum(1, n - 1)
         for average, now in ((self.mean, mean), (self.var, var * unbiased)):
             now = lax.stop_gradient(now.reshape(-1, self.num_features).mean(0))
-            average[...] = self.momentum * average[...] + (1 - self.momentum) * now
+            now = self.momentum * average[...] + (1 - self.momentum) * now
+            average[...] = now if real is None else jnp.where(n > 0, now, average[...])  # a piece may have no real step
         return mean, var
 
     def __call__(self, xs: Array | Spikes | Padded) -> Array | Padded:
@@ -123,7 +124,7 @@ def _moments(xs, per_step, axis_name, real):
         else:
             each = lax.psum(jnp.zeros(count).at[place].set(n), axis_name)
             n = each.sum()
-            average = lambda x: (x * (each / n).reshape(-1, *(1,) * (x.ndim - 1))).sum(0)
+            average = lambda x: (x * (each / jnp.maximum(n, 1)).reshape(-1, *(1,) * (x.ndim - 1))).sum(0)
         mean = average(means)
         var = average(variances + (means - mean) ** 2)
     return (mean, var, n) if per_step else (mean.reshape(-1), var.reshape(-1), n)
@@ -139,13 +140,18 @@ def _count(xs, real, mean):
 def _own_moments(xs, real, axes):
     middle = [slice(n // 2, n // 2 + 1) if i in axes else slice(None) for i, n in enumerate(xs.shape)]
     if real is not None:
-        middle[0] = slice(1)  # a step of every sequence
+        middle[:2] = slice(1), slice(None)
     middle = tuple(middle)
     x = xs.astype(jnp.float32)
     # a sharded axis cannot be sliced where a mesh has explicit axes; there, the mean is taken first, which reads xs twice
-    c = x.mean(axes, keepdims=True) if jax.typeof(xs).sharding.mesh.explicit_axes else xs[middle].astype(jnp.float32)
+    if jax.typeof(xs).sharding.mesh.explicit_axes:
+        c = (x if real is None else jnp.where(real, x, 0)).mean(axes, keepdims=True)
+    else:
+        c = xs[middle].astype(jnp.float32)
+        if real is not None:  # the first step of a sequence that has one
+            c = lax.dynamic_slice_in_dim(c, jnp.argmax(real[0].ravel()), 1, axis=1)
     away = x - c if real is None else jnp.where(real, x - c, 0)
-    part = 1 if real is None else real.sum(dtype=jnp.float32) / real.size  # of the values that count
+    part = 1 if real is None else jnp.maximum(real.sum(dtype=jnp.float32), 1) / real.size  # of the values that count
     first, square = (a.mean(axes, keepdims=True) / part for a in (away, away * away))
     return c + first, jnp.maximum(square - first * first, 0)
 
@@ -158,7 +164,9 @@ def _own_moments_forward(xs, real, axes):
 def _own_moments_backward(axes, kept, cotangents):
     """d mean / dx = 1 / n and d variance / dx = 2 (x - mean) / n. JAX's own would also keep x - c, as large as xs."""
     (xs, real, mean), (d_mean, d_var) = kept, cotangents
-    d_xs = (d_mean + 2 * d_var * (xs.astype(jnp.float32) - mean)) / _count(xs, real, mean)
+    d_xs = (d_mean + 2 * d_var * (xs.astype(jnp.float32) - mean)) / (
+        _count(xs, real, mean) if real is None else jnp.maximum(_count(xs, real, mean), 1)
+    )
     return (d_xs if real is None else jnp.where(real, d_xs, 0)).astype(xs.dtype), None
 
 
@@ -246,6 +254,8 @@ class NormSpiking(Temporal):
     def __call__(
         self, xs: Array | Spikes | Padded, state: PyTree | None = None, shortcut: Array | Spikes | Padded | None = None
     ):
+        if isinstance(shortcut, Padded) and not isinstance(xs, Padded):
+            raise ValueError("xs must be nn.Padded where shortcut is; got an array, whose sequences have no ends")
         (xs, lengths), (shortcut, _) = split(xs), split(shortcut)
         neuron, params, inputs, out_dtype = self._assembled(values(xs), shortcut, lengths)
         if self.pack:
@@ -269,7 +279,7 @@ class NormSpiking(Temporal):
             options = dict(implementation=self.neuron.implementation, out_dtype=out_dtype)
             found.append(explain(neuron, params, None, inputs, **options))
 
-        nnx.eval_shape(call, self, xs, shortcut)
+        nnx.eval_shape(call, self, values(xs), values(shortcut))
         outside = []
         for name in ("norm", "shortcut_norm"):
             norm, kind = getattr(self, name), type(getattr(self, name)).__name__

@@ -46,16 +46,17 @@ def join(values: PyTree, lengths: Array | None) -> PyTree:
     return values if lengths is None else Padded(values, lengths)
 
 
-def real_steps(lengths: Array | None, shape: tuple[int, ...]) -> Array | None:
+def real_steps(lengths: Array | None, shape: tuple[int, ...], least: int = 1) -> Array | None:
     """[T, B, 1, ...], whether each step of [T, B, ...] comes before the end of its sequence; None without `lengths`.
 
-    Lengths outside of 1..T raise ValueError. Inside of `jit` there is no value to look at; there, they count as 1 or T.
+    Lengths outside of 1..T raise ValueError. Inside of `jit` there is no value to look at; there, they count as `least` or T. A
+    sequence that ends before a piece of `nn.Pieces` has 0 steps in it, and `least` 0 counts none of them.
     """
     if lengths is None:
         return None
     lengths = _checked(lengths, shape)
     t = jnp.arange(shape[0])[:, None]
-    return (t < jnp.maximum(lengths, 1)).reshape(*shape[:2], *(1,) * (len(shape) - 2))
+    return (t < jnp.maximum(lengths, least)).reshape(*shape[:2], *(1,) * (len(shape) - 2))
 
 
 def _checked(lengths, shape):
@@ -63,7 +64,9 @@ def _checked(lengths, shape):
     if len(shape) < 2 or lengths.shape != shape[1:2] or not jnp.issubdtype(lengths.dtype, jnp.integer):
         wanted = f"integers of shape {shape[1:2]}, one for each sequence of {shape}"
         raise ValueError(f"lengths must be {wanted}; got {lengths.dtype} of shape {lengths.shape}")
-    if not isinstance(lengths, jax.core.Tracer) and ((lengths < 1) | (lengths > shape[0])).any():
+    if isinstance(lengths, jax.core.Tracer):
+        return jnp.minimum(lengths, shape[0])
+    if ((lengths < 1) | (lengths > shape[0])).any():
         raise ValueError(f"lengths must be from 1 to T = {shape[0]}; got {int(lengths.min())} to {int(lengths.max())}")
     return lengths
 

@@ -222,6 +222,8 @@ class Pieces(Temporal):
                 "nn.PackSpikes() after nn.Pieces stores bits"
             )
         xs, lengths = split(xs)
+        if lengths is not None:
+            self._check_padded()
         xs = values(xs)
         sizes = {x.shape[0] if x.ndim else 0 for x in jax.tree.leaves(xs)}
         if len(sizes) != 1 or 0 in sizes:
@@ -264,6 +266,18 @@ class Pieces(Temporal):
             highest = 1 if not isinstance(outs.bits, tuple) else outs.lowest + 2 ** len(outs.bits) - 1
             outs = Spikes.of(outs.values, Packed(8, outs.lowest, highest))
         return join(outs, lengths), state
+
+    def _check_padded(self):
+        """A piece after the end of all sequences has no statistics, which Flax's own layer would make NaN of, or take from what follows."""
+        for path, module in nnx.iter_modules(self.layer):
+            if (
+                isinstance(module, nnx.BatchNorm)
+                and not isinstance(module, Timeless)
+                and not module.use_running_average
+            ):
+                raise NotImplementedError(
+                    f"nnx.BatchNorm at {'.'.join(map(str, path))}: Pieces of nn.Padded need nn.BatchNorm in its place"
+                )
 
     def _check_statistics(self):
         for path, module in nnx.iter_modules(self.layer) if self.statistics == "refuse" else ():

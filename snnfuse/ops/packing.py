@@ -113,15 +113,23 @@ def pack(spikes: Array, packed: int | Packed = 8) -> Words:
     return (padded.reshape(-1, steps, *spikes.shape[1:]).astype(packed.word) << shift).sum(1, dtype=packed.word)
 
 
-def unpack(words: Words, T: int, dtype=jnp.bool_, *, lowest: int = 0) -> Array:
+def unpack(words: Words, T: int, dtype=None, *, lowest: int = 0) -> Array:
     """Packed spikes back to [T, *B, N] in `dtype`. Raises ValueError if the words do not hold T steps.
 
-    A tuple of words holds graded spikes, whose lowest value is `lowest`; give a dtype that holds them.
+    A tuple of words holds graded spikes, whose lowest value is `lowest`. `dtype` is bool by default, or int32 for graded spikes;
+    it must hold `lowest` and all values above it that so many bits can stand for.
     """
     if isinstance(words, tuple):
+        dtype = jnp.dtype(jnp.int32 if dtype is None else dtype)
+        highest = lowest + 2 ** len(words) - 1
+        whole = jnp.iinfo(dtype) if jnp.issubdtype(dtype, jnp.integer) else None
+        if dtype.kind == "b" or (whole and not (whole.min <= lowest and highest <= whole.max)):
+            raise ValueError(f"dtype must hold whole numbers from {lowest} to {highest}; got {dtype}")
         bits = [unpack(plane, T, dtype) for plane in words]
         return sum((bit * 2**k for k, bit in enumerate(bits)), jnp.asarray(lowest, dtype))
-    steps = jnp.iinfo(words.dtype).bits
+    if lowest:
+        raise ValueError(f"lowest must be 0 unless words are a tuple, which holds graded spikes; got {lowest}")
+    dtype, steps = jnp.bool_ if dtype is None else dtype, jnp.iinfo(words.dtype).bits
     if not 0 <= len(words) * steps - T < steps:
         raise ValueError(
             f"T must be in {(len(words) - 1) * steps + 1}..{len(words) * steps} for {words.shape}; got {T}"
