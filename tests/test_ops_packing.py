@@ -166,6 +166,15 @@ def test_graded_words_need_a_dtype_that_holds_them():
         sf.unpack(words[0], 1, jnp.int8, lowest=-1)
 
 
+def test_graded_spikes_joined_with_a_shortcut_are_not_packed():
+    neuron, params = GRADED["ILIF"]
+    layer = nn.NormSpiking(
+        nn.Spiking(neuron, params, out_dtype=sf.Packed(8, 0, 4)), nnx.RMSNorm(4, rngs=nnx.Rngs(0)), connect="add"
+    )
+    with pytest.raises(ValueError, match="out_dtype must not be Packed for graded spikes that are joined .* 'add'"):
+        layer(jnp.ones((2, 3, 4)), None, jnp.ones((2, 3, 4)))
+
+
 def test_bad_words():
     with pytest.raises(ValueError, match="steps must be 8 or 32; got 16"):
         sf.Packed(16)

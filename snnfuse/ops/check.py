@@ -11,6 +11,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from snnfuse.core.compose import Connect
 from snnfuse.ops.packing import Packed, Planes, packed_for
 from snnfuse.ops.problem import Problem, Step
 
@@ -225,6 +226,13 @@ def warn_without_gradient(step, param_shapes, num_xs, shape, dtype):
 def check_packed(neuron, out_dtypes):
     """One `Packed` output of a neuron with graded spikes must hold them all; with several outputs, the first is the spikes."""
     wanted, given = packed_for(neuron), out_dtypes[0]
+    inside = neuron
+    while isinstance(given, Packed) and given.graded and hasattr(inside, "inner"):
+        if isinstance(inside, Connect):
+            raise ValueError(
+                f"out_dtype must not be Packed for graded spikes that are joined with a shortcut by {inside.how!r}; got {given}"
+            )
+        inside = inside.inner
     if isinstance(given, Packed) and not given.lowest <= wanted.lowest < wanted.highest <= given.highest:
         raise ValueError(
             f"out_dtype must be Packed({given.steps}, {wanted.lowest}, {wanted.highest}) for the graded spikes of "
