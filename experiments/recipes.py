@@ -130,7 +130,7 @@ def cifar10_paper():
 def spikformer():
     """CIFAR-10, Spikformer-4-384, T = 4: 50 epochs of one step, then 48 of four. Not measured to its end.
 
-    Its authors reach 95.5 % with 300 to 400 epochs of four steps, RandAugment and mixup: --data.rand_augment=1 --data.mixup=0.5.
+    Its authors train 300 to 400 epochs of four steps, with RandAugment and mixup: --data.rand_augment=1 --data.mixup=0.5.
     """
     schedule = [*_schedule(50_000, 128, 98, evaluations=2), "--first_T=1", f"--first_steps={50 * 390}"]
     return ["--model=spikformer", *IMAGES, *TRANSFORMER, *schedule]

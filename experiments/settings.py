@@ -30,11 +30,12 @@ class Config(Generic[Model, Data]):
     weight_decay: float = 1e-2
     """of weights alone, not of biases, normalisations and neurons; AdamW with 0 is Adam"""
     first_T: int | None = None
-    """time steps of the network in the first --first_steps training steps; fewer are faster. None: always --model.T.
-    Evaluations before --first_steps are those of that network, and metrics.jsonl calls them first_accuracy. With sound and signals a step is a window; there --first_T windows, which are longer, cover the recording"""
+    """time steps of the network in the first --first_steps training steps. None: always --model.T. Evaluations up to
+    --first_steps also run that many, and metrics.jsonl calls them first_accuracy. With sound and signals a step is a window:
+    --first_T windows, which are longer, cover the recording"""
     first_levels: int | None = None
-    """--model.levels in the first --first_steps training steps: with --first_T 1 a quantised ReLU network, which learns faster
-    than spikes do, and whose weights the spiking network then takes over"""
+    """--model.levels in the first --first_steps training steps. With --first_T 1 they train a quantised ReLU network; the spiking
+    network then takes over its weights"""
     first_steps: int = 0
     second_rate: float | None = None
     """learning rate after the first steps, as a part of --learning_rate: it falls to 0 twice, at their end and at the last step.

@@ -1,6 +1,6 @@
-"""What runs on the device: the model with its optimizer, a training step, and an evaluation.
+"""The work of the device: the model with its optimizer, a training step, and an evaluation step.
 
-What is compiled for a configuration is found again, because each function returns the same step for the same configuration.
+Each function returns the same step when it is called again with the same configuration, so that nothing is compiled twice.
 """
 
 import contextlib

@@ -1,4 +1,4 @@
-"""What all inputs share: the names of a data set's classes, and its samples, read from disk."""
+"""Shared by all inputs: the names of a data set's classes, and the reading of its samples from disk."""
 
 from collections.abc import Sequence
 from typing import Annotated

@@ -20,9 +20,10 @@ class Padded:
         outs, state = model(nn.Padded(xs, lengths))      # outs is Padded too
         logits = nn.membrane_mean(outs)
 
-    What follows the end of a sequence does not matter, if it is finite. The state is that of each sequence after its own last step, a BatchNorm takes
-    the statistics of the real steps, readouts and `training.temporal_cross_entropy` leave out the others. The outputs of neurons are 0
-    after the end. A layer that cannot do this raises NotImplementedError.
+    The steps after the end of a sequence have no influence, if their values are finite. The returned state is that of each
+    sequence after its own last step. BatchNorm takes its statistics from the steps before the end; readouts and
+    `training.temporal_cross_entropy` use only these. Outputs of neurons are 0 after the end. A layer that cannot do this raises
+    NotImplementedError.
     """
 
     values: PyTree

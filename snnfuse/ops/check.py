@@ -196,7 +196,10 @@ def check_step(step, params, xs, shape, dtype):
 
 @lru_cache(maxsize=1024)
 def warn_without_gradient(step, param_shapes, num_xs, shape, dtype):
-    """Warn, once for a step, if none of its outputs has a gradient. Perhaps it makes spikes by `v >= threshold`, not by `snnfuse.spike`."""
+    """Warn if no output of a step has a gradient, as when it compares `v >= threshold` and does not call `snnfuse.spike`.
+
+    The cache makes it one warning for each step.
+    """
     leaves = lambda n: (jax.ShapeDtypeStruct(shape, dtype),) * n
     params = tuple(jax.ShapeDtypeStruct(p, dtype) for p in param_shapes)
 

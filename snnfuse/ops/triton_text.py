@@ -1,4 +1,4 @@
-"""What the texts of all Triton kernels share: names, the step and its pullback as functions, calls, and templates with holes.
+"""Parts that all Triton kernel texts use: names, the step and its pullback as functions, calls, and templates with holes.
 
 `triton_source` and `recurrent_source` build their kernels from these.
 """

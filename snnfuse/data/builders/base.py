@@ -23,7 +23,7 @@ Feature = tuple[
 
 
 def first_sound(reads: Iterable[Callable[[], Any]]) -> Any:
-    """What the first of `reads` returns that finds no fault; if all do, raises the fault of the first one.
+    """Call `reads` in turn and return the first result. If every call raises BadSample, raise the first of these errors.
 
     A set takes the size or the rate of its first file. If that file is broken, the next one says it, and the broken one is
     named, or skipped, when its turn comes.
