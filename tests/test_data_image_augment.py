@@ -1,5 +1,7 @@
 """Augmentations of images: their statistics, and RandAugment's transforms beside Pillow's."""
 
+from functools import partial
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -35,6 +37,22 @@ def test_crop_takes_every_place_equally_often(mode):
     )
     assert counts.sum() == 900
     assert abs(counts - 100).max() < 4 * 100**0.5
+
+
+def test_images_are_scaled_and_turned_by_uniform_draws_around_their_middle():
+    grid = np.mgrid[-16:17, -16:17]
+    blob = np.exp(-((grid[0] + 6) ** 2 + grid[1] ** 2) / 8)  # 6 pixels above the middle
+    xs = jnp.broadcast_to(jnp.stack([blob, 0.5 * blob], -1), (800, 33, 33, 2))
+    out = np.asarray(jax.jit(lambda key: ia.move(key, xs, scale=0.5, turn=90))(KEY))
+    np.testing.assert_allclose(out[..., 1], 0.5 * out[..., 0], atol=1e-6)
+    y, x = np.einsum("bij,aij->ab", out[..., 0], grid) / out[..., 0].sum((1, 2))
+    factor, angle = np.hypot(x, y) / 6, np.degrees(np.arctan2(x, -y))  # clockwise, as y points down
+    assert scipy.stats.kstest(np.log(factor) / np.log(1.5), scipy.stats.uniform(-1, 2).cdf).pvalue > 1e-3
+    assert scipy.stats.kstest(angle / 90, scipy.stats.uniform(-1, 2).cdf).pvalue > 1e-3
+    assert abs(np.corrcoef(factor, angle)[0, 1]) < 0.12
+    whole = ia.move(KEY, xs[:2], fill=0.7)  # nothing changes
+    np.testing.assert_allclose(whole, xs[:2], atol=1e-6)
+    assert ia.move(KEY, jnp.zeros((40, 8, 8, 1)), turn=45, fill=0.7).max() == pytest.approx(0.7)
 
 
 def test_cutout_covers_a_square_with_its_centre_anywhere():
@@ -165,7 +183,8 @@ def test_rand_augment_draws_every_transform_equally_often():
 
 def test_equal_keys_give_equal_results_and_bfloat16_stays():
     x, targets = images(4).astype(jnp.bfloat16), jax.nn.one_hot(jnp.arange(4), 4)
-    for f in map(jax.jit, (ia.flip, ia.crop, ia.cutout, ia.rand_augment)):
+    turned = partial(ia.move, turn=30)
+    for f in map(jax.jit, (ia.flip, ia.crop, turned, ia.cutout, ia.rand_augment)):
         assert f(KEY, x).dtype == jnp.bfloat16 and f(KEY, x).shape == x.shape
         assert np.array_equal(f(KEY, x), f(KEY, x))
         assert not np.array_equal(f(KEY, x), f(jax.random.key(1), x))
@@ -183,6 +202,8 @@ def test_equal_keys_give_equal_results_and_bfloat16_stays():
         (lambda x: ia.crop(KEY, x, 1.5), ValueError, "padding must be a whole number in 0..1024; got 1.5"),
         (lambda x: ia.crop(KEY, x, 8, "reflect"), ValueError, r"padding must be below the size .* got 8"),
         (lambda x: ia.crop(KEY, x, 1, "edge"), ValueError, "mode must be 'constant' or 'reflect'; got 'edge'"),
+        (lambda x: ia.move(KEY, x, scale=-1), ValueError, r"scale must be a number in \[0, 1000\]; got -1"),
+        (lambda x: ia.move(KEY, x, turn=200), ValueError, r"turn must be a number in \[0, 180\]; got 200"),
         (lambda x: ia.cutout(KEY, x, None), ValueError, "size must be a whole number in 0..32768; got None"),
         (lambda x: ia.cutout(KEY, x, 2, jnp.ones(2)), ValueError, r"fill must be a number or 3, .* got shape \(2,\)"),
         (lambda x: ia.rand_augment(KEY, x, fill=7), ValueError, r"fill must be a number in \[0, 1\]; got 7"),

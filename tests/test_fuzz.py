@@ -409,16 +409,18 @@ def _(draw):
 # ---- augmentations of images
 
 
-@case(*(f"data.image_augment.{name}" for name in ("crop", "cutmix", "cutout", "flip", "mixup", "rand_augment")))
+@case(*(f"data.image_augment.{name}" for name in ("crop", "cutmix", "cutout", "flip", "mixup", "move", "rand_augment")))
 def _(draw):
     x = array(draw, one_of(draw, (2, 3, 4, 3), (1, 5, 5, 1), (3, 3, 1)), 0, 1, one_of(draw, np.float32, np.uint8))
     key, number = jax.random.key(draw(st.integers(0, 99))), one_of(draw, *WHOLE, *NUMBER)
     targets = jnp.eye(one_of(draw, 2, 3, 1))[: len(x)]
-    name = one_of(draw, "crop", "cutmix", "cutout", "flip", "mixup", "rand_augment")
+    name = one_of(draw, "crop", "cutmix", "cutout", "flip", "mixup", "move", "rand_augment")
     f = getattr(image_augment, name)
     if name in ("mixup", "cutmix"):
         got, mixed = call(f, key, x, targets, number)
         close(mixed.sum(-1), np.ones(len(x)))
+    elif name == "move":
+        got = call(f, key, x, scale=number, turn=one_of(draw, 30.0, *NUMBER), fill=one_of(draw, 0.5, *NUMBER))
     else:
         got = call(f, key, x, one_of(draw, 1, 2) if name == "rand_augment" else number, *draw_more(draw, name, number))
     assert got.shape == x.shape and got.dtype == x.dtype

@@ -31,6 +31,10 @@ class Images(Labelled):
     """training images move by up to this many pixels each way"""
     flip: bool = False
     """half of the training images are mirrored"""
+    scale: float = 0.0
+    """training images become larger or smaller by up to this part"""
+    turn: float = 0.0
+    """training images are turned by up to this many degrees"""
     cutout: int = 0
     """side of a square, in pixels, that is erased in every training image"""
     rand_augment: int = 0
@@ -52,6 +56,9 @@ class Images(Labelled):
         for name in ("shift", "cutout", "rand_augment", "mixup", "cutmix"):
             if (value := getattr(self, name)) < 0:
                 raise ValueError(f"--data.{name} must be at least 0; got {value}")
+        for name, most in (("scale", 1e3), ("turn", 180)):
+            if not 0 <= (value := getattr(self, name)) <= most:
+                raise ValueError(f"--data.{name} must be at least 0, and at most {most:g}; got {value}")
         if not 0 <= self.magnitude <= 1:
             raise ValueError(f"--data.magnitude must be in [0, 1]; got {self.magnitude}")
         if self.normalise and (self.encoding != "direct" or self.name not in STATISTICS):
@@ -75,6 +82,9 @@ class Images(Labelled):
             images = image_augment.crop(next(keys), images, self.shift)
         if self.flip:
             images = image_augment.flip(next(keys), images)
+        if self.scale or self.turn:
+            changes = dict(scale=self.scale, turn=self.turn)
+            images = image_augment.move(jax.random.fold_in(key, 1), images, **changes)
         if self.rand_augment:
             images = image_augment.rand_augment(next(keys), images, self.rand_augment, self.magnitude)
         if self.cutout:

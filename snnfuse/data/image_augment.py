@@ -16,6 +16,7 @@ from numbers import Integral, Real
 import jax
 import jax.numpy as jnp
 from jax import Array, lax
+from jax.scipy.ndimage import map_coordinates
 
 from snnfuse.data.draws import beta_share
 
@@ -61,6 +62,30 @@ def crop(key: Array, images: Array, padding: int = 4, mode: str = "constant") ->
     padded = jnp.pad(images, ((0, 0), (padding, padding), (padding, padding), (0, 0)), mode=mode)
     corners = jax.random.randint(key, (len(images), 2), 0, 2 * padding + 1)
     return jax.vmap(lambda image, at: lax.dynamic_slice(image, (*at, 0), images.shape[1:]))(padded, corners)
+
+
+def move(key: Array, images: Array, *, scale: float = 0.0, turn: float = 0.0, fill: float = 0.0) -> Array:
+    """Each image scaled and turned around its middle, with linear interpolation between pixels.
+
+        (x, y) = middle + factor R(angle) ((x, y) - middle)
+
+    Args:
+      scale: ln(factor) is uniform in -ln(1 + scale) .. ln(1 + scale).
+      turn: the angle is uniform in -turn .. turn, in degrees.
+      fill: what comes in from outside of the image.
+    """
+    _check(images)
+    scale, turn, fill = _within("scale", scale, 0, 1e3), _within("turn", turn, 0, 180), _within("fill", fill, 0, 1)
+    B, height, width, _ = images.shape
+    uniform = lambda k, most: jax.random.uniform(k, (B, 1, 1), minval=-most, maxval=most)
+    grow, spin = jax.random.split(key)
+    factor, angle = jnp.exp(uniform(grow, jnp.log1p(scale))), uniform(spin, jnp.deg2rad(turn))
+    y, x = jnp.meshgrid(jnp.arange(height) - (height - 1) / 2, jnp.arange(width) - (width - 1) / 2, indexing="ij")
+    across, down = jnp.cos(angle) / factor, jnp.sin(angle) / factor  # of the inverse: from a new pixel to its source
+    row, column = across * y - down * x + (height - 1) / 2, down * y + across * x + (width - 1) / 2
+    take = lambda channel, *at: map_coordinates(channel, at, order=1, mode="constant", cval=fill)
+    each = jax.vmap(jax.vmap(take, in_axes=(-1, None, None), out_axes=-1))
+    return each(images.astype(jnp.float32), row, column).astype(images.dtype)
 
 
 def cutout(key: Array, images: Array, size: int = 16, fill: Array | float = 0.0) -> Array:
