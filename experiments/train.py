@@ -108,6 +108,7 @@ def train(config: Config) -> dict:
     """Run to the end and return the summary. Raises Stopped."""
     config = dataclasses.replace(config, name=config.name or config.data.name)
     train_source, test_source = config.data.sources()
+    config = dataclasses.replace(config, data=config.data.measured(train_source))
     run = Run(configuration.flatten(config))
     try:
         if config.data.note:

@@ -337,10 +337,51 @@ def test_normalised_channels_have_mean_0_and_deviation_1():
     batch = {"image": np.round(np.broadcast_to(images, (2, 4, 4, 3)) * 255).astype(np.uint8)}
     xs = Images("cifar10", encoding="direct", normalise=True).encode(jax.random.key(0), batch, 2)
     np.testing.assert_allclose(xs[1], np.broadcast_to([[[[-1]]], [[[1]]]], (2, 4, 4, 3)), atol=0.02)
-    with pytest.raises(
-        ValueError, match="--data.normalise needs --data.encoding direct, .*got 'bernoulli' and 'cifar10'"
+    own = Images("mnist5k", encoding="direct", normalise=True, mean=(0.2,), deviation=(0.5,))
+    np.testing.assert_allclose(own.encode(jax.random.key(0), {"image": np.full((1, 2, 2, 1), 0.7, "f")}, 1), 1.0)
+    with pytest.raises(ValueError, match="--data.mean must have a number for each of 3 channels; got"):
+        own.encode(jax.random.key(0), batch, 1)
+
+
+@pytest.mark.parametrize(
+    "options, message",
+    [
+        (dict(encoding="bernoulli"), "--data.normalise needs --data.encoding direct; got 'bernoulli'"),
+        (
+            dict(mean=(0.1,)),
+            "--data.mean, --data.deviation and --data.normalise go together; got .0.1,., None and True",
+        ),
+        (dict(mean=(0.1,), deviation=(0.2,), normalise=False), "go together; got .0.1,., .0.2,. and False"),
+        (dict(mean=(0.1,), deviation=(0.0,)), "a number for each channel, deviations above 0; got .0.1,. and .0.0,."),
+        (dict(mean=(0.1, 0.2), deviation=(1.0,)), "a number for each channel, deviations above 0"),
+    ],
+)
+def test_statistics_that_do_not_fit_are_refused(options, message):
+    with pytest.raises(ValueError, match=message):
+        Images(**dict(name="mnist5k", encoding="direct", normalise=True) | options)
+
+
+def test_a_run_keeps_the_statistics_of_its_training_images_and_resumes_with_no_others(tmp_path, monkeypatch, capsys):
+    direct = dataclasses.replace(TINY.data, encoding="direct", normalise=True)
+    config = dataclasses.replace(TINY, data=direct, out=str(tmp_path), steps=2, stop_at=1)
+    with pytest.raises(train.Stopped, match="stopped after step 1"):
+        train.train(config)
+    images = np.stack([sample["image"] for sample in direct.sources()[0]]) / 255
+    saved = json.loads((tmp_path / "mnist5k" / "config.json").read_text())
+    np.testing.assert_allclose(
+        [saved["data.mean"][0], saved["data.deviation"][0]], [images.mean(), images.std()], atol=1e-5
+    )
+    train_samples, test_samples = direct.sources()
+    resumed = dataclasses.replace(config, stop_at=None, resume=True)
+    for change, message in (
+        (lambda image: image // 2, f"was made with data.deviation={re.escape(str(saved['data.deviation']))}; got"),
+        (lambda image: 0 * image, "channel 0 of the training images of mnist5k has the same value everywhere"),
     ):
-        Images("cifar10", normalise=True)
+        others = [sample | {"image": change(sample["image"])} for sample in train_samples]
+        with monkeypatch.context() as patch, pytest.raises((train.Stopped, OSError), match=message):
+            patch.setattr(Few, "sources", lambda self, others=others: (others, test_samples))
+            train.train(resumed)
+    train.train(resumed)
 
 
 def test_the_pieces_of_the_image_recipe_train_together_and_the_average_is_what_is_evaluated(tmp_path):

@@ -1,6 +1,7 @@
 """Data sets by name: those of `snnfuse.data`, and `random`. One is a frozen dataclass of choices with
 
     sources() -> (train, test)                the samples: `source[i]` and `len(source)`
+    measured(train) -> the same               with what it takes from the training samples: the mean of their pixels
     example() -> Frames, Images, Sound, ...   what the loader does with a sample, on the host
     augment(key, batch, targets)              -> the same, changed at random; targets are [B, classes]; training only
     encode(key, batch, T)                     -> [T, B, ...], or `nn.Padded` of it
@@ -62,6 +63,9 @@ class Random:
     def sources(self) -> Sources:
         rng = np.random.default_rng(0)
         return tuple([self._sample(rng) for _ in range(n)] for n in (self.examples, self.examples // 2))
+
+    def measured(self, train):
+        return self
 
     def _sample(self, rng):
         like, label = catalog.data_set(DATASETS[self.like].name), int(rng.integers(self.classes))

@@ -1,17 +1,19 @@
 """Static images."""
 
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 from typing import ClassVar
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import Array
 
 from inputs.reading import Batch, Labelled, Name, Sources, in_memory, train_and_test
-from snnfuse.data import encoders, image_augment
+from snnfuse.data import archives, encoders, image_augment
 from snnfuse.data import loader as load
 
-STATISTICS = {  # the mean and the standard deviation of each channel over the training images
+STATISTICS = {  # as published: the mean and the standard deviation of each channel over the training images
     "mnist": ((0.1307,), (0.3081,)),
     "fashion_mnist": ((0.2860,), (0.3530,)),
     "cifar10": ((0.4914, 0.4822, 0.4465), (0.2470, 0.2435, 0.2616)),
@@ -47,6 +49,10 @@ class Images(Labelled):
     """a rectangle of each training image comes from another one; its size is drawn from Beta(cutmix, cutmix)"""
     normalise: bool = False
     """channels get mean 0 and deviation 1; with --data.encoding direct"""
+    mean: tuple[float, ...] | None = None
+    """of each channel, from 0 to 1, with --data.normalise. None: as published, or else that of the training images"""
+    deviation: tuple[float, ...] | None = None
+    """the same, the standard deviation"""
     repeat: int = 1
     """copies of the image, each as its own channels with its own noise"""
 
@@ -61,10 +67,17 @@ class Images(Labelled):
                 raise ValueError(f"--data.{name} must be at least 0, and at most {most:g}; got {value}")
         if not 0 <= self.magnitude <= 1:
             raise ValueError(f"--data.magnitude must be in [0, 1]; got {self.magnitude}")
-        if self.normalise and (self.encoding != "direct" or self.name not in STATISTICS):
+        if self.normalise and self.encoding != "direct":
+            raise ValueError(f"--data.normalise needs --data.encoding direct; got {self.encoding!r}")
+        if (self.mean is None) != (self.deviation is None) or self.mean is not None and not self.normalise:
             raise ValueError(
-                f"--data.normalise needs --data.encoding direct, and one of {', '.join(STATISTICS)}; "
-                f"got {self.encoding!r} and {self.name!r}"
+                f"--data.mean, --data.deviation and --data.normalise go together; got {self.mean}, {self.deviation} and "
+                f"{self.normalise}"
+            )
+        if self.mean is not None and not (len(self.mean) == len(self.deviation) and min(self.deviation) > 0):
+            raise ValueError(
+                f"--data.mean and --data.deviation must have a number for each channel, deviations above 0; got {self.mean} "
+                f"and {self.deviation}"
             )
         if self.repeat < 1:
             raise ValueError(f"--data.repeat must be at least 1; got {self.repeat}")
@@ -72,6 +85,29 @@ class Images(Labelled):
     def sources(self) -> Sources:
         train, test = train_and_test(self.name)
         return in_memory(train, f"{self.name}, train"), in_memory(test, f"{self.name}, test")
+
+    def measured(self, train: Sequence[dict]) -> "Images":
+        if not self.normalise or self._statistics:
+            return self
+        total = squares = count = 0.0
+        for at in range(0, len(train), 100):
+            images = np.stack([sample["image"] for sample in train[at : at + 100]]) / 255
+            total, squares = total + images.sum((0, 1, 2)), squares + np.square(images).sum((0, 1, 2))
+            count += images[..., 0].size
+        mean = total / count
+        deviation = np.sqrt(np.maximum(squares / count - mean**2, 0))
+        if not deviation.min() > 1e-3:
+            raise archives.Missing(
+                f"--data.normalise divides by the standard deviation of each channel; channel {deviation.argmin()} of the "
+                f"training images of {self.name} has the same value everywhere"
+            )
+        rounded = lambda numbers: tuple(round(float(x), 5) for x in numbers)
+        return replace(self, mean=rounded(mean), deviation=rounded(deviation))
+
+    @property
+    def _statistics(self):
+        """(mean, standard deviation) of each channel; None if they are not known yet."""
+        return (self.mean, self.deviation) if self.mean is not None else STATISTICS.get(self.name)
 
     def example(self) -> load.Images:
         return load.Images()
@@ -88,7 +124,7 @@ class Images(Labelled):
         if self.rand_augment:
             images = image_augment.rand_augment(next(keys), images, self.rand_augment, self.magnitude)
         if self.cutout:
-            mean, _ = STATISTICS.get(self.name, (0.0, 1.0))
+            mean, _ = self._statistics or (0.0, 1.0)
             images = image_augment.cutout(next(keys), images, self.cutout, jnp.asarray(mean))
         if self.mixup:
             images, targets = image_augment.mixup(next(keys), images, targets, self.mixup)
@@ -103,7 +139,15 @@ class Images(Labelled):
             else self.example().unpack(batch["image"])
         )
         if self.normalise:
-            mean, deviation = map(jnp.asarray, STATISTICS[self.name])
+            if not self._statistics:
+                raise ValueError(
+                    f"{self.name} has no published mean: use `measured(train)` of this data set, or --data.mean"
+                )
+            mean, deviation = map(jnp.asarray, self._statistics)
+            if len(mean) != images.shape[-1]:
+                raise ValueError(
+                    f"--data.mean must have a number for each of {images.shape[-1]} channels; got {mean.tolist()}"
+                )
             images = (images - mean) / deviation
         images = jnp.tile(images, self.repeat)
         if self.encoding == "bernoulli":
