@@ -21,6 +21,8 @@ from snnfuse.nn.spikes import values
 
 strict = pytest.mark.usefixtures("strict")
 
+ON_GPU = [pytest.param(name, marks=pytest.mark.gpu) for name in ("pallas", "triton")]
+
 T, B, H, N = 6, 3, 2, 4
 # (normalisation of xs; shortcut: none, a sequence, or a normalised sequence; how it is connected to the neuron)
 LAYERS = {
@@ -60,7 +62,7 @@ def make(name, implementation="scan", dtype=jnp.float32, pack=False, **more):
     return layer, xs, None if shortcut is None else r.astype(dtype)
 
 
-@pytest.mark.parametrize("implementation", ["scan", "interpret"])
+@pytest.mark.parametrize("implementation", ["scan", "interpret", *ON_GPU])
 def test_drop_path_drops_the_spikes_of_whole_samples(implementation):
     """In training outs = gate spikes + shortcut, with a gate of 0 or 1 / (1 - rate) for each sample; later the gate is 1."""
     layer, xs, shortcut = make("add", implementation)
@@ -123,6 +125,11 @@ RUNS += [
     ("shortcut_norm", "interpret", "float32", "eval"),
     ("per_step", "scan", "float32", "eval"),
     ("iand", "scan", "bfloat16", "eval"),
+]
+RUNS += [
+    pytest.param(name, how, dtype, "train", marks=pytest.mark.gpu)
+    for name in LAYERS
+    for how, dtype in (("pallas", "float32"), ("triton", "bfloat16"))
 ]
 
 
@@ -572,7 +579,10 @@ ROWS |= {"TEBN": lambda N, rngs: nn.TEBN(T, N, rngs=rngs)}
 
 
 @pytest.mark.parametrize(
-    "name, implementation", [(name, "scan") for name in ROWS] + [("LayerNorm", "interpret"), ("RMSNorm", "interpret")]
+    "name, implementation",
+    [(name, "scan") for name in ROWS]
+    + [("LayerNorm", "interpret"), ("RMSNorm", "interpret")]
+    + [pytest.param(name, how, marks=pytest.mark.gpu) for name in ROWS for how in ("pallas", "triton")],
 )
 def test_norm_spiking_with_statistics_of_each_step_is_norm_then_neuron(name, implementation):
     """Values, state and all gradients, in float64 by scan; TEBN has statistics in float32."""

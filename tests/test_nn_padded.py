@@ -42,9 +42,16 @@ def sequences():
     return jnp.where(real[:, :, None], xs, 1e3), real[:, :, None]
 
 
-@pytest.mark.parametrize("name", LAYERS)
+LAYERS_ON_GPU = {
+    "pallas": lambda: nn.CubaLIF(decay_syn=0.5, decay=0.7, implementation="pallas", learn="decay"),
+    "triton": lambda: nn.CubaLIF(decay_syn=0.5, decay=0.7, implementation="triton", learn="decay"),
+    "fused Recurrent": lambda: nn.Recurrent(lif(implementation="triton"), N, rngs=rngs()),
+}
+
+
+@pytest.mark.parametrize("name", [*LAYERS, *(pytest.param(name, marks=pytest.mark.gpu) for name in LAYERS_ON_GPU)])
 def test_a_layer_gives_what_it_gives_for_each_sequence_alone(name):
-    layer, (xs, real) = LAYERS[name](), sequences()
+    layer, (xs, real) = (LAYERS | LAYERS_ON_GPU)[name](), sequences()
     graphdef, params, rest = nnx.split(layer, nnx.Param, ...)
     more = (jnp.where(real, 0.5, jnp.zeros_like(xs)),) if name == "NormSpiking" else ()
 

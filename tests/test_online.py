@@ -117,6 +117,40 @@ def test_one_step_is_backpropagation_and_one_layer_of_ottt_too():
     assert np.abs(whole(online.sltt(layer))["layers"][0]["kernel"][...] - exact).max() > 0.1 * np.abs(exact).max()
 
 
+ON_GPU = [pytest.param(name, marks=pytest.mark.gpu) for name in ("pallas", "triton")]
+
+
+@pytest.mark.parametrize("implementation", ["interpret", *ON_GPU])
+@pytest.mark.parametrize("rule", ["ottt", "EpropConv"])
+def test_the_rules_run_in_the_kernels(rule, implementation):
+    """Outputs, states and gradients by the fused kernels are those by scan, in float32."""
+
+    def make(how):
+        neuron = lambda kind=nn.LIF, **options: kind(decay=DECAY, implementation=how, **options)
+        fires = lambda: neuron(threshold=0.4, reset=sf.SoftReset(detach=True), surrogate=SURROGATE)
+        conv = nn.Conv(2, 3, (3, 3), use_bias=False, rngs=nnx.Rngs(0))
+        if rule == "EpropConv":
+            return online.EpropConv(conv, fires())
+        layers = [conv, fires(), nn.mean_pool, nn.Linear(3, OUT, rngs=nnx.Rngs(1)), neuron(nn.LI)]
+        return getattr(online, rule)(nn.Sequential(*layers))
+
+    with jax.enable_x64(False), jax.default_matmul_precision("highest"):
+        xs = jnp.asarray(RNG.random((T, B, 4, 4, 2)) < 0.4, jnp.float32)
+
+        @nnx.jit
+        def run(model):
+            def call(model):
+                outs, state = model(xs)
+                return (outs * jax.random.normal(jax.random.key(0), outs.shape)).sum(), (outs, state)
+
+            return nnx.value_and_grad(call, has_aux=True)(model)
+
+        got, want = run(make(implementation)), run(make("scan"))
+        if rule == "EpropConv":
+            assert_fires(want[0][1][0], high=0.6)
+        assert_close(jax.tree.leaves(got), jax.tree.leaves(want), 1e-5)
+
+
 def test_ottt_takes_convolutions_and_other_layers_between():
     rngs = nnx.Rngs(0)
     layers = [nn.Conv(2, 3, (3, 3), rngs=rngs), lif(), nn.mean_pool, nnx.Linear(3, OUT, rngs=rngs)]

@@ -15,7 +15,8 @@ from snnfuse import models, nn, papers
 from snnfuse.models import resnet, transformer
 from snnfuse.ops.packing import packed_for
 
-IMPLEMENTATIONS = ["scan", "interpret", *(pytest.param(i, marks=pytest.mark.gpu) for i in ("pallas", "mosaic"))]
+ON_GPU = [pytest.param(name, marks=pytest.mark.gpu) for name in ("pallas", "triton", "mosaic")]
+IMPLEMENTATIONS = ["scan", "interpret", *ON_GPU]
 
 
 @settings(max_examples=20, deadline=None, derandomize=True)
@@ -84,14 +85,16 @@ def test_graded_spikes_keep_their_levels(name, implementation):
         sf.unroll(neuron, params, None, xs, out_dtype=sf.Packed(32))
 
 
+@pytest.mark.parametrize("implementation", [None, *ON_GPU[:2]])
 @pytest.mark.parametrize("name", GRADED)
-def test_layers_after_graded_spikes_store_their_bits(name):
+def test_layers_after_graded_spikes_store_their_bits(name, implementation):
     """The gradients are those of the values, and what is stored are 3 or 2 bits a spike."""
     neuron, params = GRADED[name]
     low, high = neuron.spike_range
     rngs = nnx.Rngs(0)
-    spiking = nn.NormSpiking(nn.Spiking(neuron, params), nnx.LayerNorm(8, rngs=rngs), pack=True)
-    plain, dense = nn.NormSpiking(spiking.neuron, spiking.norm), nn.Linear(8, 5, rngs=rngs)
+    layer = nn.Spiking(neuron, params, implementation=implementation)
+    spiking = nn.NormSpiking(layer, nnx.LayerNorm(8, rngs=rngs), pack=True)
+    plain, dense = nn.NormSpiking(spiking.neuron, spiking.norm), nn.Linear(8, 5, precision="highest", rngs=rngs)
     xs = jax.random.normal(jax.random.key(0), (16, 3, 8))
     models = [nn.Sequential(*layers, dense) for layers in ([spiking], [plain, nn.PackSpikes(low, high)], [plain])]
     models.append(nn.Sequential(plain, nn.PackSpikes(low, high), nn.Remat(nn.Sequential(dense))))
