@@ -5,7 +5,7 @@ build(shape, classes, rngs) -> a snnfuse.nn.Sequential, from [T, B, *shape] to o
 
 from dataclasses import dataclass
 from functools import lru_cache, partial
-from math import exp, prod
+from math import exp, inf, prod
 from typing import Annotated
 
 import jax.numpy as jnp
@@ -253,6 +253,10 @@ class Network:
     """what a spike does to the membrane, with --model.tau: hard sets it to 0, soft subtracts the threshold"""
     surrogate: str = "atan"
     """gradient of a spike, with --model.tau: atan, sigmoid, triangle or rectangle, each of area 1"""
+    v_rest: float = 0.0
+    """membrane potential before the first step, and without input, with --model.tau; in thresholds"""
+    scale: float = 1.0
+    """of the normalisations at the start: the deviation of a neuron's input, in thresholds"""
     levels: int | None = None
     """in place of spikes, activations from 0 to 1 in so many levels: a quantised ReLU, the rate of a neuron over that many steps"""
     policy: str = "bfloat16"
@@ -267,10 +271,15 @@ class Network:
     def __post_init__(self):
         known = dict(readout=READOUTS, surrogate=SURROGATES, reset=RESETS)
         _check(self, policy=nn.PrecisionPolicy, memory=MEMORY, **known)
-        if (self.surrogate, self.reset) != ("atan", "hard") and self.tau is None:
+        if (self.surrogate, self.reset, self.v_rest) != ("atan", "hard", 0.0) and self.tau is None:
             raise ValueError(
-                f"--model.surrogate and --model.reset need --model.tau; got {self.surrogate!r} and {self.reset!r}"
+                f"--model.surrogate, --model.reset and --model.v_rest need --model.tau; got {self.surrogate!r}, {self.reset!r} and "
+                f"{self.v_rest}"
             )
+        if not self.v_rest < 1:
+            raise ValueError(f"--model.v_rest must be less than the threshold, 1; got {self.v_rest}")
+        if not 0 < self.scale < inf:
+            raise ValueError(f"--model.scale must be a finite number above 0; got {self.scale}")
         if self.levels is not None and (self.levels < 1 or self.memory != "fast"):
             raise ValueError(
                 f"--model.levels must be at least 1, and needs --model.memory fast, because bits cannot hold levels; "
@@ -282,16 +291,24 @@ class Network:
         """The options that all functions of snnfuse.models share."""
         options = {name: getattr(self, name) for name in ("policy", "memory", "implementation")}
         if self.levels is not None:
-            options["neuron"] = partial(nn.Spiking, QCFS(self.levels, shift=0.0), QCFSParams())
+            options["neuron"] = partial(nn.Spiking, QCFS(self.levels, shift=self.v_rest), QCFSParams())
         elif self.tau is not None:
-            choices = dict(reset=RESETS[self.reset], surrogate=SURROGATES[self.surrogate])
+            choices = dict(reset=RESETS[self.reset], surrogate=SURROGATES[self.surrogate], v_rest=self.v_rest)
             options["neuron"] = partial(nn.LIF, tau=self.tau, **choices)
         return options
+
+    def _scaled(self, model: nn.Sequential) -> nn.Sequential:
+        """`model`, whose normalisations start with `scale`."""
+        for _, module in nnx.iter_modules(model):
+            if isinstance(module, nn.BatchNorm) and self.scale != 1:
+                module.scale[...] = jnp.full_like(module.scale[...], self.scale)
+        return model
 
 
 @dataclass(frozen=True)
 class Resnet(Network):
-    """Spiking-ResNet of the temporal fusion paper (connect sum), or SEW-ResNet (add, and, iand). See snnfuse.models."""
+    """Spiking-ResNet of the temporal fusion paper (connect sum), with a shortcut of membrane currents (membrane), or SEW-ResNet
+    (add, and, iand). See snnfuse.models."""
 
     name: Name = "resnet"
     T: int = 32
@@ -304,17 +321,19 @@ class Resnet(Network):
 
     def __post_init__(self):
         super().__post_init__()
-        _check(self, depth=DEPTHS, connect=("sum", *CONNECTIONS), stem=STEMS)
+        _check(self, depth=DEPTHS, connect=("sum", "membrane", *CONNECTIONS), stem=STEMS)
         _check_drop_path(self)
         if self.drop_path and self.connect != "add":
             raise ValueError(f"--model.drop_path needs --model.connect add; got {self.connect!r}")
 
     def build(self, shape: tuple[int, ...], classes: int, rngs: nnx.Rngs) -> nn.Sequential:
         make, options = models.spiking_resnet, self.options
-        if self.connect != "sum":
+        if self.connect in CONNECTIONS:
             make, options = models.sew_resnet, options | {"connect": self.connect}
+        else:
+            options |= {"connect": self.connect}
         options |= {"stem": self.stem, "drop_path": self.drop_path}
-        return make(self.depth, shape[-1], classes, rngs=rngs, **options)
+        return self._scaled(make(self.depth, shape[-1], classes, rngs=rngs, **options))
 
 
 @dataclass(frozen=True)
@@ -331,7 +350,7 @@ class Vgg(Network):
         _check(self, depth=STAGES)
 
     def build(self, shape: tuple[int, ...], classes: int, rngs: nnx.Rngs) -> nn.Sequential:
-        return models.spiking_vgg(self.depth, shape[-1], classes, hidden=self.hidden, rngs=rngs, **self.options)
+        return self._scaled(models.spiking_vgg(self.depth, shape[-1], classes, hidden=self.hidden, rngs=rngs, **self.options))
 
 
 @dataclass(frozen=True)
@@ -358,7 +377,7 @@ class Spikformer(Network):
 
     def build(self, shape: tuple[int, ...], classes: int, rngs: nnx.Rngs) -> nn.Sequential:
         options = {name: getattr(self, name) for name in ("depth", "width", "heads", "patch", "drop_path")}
-        return models.spikformer(shape[-1], classes, rngs=rngs, **options, **self.options)
+        return self._scaled(models.spikformer(shape[-1], classes, rngs=rngs, **options, **self.options))
 
 
 @dataclass(frozen=True)
@@ -386,7 +405,7 @@ class Qkformer(Network):
 
     def build(self, shape: tuple[int, ...], classes: int, rngs: nnx.Rngs) -> nn.Sequential:
         options = {name: getattr(self, name) for name in ("depth", "width", "heads", "drop_path")}
-        return models.qkformer(shape[-1], classes, rngs=rngs, **options, **self.options)
+        return self._scaled(models.qkformer(shape[-1], classes, rngs=rngs, **options, **self.options))
 
 
 def _check_drop_path(model):

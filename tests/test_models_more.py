@@ -17,6 +17,7 @@ from snnfuse import models, nn
 
 FAMILIES = {  # (a small network, the size of its images, a learning rate)
     "sew_resnet": (partial(models.sew_resnet, 18, stem="cifar"), 8, 3e-3),
+    "membrane": (partial(models.spiking_resnet, 18, stem="cifar", connect="membrane"), 8, 3e-3),
     "spiking_vgg": (partial(models.spiking_vgg, 11, hidden=64, neuron=partial(nn.LIF, tau=2.0)), 32, 1e-2),
     "spikformer": (partial(models.spikformer, depth=1, width=32, heads=2), 8, 3e-3),
 }
@@ -28,6 +29,7 @@ RESNETS = [
     (50, "imagenet", "sum"),
 ]
 RESNETS += [(18, "imagenet", "add"), (34, "imagenet", "and"), (50, "cifar", "iand")]
+RESNETS += [(18, "imagenet", "membrane"), (19, "cifar", "membrane"), (50, "cifar", "membrane")]
 
 
 def shape_of(make, *shape, dtype=jnp.float32):
@@ -39,7 +41,7 @@ def shape_of(make, *shape, dtype=jnp.float32):
 
 @pytest.mark.parametrize("depth, stem, connect", RESNETS)
 def test_shapes_of_resnets(depth, stem, connect):
-    family = models.spiking_resnet if connect == "sum" else models.sew_resnet
+    family = models.spiking_resnet if connect in ("sum", "membrane") else models.sew_resnet
     make = partial(family, depth, 2, 10, stem=stem, connect=connect, policy="bfloat16")
     assert shape_of(make, 3, 2, 40, 33, 2) == ((3, 2, 10), jnp.float32)
 
@@ -75,6 +77,22 @@ def test_drop_path_rises_over_the_blocks():
         rates = [module.rate for _, module in nnx.iter_modules(model) if isinstance(module, nnx.Dropout)]
         np.testing.assert_allclose(sorted(rates), want)
         assert shape_of(make, 2, 3, 8, 8, 3) == ((2, 3, 10), jnp.float32)
+
+
+@pytest.mark.parametrize("widens", [False, True])
+def test_membrane_shortcut_adds_the_input_currents(widens):
+    neuron = lambda: nn.NormSpiking(nn.LIF(tau=2.0), nn.BatchNorm(4, gain=8.0, rngs=nnx.Rngs(0)))
+    dense = lambda features, key: nnx.Linear(4, features, rngs=nnx.Rngs(key))
+    first, second, convolutions = neuron(), neuron(), (dense(4, 1), dense(6 if widens else 4, 2))
+    beside = dense(6, 3) if widens else None
+    block = models.resnet.MembraneResidual(first, nn.Sequential(convolutions[0], second, convolutions[1]), beside)
+    block.eval()
+    xs = jax.random.normal(jax.random.key(0), (3, 5, 4))
+    spikes, _ = first(xs)
+    inner, _ = second(convolutions[0](spikes))
+    want = convolutions[1](inner) + (beside(spikes) if widens else xs)
+    assert 0.1 < float(spikes.mean()) < 0.9 and float(inner.mean()) > 0
+    np.testing.assert_array_equal(block(xs)[0], want)
 
 
 @pytest.fixture
@@ -113,7 +131,7 @@ def test_learns_four_images(family, narrow):
     assert np.isfinite(losses).all() and min(losses[-3:]) < 0.8 * losses[0], losses
 
 
-@pytest.mark.parametrize("family", ["spiking_vgg", "spikformer", "qkformer"])
+@pytest.mark.parametrize("family", ["membrane", "spiking_vgg", "spikformer", "qkformer"])
 def test_pieces_in_turn_equal_the_whole(family, narrow):
     make, size, _ = (FAMILIES | dict(qkformer=(partial(models.qkformer, depth=3, width=16, heads=2), 8, None)))[family]
     model = make(2, 4, rngs=nnx.Rngs(0))
@@ -309,6 +327,11 @@ make_spikformer = partial(models.spikformer, 2, 4, depth=1, width=16, heads=2, r
             "must be one of .*got 'x'",
         ),
         (lambda: models.sew_resnet(18, 3, 10, connect="sum", rngs=nnx.Rngs(0)), ValueError, "connect must be .*'sum'"),
+        (
+            lambda: models.spiking_resnet(18, 3, 10, connect="membrane", drop_path=0.1, rngs=nnx.Rngs(0)),
+            ValueError,
+            "drop_path goes with connect='add'; got connect='membrane'",
+        ),
     ],
 )
 def test_bad_input_is_named(call, error, message):

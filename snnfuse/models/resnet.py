@@ -2,11 +2,13 @@
 
 from collections.abc import Callable
 from functools import partial
+from math import prod
 from typing import Any
 
 from flax import nnx
 
 from snnfuse import nn
+from snnfuse.core.compose import CONNECTIONS
 from snnfuse.core.neuron import PyTree
 from snnfuse.core.reset import HardReset
 from snnfuse.core.surrogate import Rectangle
@@ -39,6 +41,23 @@ class Residual(nn.Temporal):
         return outs, (main, shortcut, join)
 
 
+class MembraneResidual(nn.Temporal):
+    """`main(s) + shortcut(s)` with s = first(xs), the spikes that the currents xs cause; without a shortcut layer `main(s) + xs`."""
+
+    def __init__(self, first: nn.NormSpiking, main: nn.Sequential, shortcut: nn.Conv | None = None):
+        self.first, self.main, self.shortcut = first, main, shortcut
+
+    def init_state(self, xs: PyTree) -> tuple:
+        spikes, _ = nnx.eval_shape(lambda first, xs: first(xs), self.first, xs)
+        return self.first.init_state(xs), self.main.init_state(spikes)
+
+    def __call__(self, xs: PyTree, state: tuple | None = None) -> tuple[PyTree, tuple]:
+        first, main = (None,) * 2 if state is None else state
+        spikes, first = self.first(xs, first)
+        inner, main = self.main(spikes, main)
+        return inner + (xs if self.shortcut is None else self.shortcut(spikes)), (first, main)
+
+
 def spiking_resnet(
     depth: int,
     in_features: int,
@@ -59,7 +78,10 @@ def spiking_resnet(
 
     Args:
       connect: "sum" adds the shortcut to the input current of the block's last neuron: Spiking-ResNet, as in the temporal
-        fusion paper (https://arxiv.org/abs/2408.00280). "add", "and" or "iand": see `sew_resnet`.
+        fusion paper (https://arxiv.org/abs/2408.00280). "membrane" adds the input currents of neurons, which pass from block to block
+        with nothing done to them: a block is neuron, convolution, neuron, convolution, each neuron behind its normalisation, and its
+        last currents are added to its first ones. Hu et al. 2021, https://arxiv.org/abs/2112.08954, with normalisations where He et
+        al. 2016, https://arxiv.org/abs/1603.05027, have them. "add", "and" or "iand": see `sew_resnet`.
       neuron: makes a neuron, `neuron(implementation=...)`.
       stem: "imagenet", 7 x 7 of stride 2 and a max-pool, or "cifar", 3 x 3.
       drop_path: the rate of `nn.NormSpiking`'s drop_path in the last block; it rises from 0 in the first one. With "add" only.
@@ -72,14 +94,16 @@ def spiking_resnet(
     """
     check_option("depth", depth, tuple(DEPTHS))
     check_option("stem", stem, STEMS)
+    check_option("connect", connect, ("sum", "membrane", *CONNECTIONS))
     build = _Build(neuron, policy, memory, implementation, rngs, connect=connect)
     counts = DEPTHS[depth]
     widths = WIDTHS[-len(counts) :]
     width = widths[0]
+    layers = partial(build.layer, pack=False) if connect != "membrane" else lambda *args, **kwargs: [build.conv(*args, **kwargs)]
     if stem == "imagenet":
-        first = nn.Sequential(*build.layer(in_features, width, 7, stride=2, pack=False), nn.max_pool)
+        first = nn.Sequential(*layers(in_features, width, 7, stride=2), nn.max_pool)
     else:
-        first = nn.Sequential(*build.layer(in_features, width, 3, pack=False))
+        first = nn.Sequential(*layers(in_features, width, 3))
     blocks, rates = [first], iter(rising(drop_path, sum(counts)))
     for stage, (count, middle) in enumerate(zip(counts, widths, strict=True)):
         for i in range(count):
@@ -88,11 +112,15 @@ def spiking_resnet(
             blocks.append(block(width, middle, stride, next(rates)))
             width = middle * (4 if depth >= 50 else 1)
     first, *others = map(build.block, blocks)
+    if connect == "membrane":
+        others.append(build.spiking(width))
+    else:
+        others = build.packed() + others
     hidden = []
     if depth == 19:
         width, features = width // 2, width
         hidden = [build.linear(features, width), build.spiking(width)]
-    return nn.Sequential(first, *build.packed(), *others, nn.mean_pool, *hidden, build.head(width, classes))
+    return nn.Sequential(first, *others, nn.mean_pool, *hidden, build.head(width, classes))
 
 
 def sew_resnet(depth: int, in_features: int, classes: int, *, connect: str = "add", **options: Any) -> nn.Sequential:
@@ -101,8 +129,8 @@ def sew_resnet(depth: int, in_features: int, classes: int, *, connect: str = "ad
     The neurons are integrate-and-fire with a detached reset, unless `neuron` is given. The options are those of
     `spiking_resnet`. Fang et al. 2021, https://arxiv.org/abs/2102.04159.
     """
-    if connect == "sum":
-        raise ValueError("connect must be add, and or iand; got 'sum', for which use spiking_resnet")
+    if connect in ("sum", "membrane"):
+        raise ValueError(f"connect must be add, and or iand; got {connect!r}, for which use spiking_resnet")
     options = {"neuron": partial(nn.IF, reset=HardReset(detach=True))} | options
     return spiking_resnet(depth, in_features, classes, connect=connect, **options)
 
@@ -118,22 +146,30 @@ class _Build(Build):
         return self.conv(features, width, size, stride=stride), self.spiking(width, pack=pack)
 
     def basic(self, features, width, stride, drop_path):
-        main = [*self.layer(features, width, 3, stride=stride), self.conv(width, width, 3)]
-        return self._block(main, features, width, stride, drop_path)
+        return self._block([(width, 3, stride), (width, 3, 1)], features, drop_path)
 
     def bottleneck(self, features, middle, stride, drop_path):
-        main = [*self.layer(features, middle, 1), *self.layer(middle, middle, 3, stride=stride)]
-        return self._block([*main, self.conv(middle, 4 * middle, 1)], features, 4 * middle, stride, drop_path)
+        return self._block([(middle, 1, 1), (middle, 3, stride), (4 * middle, 1, 1)], features, drop_path)
 
-    def _block(self, main, features, width, stride, drop_path):
+    def _block(self, convolutions, features, drop_path):
+        """A block of (features, size, stride) of each convolution."""
+        strides, width = prod(stride for *_, stride in convolutions), convolutions[-1][0]
+        main, inputs = [], features
+        for outs, size, stride in convolutions:
+            main += [*([self.spiking(inputs)] if main else []), self.conv(inputs, outs, size, stride=stride)]
+            inputs = outs
+        main, changes = nn.Sequential(*main), strides != 1 or features != width
+        if self.connect == "membrane":
+            if drop_path:
+                raise ValueError(f"drop_path goes with connect='add'; got connect={self.connect!r}")
+            beside = self.conv(features, width, 1, stride=strides) if changes else None
+            return MembraneResidual(self.spiking(features), main, beside)
         beside = shortcut_norm = None
-        if stride != 1 or features != width:
-            if self.connect == "sum":
-                beside = nn.Sequential(self.conv(features, width, 1, stride=stride))
-                shortcut_norm = self.norm(width)
-            else:
-                beside = nn.Sequential(*self.layer(features, width, 1, stride=stride, pack=False))
+        if changes and self.connect == "sum":
+            beside = nn.Sequential(self.conv(features, width, 1, stride=strides))
+            shortcut_norm = self.norm(width)
+        elif changes:
+            beside = nn.Sequential(*self.layer(features, width, 1, stride=strides, pack=False))
         # "add" makes sums, which are not bits
         options = dict(shortcut_norm=shortcut_norm, connect=self.connect, drop_path=drop_path)
-        join = self.spiking(width, pack=self.connect != "add", **options)
-        return Residual(nn.Sequential(*main), join, beside)
+        return Residual(main, self.spiking(width, pack=self.connect != "add", **options), beside)
