@@ -350,7 +350,9 @@ class Vgg(Network):
         _check(self, depth=STAGES)
 
     def build(self, shape: tuple[int, ...], classes: int, rngs: nnx.Rngs) -> nn.Sequential:
-        return self._scaled(models.spiking_vgg(self.depth, shape[-1], classes, hidden=self.hidden, rngs=rngs, **self.options))
+        return self._scaled(
+            models.spiking_vgg(self.depth, shape[-1], classes, hidden=self.hidden, rngs=rngs, **self.options)
+        )
 
 
 @dataclass(frozen=True)

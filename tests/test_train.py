@@ -486,8 +486,10 @@ def test_an_update_after_every_k1_time_steps():
         (("--model", "vgg", "--model.levels", "4"), "--model.levels must be at least 1, and needs --model.memory fast"),
         (
             ("--model", "vgg", "--model.reset", "soft"),
-            "--model.surrogate and --model.reset need --model.tau; got 'atan'",
+            "--model.surrogate, --model.reset and --model.v_rest need --model.tau; got 'atan'",
         ),
+        (("--model", "vgg", "--model.tau", "2", "--model.v_rest", "1"), "--model.v_rest must be less than .*; got 1"),
+        (("--model", "vgg", "--model.scale", "0"), "--model.scale must be a finite number above 0; got 0"),
         (("--rate_weight", "nan"), "--rate_weight at least 0; got 'neuron' and nan"),
         (("--model", "vgg", "--model.depth", "13"), "--model.depth must be one of 11, 16; got 13"),
         (("--model", "resnet", "--model.drop_path", "0.1"), "--model.drop_path needs --model.connect add; got 'sum'"),

@@ -99,7 +99,11 @@ def spiking_resnet(
     counts = DEPTHS[depth]
     widths = WIDTHS[-len(counts) :]
     width = widths[0]
-    layers = partial(build.layer, pack=False) if connect != "membrane" else lambda *args, **kwargs: [build.conv(*args, **kwargs)]
+    layers = (
+        partial(build.layer, pack=False)
+        if connect != "membrane"
+        else lambda *args, **kwargs: [build.conv(*args, **kwargs)]
+    )
     if stem == "imagenet":
         first = nn.Sequential(*layers(in_features, width, 7, stride=2), nn.max_pool)
     else:
