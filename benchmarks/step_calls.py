@@ -15,7 +15,7 @@ Ways to call the same step, written once as a function of (model, optimizer, arr
 The four networks of SpikingJelly's model zoo (T = 4, in bfloat16) also run by "scan" and with "relu" in place of the neurons,
 both called by `compiled_step`, and as "spikingjelly", which is its own network in TF32 as its users call it (by Triton kernels).
 Further words choose how SpikingJelly runs: "channels_last", that layout; "bfloat16", autocast, for SEW-ResNet only; "graph", a
-CUDA graph of the whole step (`call_ms` is the same step without it); "compiled", torch.compile.
+CUDA graph of the whole step (`call_ms` is the same step without it); "compiled", torch.compile. QKFormer is not in that zoo.
 
     python benchmarks/step_calls.py --only sew.*cifar --ways 'compiled_step,spikingjelly graph bfloat16 channels_last'
 
@@ -44,11 +44,12 @@ from with_jax import peak_mb, with_relu
 from snnfuse import models, nn, parallel, training
 
 WAYS = ("compiled_step", "joined", "flat", "cached_partial", "nnx.jit")
-WORKLOADS = {  # B, size, classes, how to build: the four of SpikingJelly's model zoo, T = 4
+WORKLOADS = {  # B, size, classes, how to build: the four of SpikingJelly's model zoo, T = 4, and one that is not in it
     "sew-resnet-18": (32, 224, 1000, functools.partial(models.sew_resnet, 18, stem="imagenet")),
     "vgg-11": (128, 32, 10, functools.partial(models.spiking_vgg, 11)),
     "spikformer-4-384": (64, 32, 10, functools.partial(models.spikformer, depth=4, width=384, heads=12)),
     "sew-resnet-18-cifar": (128, 32, 10, functools.partial(models.sew_resnet, 18, stem="cifar")),
+    "qkformer-4-384": (64, 32, 10, models.qkformer),
 }
 SMALL = {
     "mnist 784-1000-10": (25, 64, (784, 1000, 10)),
@@ -79,7 +80,7 @@ def workloads(ways, args):
     for way in ways:
         for name, (B, size, _, _) in WORKLOADS.items():
             theirs = way.startswith("spikingjelly")
-            if "bfloat16" in way and not name.startswith("sew"):
+            if "bfloat16" in way and not name.startswith("sew") or theirs and name.startswith("qkformer"):
                 continue
             dtype = "tf32" if theirs and "bfloat16" not in way else "bfloat16"
             key = dict(case=name, implementation=way, T=T, B=B, size=size, dtype=dtype)
