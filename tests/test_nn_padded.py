@@ -173,6 +173,28 @@ def test_a_shortcut_does_not_lose_its_lengths():
         layer(xs, None, nn.Padded(xs, jnp.array(LENGTHS)))
 
 
+def test_a_shortcut_has_the_lengths_of_xs():
+    layer, (xs, _) = nn.NormSpiking(lif(), nn.BatchNorm(N, rngs=rngs())), sequences()
+    padded = lambda *lengths: nn.Padded(xs, jnp.array(lengths))
+    with pytest.raises(ValueError, match=r"shortcut must have the lengths of xs, \[9, 1, 5\]; got \[9, 2, 5\]"):
+        layer(padded(*LENGTHS), None, padded(9, 2, 5))
+    layer(padded(*LENGTHS), None, padded(*LENGTHS))
+
+
+def test_a_sequence_without_steps_has_no_readout():
+    """Inside of jit, where nothing can raise, it is NaN; the others stay as they are."""
+    xs, _ = sequences()
+    empty, full = jnp.array([9, 0, 5]), jnp.array(LENGTHS)
+    for read in (nn.membrane_mean, nn.membrane_max, nn.membrane_last, nn.spike_rate):
+        got = jax.jit(read)(xs, empty)
+        assert jnp.isnan(got[1]).all()
+        np.testing.assert_array_equal(got[::2], jax.jit(read)(xs, full)[::2])
+        with pytest.raises(ValueError, match="lengths must be from 1 to T = 9; got 0 to 9"):
+            read(xs, empty)
+    loss = jax.jit(lambda xs, lengths: training.temporal_cross_entropy(xs, jnp.arange(B), lengths=lengths))
+    assert jnp.isnan(loss(xs, empty)) and jnp.isfinite(loss(xs, full))
+
+
 def test_lengths_above_T_count_as_T_inside_of_jit():
     layer, (xs, _) = nn.TimeConv(N, N, (3,), rngs=rngs()), sequences()
     state = lambda L: layer(nn.Padded(xs, L))[1]

@@ -403,3 +403,19 @@ def test_gradients_take_packed_spikes():
     xs, square = jnp.asarray(XS, jnp.float32), lambda outs: jnp.square(outs).sum()
     want, got = (online.gradients(model, square, xs)[1] for xs in (xs, nn.Spikes.of(xs)))
     assert_close(got, want, 1e-6)
+
+
+def test_sequences_of_other_lengths_are_refused_by_name():
+    xs = nn.Padded(jnp.asarray(XS), jnp.array([9, 3, 5]))
+    conv = online.EpropConv(nn.Linear(IN, OUT, use_bias=False, rngs=nnx.Rngs(0)), lif())
+    eprop = online.Eprop(lif(), IN, OUT, rngs=nnx.Rngs(0))
+    ottt, recurrent = (
+        online.ottt(network()).layers[0],
+        online.ottt(nn.Sequential(nn.Recurrent(lif(), IN, rngs=nnx.Rngs(0)))),
+    )
+    calls = {"EpropConv": conv, "Eprop": eprop, "Traced": ottt, "TracedRecurrent": recurrent.layers[0]}
+    calls |= {"RandomFeedback": online.RandomFeedback(IN, OUT, rngs=nnx.Rngs(0))}
+    calls |= {"online.gradients": lambda xs: online.gradients(conv, loss, xs, jnp.asarray(ERROR))}
+    for name, call in calls.items():
+        with pytest.raises(NotImplementedError, match=f"^{name} takes no sequences of other lengths, nn.Padded"):
+            call(xs)

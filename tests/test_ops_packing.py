@@ -159,6 +159,20 @@ def test_token_attention_packs_products_of_graded_spikes():
         np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-4 * float(jnp.abs(b).max()))
 
 
+def test_more_levels_than_bits_hold_are_named():
+    def make(levels, memory="packed"):
+        neuron = lambda threshold=1.0, **options: nn.Spiking(papers.ILIF(levels), papers.ILIFParams(), **options)
+        return models.qkformer(3, 4, depth=3, width=8, heads=1, neuron=neuron, memory=memory, rngs=nnx.Rngs(0))
+
+    with pytest.raises(
+        ValueError, match="memory must be 'fast' for neurons with spikes from 0 to 16, .*0 to 15.*'packed'"
+    ):
+        make(16)
+    with pytest.raises(ValueError, match="spikes of ILIF must have at most 256 levels to be packed; got 0 to 256"):
+        make(256)
+    make(15), make(16, "fast")
+
+
 def test_graded_words_need_a_dtype_that_holds_them():
     words = sf.pack(jnp.array([[-1.0, 0.0, 1.0]]), sf.Packed(8, -1, 1))
     np.testing.assert_array_equal(sf.unpack(words, 1, lowest=-1), [[-1, 0, 1]])
@@ -169,13 +183,25 @@ def test_graded_words_need_a_dtype_that_holds_them():
         sf.unpack(words[0], 1, jnp.int8, lowest=-1)
 
 
-def test_graded_spikes_joined_with_a_shortcut_are_not_packed():
-    neuron, params = GRADED["ILIF"]
+@pytest.mark.parametrize("connect", ["add", "and", "iand"])
+@pytest.mark.parametrize("packed", [sf.Packed(8), sf.Packed(8, 0, 2), sf.Packed(8, 0, 4)], ids=str)
+@pytest.mark.parametrize("name", ["binary", "ILIF"])
+def test_a_sum_or_a_product_of_graded_spikes_is_not_packed(name, packed, connect):
+    """A product of 0 and 1 is 0 or 1, and fits."""
+    neuron, params = GRADED[name] if name == "ILIF" else (sf.LIF(), sf.LIFParams(0.5))
+    ones = jnp.ones((2, 3, 4))
     layer = nn.NormSpiking(
-        nn.Spiking(neuron, params, out_dtype=sf.Packed(8, 0, 4)), nnx.RMSNorm(4, rngs=nnx.Rngs(0)), connect="add"
+        nn.Spiking(neuron, params, out_dtype=packed), nnx.RMSNorm(4, rngs=nnx.Rngs(0)), connect=connect
     )
-    with pytest.raises(ValueError, match="out_dtype must not be Packed for graded spikes that are joined .* 'add'"):
-        layer(jnp.ones((2, 3, 4)), None, jnp.ones((2, 3, 4)))
+    if (name, connect, packed) in [("binary", how, sf.Packed(8)) for how in ("and", "iand")]:
+        words = jnp.full((1, 3, 4), 3 if connect == "and" else 0, jnp.uint8)  # both steps fire
+        np.testing.assert_array_equal(layer(ones, None, ones)[0], words)
+        return
+    graded = "graded " if name == "ILIF" else ""
+    with pytest.raises(
+        ValueError, match=f"out_dtype must not be Packed for {graded}spikes that are joined .*{connect}"
+    ):
+        layer(ones, None, ones)
 
 
 def test_bad_words():

@@ -89,7 +89,14 @@ class Build:
         """
         spikes = packed_for(self.neuron().neuron)
         ends = [prod(some) for some in product((spikes.lowest, spikes.highest), repeat=factors)]
-        return [] if self.memory == "fast" else [nn.PackSpikes(min(ends), max(ends))]
+        if self.memory == "fast":
+            return []
+        if max(ends) - min(ends) > 255:
+            raise ValueError(
+                f"memory must be 'fast' for neurons with spikes from {spikes.lowest} to {spikes.highest}, because this network multiplies "
+                f"{factors} of them and 8 bits hold 256 values (spikes from 0 to 15); got memory={self.memory!r}"
+            )
+        return [nn.PackSpikes(min(ends), max(ends))]
 
     def block(self, layer: nn.Temporal) -> nn.Temporal:
         """The layer, wrapped in `nn.Remat` if memory is "lean"."""

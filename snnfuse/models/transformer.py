@@ -35,7 +35,7 @@ class SelfAttention(nn.Timeless):
         self.heads, self.scale, self.policy = heads, scale, nn.PrecisionPolicy(policy)
 
     def __call__(self, xs: Array | nn.Spikes) -> Array:
-        shape = nn.spikes.values(xs).shape
+        shape = nn.spikes.values(xs, "SelfAttention").shape
         if len(shape) < 4 or shape[-1] % (3 * self.heads):
             raise ValueError(f"xs must be [T, B, *tokens, 3 D], D a multiple of {self.heads} heads; got {shape}")
         if isinstance(xs, nn.Spikes):
@@ -67,10 +67,10 @@ class TokenAttention(nn.Temporal):
         self.heads, self.neuron = heads, neuron
 
     def init_state(self, xs: PyTree) -> PyTree:
-        return self.neuron.init_state(jax.eval_shape(self._counts, nn.spikes.values(xs)))
+        return self.neuron.init_state(jax.eval_shape(self._counts, nn.spikes.values(xs, "TokenAttention")))
 
     def __call__(self, xs: Array | nn.Spikes, state: PyTree | None = None) -> tuple[Array, PyTree]:
-        attends, state = self.neuron(self._counts(nn.spikes.values(xs)), state)
+        attends, state = self.neuron(self._counts(nn.spikes.values(xs, "TokenAttention")), state)
         if isinstance(xs, nn.Spikes):
             return jax.checkpoint(lambda a, xs: self._masked(a, xs.from_bits().values))(attends, xs), state
         return self._masked(attends, xs), state

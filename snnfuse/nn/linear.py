@@ -110,7 +110,7 @@ class Conv(Timeless, nnx.Conv):
             raise ValueError(f"mask must have the shape of the kernel, {self.kernel_shape}; got {mask.shape}")
 
     def __call__(self, x: Array | Spikes) -> Array:
-        shape, rank = values(x).shape, len(self.kernel_size)
+        shape, rank = values(x, type(self).__name__).shape, len(self.kernel_size)
         if len(shape) <= rank or shape[-1] != self.in_features:
             space = {1: "L", 2: "H, W", 3: "D, H, W"}.get(rank, "*space")
             raise ValueError(f"x must be [..., {space}, {self.in_features}]; got {shape}")
@@ -191,7 +191,7 @@ class Linear(Timeless, nnx.Linear):
         )
 
     def __call__(self, x: Array | Spikes) -> Array:
-        shape = values(x).shape
+        shape = values(x, type(self).__name__).shape
         if shape[-1:] != (self.in_features,):
             raise ValueError(f"x must be [..., {self.in_features}]; got {shape}")
         product = lambda x, kernel: jnp.matmul(x.astype(kernel.dtype), kernel, precision=self.precision)

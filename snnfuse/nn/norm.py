@@ -13,7 +13,7 @@ from snnfuse.core.compose import Affine, AffineParams, Connect, Gated, GatedPara
 from snnfuse.core.neuron import PyTree
 from snnfuse.core.neurons import LI
 from snnfuse.nn import rows
-from snnfuse.nn.padded import Padded, join, real_steps, split, until_end
+from snnfuse.nn.padded import Padded, check_same, join, real_steps, split, until_end
 from snnfuse.nn.spikes import Spikes, differentiable, values
 from snnfuse.nn.spiking import Spiking
 from snnfuse.nn.temporal import Temporal, Timeless
@@ -77,7 +77,7 @@ class BatchNorm(Timeless, nnx.BatchNorm):
         if self.use_running_average:
             mean, var = self.mean[...], self.var[...]
         else:
-            mean, var = self._statistics(xs, real_steps(lengths, xs.shape, least=0))
+            mean, var = self._statistics(xs, real_steps(lengths, xs.shape))
         like = lambda variable: variable[...].reshape(*(1,) * (mean.ndim - 1), -1)
         scale = lax.rsqrt(var + self.epsilon) * self.gain * like(self.scale)
         return scale, like(self.bias) - mean * scale
@@ -199,6 +199,9 @@ class NormSpiking(Temporal):
     normalisation before an equally fused neuron takes 32. The layer stores xs, which the normalisation needs anyway, and the
     shortcut.
 
+    If xs and shortcut are both `nn.Padded`, their lengths must be equal. Inside of `jit`, where there is no value to look at, those of xs
+    count.
+
     `LayerNorm` and `RMSNorm` have other statistics at each step and sample, which the kernel cannot take: the normalised xs is written
     once, 4 bytes more, and stored in place of xs; scale and bias are in the kernel. `TEBN` and `per_step` run before the kernel. `explain`
     says what does.
@@ -256,7 +259,8 @@ class NormSpiking(Temporal):
     ):
         if isinstance(shortcut, Padded) and not isinstance(xs, Padded):
             raise ValueError("xs must be nn.Padded where shortcut is; got an array, whose sequences have no ends")
-        (xs, lengths), (shortcut, _) = split(xs), split(shortcut)
+        (xs, lengths), (shortcut, also) = split(xs), split(shortcut)
+        check_same("shortcut", also, lengths)
         neuron, params, inputs, out_dtype = self._assembled(values(xs), shortcut, lengths)
         if self.pack:
             neuron, out_dtype = Twice(neuron), (out_dtype, packed_for(self.neuron.neuron))

@@ -42,22 +42,29 @@ def split(xs: PyTree, lengths: Array | None = None) -> tuple[PyTree, Array | Non
     return xs.values, _checked(xs.lengths, jax.tree.leaves(xs.values)[0].shape)
 
 
+def check_same(name: str, lengths: Array | None, wanted: Array | None) -> None:
+    """Raise ValueError if the lengths of the sequences in argument `name` differ from those of xs. Inside of `jit` nothing is known."""
+    known = lengths is not None and not any(isinstance(x, jax.core.Tracer) for x in (lengths, wanted))
+    if known and (lengths != wanted).any():
+        raise ValueError(f"{name} must have the lengths of xs, {wanted.tolist()}; got {lengths.tolist()}")
+
+
 def join(values: PyTree, lengths: Array | None) -> PyTree:
     """`Padded` if there are lengths."""
     return values if lengths is None else Padded(values, lengths)
 
 
-def real_steps(lengths: Array | None, shape: tuple[int, ...], least: int = 1) -> Array | None:
+def real_steps(lengths: Array | None, shape: tuple[int, ...]) -> Array | None:
     """[T, B, 1, ...], whether each step of [T, B, ...] comes before the end of its sequence; None without `lengths`.
 
-    Lengths outside of 1..T raise ValueError. Inside of `jit` there is no value to look at; there, they count as `least` or T. A
-    sequence that ends before a piece of `nn.Pieces` has 0 steps in it, and `least` 0 counts none of them.
+    Lengths outside of 1..T raise ValueError. Inside of `jit` there is no value to look at; there, a length above T counts as T, and a
+    sequence of length 0 has no real step. So has one that ends before a piece of `nn.Pieces`.
     """
     if lengths is None:
         return None
     lengths = _checked(lengths, shape)
     t = jnp.arange(shape[0])[:, None]
-    return (t < jnp.maximum(lengths, least)).reshape(*shape[:2], *(1,) * (len(shape) - 2))
+    return (t < lengths).reshape(*shape[:2], *(1,) * (len(shape) - 2))
 
 
 def _checked(lengths, shape):

@@ -11,7 +11,7 @@ from snnfuse.nn.spikes import Spikes, values
 
 def mean_pool(x: Array | Spikes) -> Array:
     """[..., H, W, C] -> [..., C]: the mean over space, in float32."""
-    x = values(x)
+    x = values(x, "mean_pool")
     if x.ndim < 3 or 0 in x.shape[-3:-1]:
         raise ValueError(f"mean_pool: x must be [..., H, W, C] with H and W above 0; got {x.shape}")
     return x.mean((-3, -2), dtype=jnp.float32)

@@ -1,7 +1,8 @@
 """Readouts: one value per neuron from its whole sequence, [T, *B, N] -> [*B, N].
 
 If the sequences of a batch end at different steps, give `Padded`, or `lengths` [B]: their numbers of steps, integers from 1 to T. Then a
-readout is what it would be for each sequence alone, whatever follows its end. B is the first axis after T.
+readout is what it would be for each sequence alone, whatever follows its end. B is the first axis after T. A length of 0 raises
+ValueError. Inside of `jit`, where there is no value to look at, its readout is NaN, and so is the loss.
 """
 
 import jax
@@ -55,8 +56,9 @@ def membrane_mean(v: Array | Padded, lengths: Array | None = None) -> Array:
 def membrane_max(v: Array | Padded, lengths: Array | None = None) -> Array:
     """The largest v over T."""
     v, lengths = _steps("v", v, lengths)
-    real = real_steps(lengths, v.shape)
-    return jnp.max(v if real is None else jnp.where(real, v, v[:1]), axis=0)
+    if (real := real_steps(lengths, v.shape)) is None:
+        return jnp.max(v, axis=0)
+    return _nan_without_steps(jnp.max(jnp.where(real, v, v[:1]), axis=0), real)
 
 
 def membrane_last(v: Array | Padded, lengths: Array | None = None) -> Array:
@@ -64,5 +66,9 @@ def membrane_last(v: Array | Padded, lengths: Array | None = None) -> Array:
     v, lengths = _steps("v", v, lengths)
     if (real := real_steps(lengths, v.shape)) is None:
         return v[-1]
-    last = jnp.broadcast_to(real.sum(0, keepdims=True) - 1, (1, *v.shape[1:]))
-    return jnp.take_along_axis(v, last, axis=0)[0]
+    last = jnp.broadcast_to(jnp.maximum(real.sum(0, keepdims=True) - 1, 0), (1, *v.shape[1:]))
+    return _nan_without_steps(jnp.take_along_axis(v, last, axis=0)[0], real)
+
+
+def _nan_without_steps(outs, real):
+    return jnp.where(real[0], outs, jnp.nan)

@@ -47,10 +47,10 @@ class Spikes:
         return Spikes(_unpacked(self.lowest, self.values, self.bits), self.bits, self.lowest)
 
 
-def values(x: Array | Spikes | None) -> Array | None:
-    """The values of `Spikes`; anything else is returned as it is. Layers that take `Padded` split it before."""
+def values(x: Array | Spikes | None, who: str = "this layer or function") -> Array | None:
+    """The values of `Spikes`; anything else is returned as it is. Layers that take `Padded` split it before; `who` does not."""
     if isinstance(x, Padded):
-        raise NotImplementedError("this layer or function takes no sequences of other lengths, nn.Padded")
+        raise NotImplementedError(f"{who} takes no sequences of other lengths, nn.Padded")
     return x.values if isinstance(x, Spikes) else x
 
 

@@ -72,14 +72,14 @@ class Eprop(Temporal):
         self.weight = nnx.Param(draw(rngs.params(), (features, features), jnp.float32)) if recurrent else None
 
     def init_state(self, xs: Array | Spikes) -> EpropState:
-        B, dtype = values(xs).shape[1], self.kernel[...].dtype
+        B, dtype = values(xs, "Eprop").shape[1], self.kernel[...].dtype
         neuron = jax.tree.map(lambda x: x.astype(dtype), self.neuron.neuron.init_state((B, self.features)))
         synapses = self.in_features + (0 if self.weight is None else self.features)
         zeros = lambda *shape: jnp.zeros((B, *shape, self.features), dtype)
         return EpropState(neuron, zeros(), jax.tree.map(lambda _: zeros(synapses), neuron), zeros(synapses))
 
     def __call__(self, xs: Array | Spikes, state: EpropState | None = None) -> tuple[Array, EpropState]:
-        xs = values(xs)
+        xs = values(xs, "Eprop")
         if (
             xs.ndim != 3
             or not xs.size
@@ -167,7 +167,7 @@ class RandomFeedback(Timeless):
         self.bias = nnx.Param(jnp.zeros(out_features, jnp.float32))
 
     def __call__(self, xs: Array | Spikes) -> Array:
-        xs: Any = values(xs)
+        xs: Any = values(xs, "RandomFeedback")
         if xs.shape[-1:] != (self.in_features,) or not jnp.issubdtype(xs.dtype, jnp.floating):
             raise ValueError(f"xs must be floats [..., {self.in_features}]; got {xs.dtype}{xs.shape}")
         kernel, feedback, bias = (x[...].astype(xs.dtype) for x in (self.kernel, self.feedback, self.bias))

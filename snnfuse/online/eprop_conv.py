@@ -15,7 +15,7 @@ from jax import Array
 from snnfuse.core.neuron import PyTree
 from snnfuse.core.neurons import LI
 from snnfuse.core.reset import NoReset, SoftReset
-from snnfuse.nn.spikes import Spikes
+from snnfuse.nn.spikes import Spikes, values
 from snnfuse.nn.spiking import Spiking
 from snnfuse.nn.temporal import Temporal
 from snnfuse.online.ottt import Traced, _decay
@@ -47,10 +47,12 @@ class EpropConv(Temporal):
         self.neuron.neuron = Instant(neuron.neuron)
 
     def init_state(self, xs: Array | Spikes) -> tuple[Array, PyTree]:
+        xs = values(xs, "EpropConv")
         currents, _ = nnx.eval_shape(lambda traced, xs: traced(xs), self.traced, xs)
         return self.traced.init_state(xs), self.neuron.init_state(currents)
 
     def __call__(self, xs: Array | Spikes, state: tuple | None = None) -> tuple[Array, tuple]:
+        xs = values(xs, "EpropConv")
         trace, before = (None, None) if state is None else state
         currents, trace = self.traced(xs, trace)
         outs, after = self.neuron(currents, before)

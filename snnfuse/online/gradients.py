@@ -56,7 +56,7 @@ def gradients(
     if not isinstance(model, Temporal):
         raise TypeError(f"model must run along time, such as nn.Sequential(...); got {model!r}")
     length = whole_steps("length", length)
-    xs = values(xs)
+    xs = values(xs, "online.gradients")  # `begins` is for recordings of other lengths
     everything = (xs, *targets)
     steps = {jnp.shape(x)[0] if jnp.ndim(x) else 0 for x in jax.tree.leaves(everything)}
     if len(steps) != 1 or 0 in steps:

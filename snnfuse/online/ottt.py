@@ -45,10 +45,10 @@ class Traced(Temporal):
         self.layer, self.decay = layer, float(decay)
 
     def init_state(self, xs: Array | Spikes) -> Array:
-        return jnp.zeros(values(xs).shape[1:], jnp.float32)
+        return jnp.zeros(values(xs, type(self).__name__).shape[1:], jnp.float32)
 
     def __call__(self, xs: Array | Spikes, state: Array | None = None) -> tuple[Array, Array]:
-        xs = values(xs)
+        xs = values(xs, type(self).__name__)
         trace, state = _trace(self.decay, xs, state)
         graphdef, params, others = nnx.split(self.layer, nnx.Param, ...)
 
@@ -97,10 +97,10 @@ class TracedRecurrent(Temporal):
         self.layer, self.decay = layer, _decay(layer.neuron)
 
     def init_state(self, xs: Array) -> tuple:
-        return self.layer.init_state(xs), jnp.zeros(values(xs).shape[1:], jnp.float32)
+        return self.layer.init_state(xs), jnp.zeros(values(xs, type(self).__name__).shape[1:], jnp.float32)
 
     def __call__(self, xs: Array, state: tuple | None = None) -> tuple[Array, tuple]:
-        xs, (before, trace) = values(xs), (None, None) if state is None else state
+        xs, (before, trace) = values(xs, type(self).__name__), (None, None) if state is None else state
         outs, after = jax.tree.map(lax.stop_gradient, self.layer(xs, before))
         first = jnp.zeros_like(outs[:1]) if before is None else before.fed[None].astype(outs.dtype)
         fed = jnp.concatenate([first, outs[:-1]])

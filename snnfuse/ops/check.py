@@ -228,15 +228,18 @@ def warn_without_gradient(step, param_shapes, num_xs, shape, dtype):
 
 def check_packed(neuron, out_dtypes):
     """One `Packed` output of a neuron with graded spikes must hold them all; with several outputs, the first is the spikes."""
-    wanted, given = packed_for(neuron), out_dtypes[0]
-    inside = neuron
-    while isinstance(given, Packed) and given.graded and hasattr(inside, "inner"):
-        if isinstance(inside, Connect):
+    wanted, given, inside = packed_for(neuron), out_dtypes[0], neuron
+    if not isinstance(given, Packed):
+        return
+    while hasattr(inside, "inner"):
+        if isinstance(inside, Connect) and (inside.how == "add" or given.graded or wanted.graded):
             raise ValueError(
-                f"out_dtype must not be Packed for graded spikes that are joined with a shortcut by {inside.how!r}; got {given}"
+                f"out_dtype must not be Packed for {'graded ' if wanted.graded else ''}spikes that are joined with a shortcut by "
+                f"{inside.how!r}, because it would lose their {'sum' if inside.how == 'add' else 'product'}: give a dtype such as "
+                f"float32; got {given}"
             )
         inside = inside.inner
-    if isinstance(given, Packed) and not given.lowest <= wanted.lowest < wanted.highest <= given.highest:
+    if not given.lowest <= wanted.lowest < wanted.highest <= given.highest:
         raise ValueError(
             f"out_dtype must be Packed({given.steps}, {wanted.lowest}, {wanted.highest}) for the graded spikes of "
             f"{type(neuron).__name__}; got {given}"

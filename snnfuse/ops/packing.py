@@ -79,7 +79,12 @@ def packed_for(neuron: Any, steps: int = 8) -> Packed:
     """The `Packed` of a neuron's spikes. One whose spikes are not 0 and 1 says so: `spike_range` is (lowest, highest)."""
     while hasattr(neuron, "inner"):
         neuron = neuron.inner
-    return Packed(steps, *getattr(neuron, "spike_range", (0, 1)))
+    low, high = getattr(neuron, "spike_range", (0, 1))
+    if high - low > 255:
+        raise ValueError(
+            f"spikes of {type(neuron).__name__} must have at most 256 levels to be packed; got {low} to {high}"
+        )
+    return Packed(steps, low, high)
 
 
 @dataclass(frozen=True)

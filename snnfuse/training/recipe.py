@@ -75,7 +75,7 @@ def temporal_cross_entropy(
       mse: in [0, 1], the share of the second term, which keeps outputs from growing; 0 by default, 0.05 in the paper on CIFAR-10.
       level: what the second term draws outputs to, 1.0 by default, the threshold.
       lengths: [B], the numbers of steps of sequences that end before T; the means are then over t before the end of each
-        sequence, and over sequences.
+        sequence, and over sequences. A length of 0 raises ValueError; inside of `jit` the loss is then NaN.
 
     Deng et al. 2022, "Temporal efficient training", https://arxiv.org/abs/2202.11946. Errors: ValueError for other shapes
     and for mse outside of [0, 1].
