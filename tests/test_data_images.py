@@ -234,4 +234,14 @@ def test_the_command_prepares_and_draws_a_folder(tmp_path, capsys):
     assert main(["show", "shapes", "--split", "test", "--index", "2", "--out", str(tmp_path / "a.png"), *common]) == 0
     assert "shapes/test[2]: cube" in capsys.readouterr().out
     with Image.open(tmp_path / "a.png") as shown:
-        assert shown.size == (12 * 8, 10 * 8)
+        assert shown.size == (12 * 21, 10 * 21)
+    sheet = ["show", "shapes", "--count", "9", "--out", str(tmp_path / "b.png"), *common]
+    assert main(sheet) == 0
+    assert "6 samples of shapes/train: 3 of ball, 3 of cube" in capsys.readouterr().out
+    with Image.open(tmp_path / "b.png") as shown:
+        assert shown.size == (6 * 12 * 8 + 5 * 2, 10 * 8)
+        sides = [np.asarray(shown)[40, i * (12 * 8 + 2) + 40].tolist() for i in range(6)]
+    first = catalog.source("shapes", "train", tmp_path / "data")
+    assert sides == [first[i]["image"][5, 5].tolist() for i in range(6)] and len({*map(tuple, sides)}) > 1
+    assert main([*sheet[:-4], "--out", "c.gif", *common]) == 1
+    assert "--count must be at least 1, and 1 for a .gif; got 9" in capsys.readouterr().err

@@ -27,7 +27,8 @@ def test_every_recipe_is_a_configuration_of_whole_epochs(name):
 
 def test_the_list_shows_each_seed_that_was_measured(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(recipes, "RESULTS", tmp_path)
-    row = dict(case="mnist", implementation="pallas", seed=0, held_out_accuracy=0.9, seconds=30, steps=12_000)
+    steps = configuration.parse(recipes.arguments("mnist"), train.Config(), train.CHOICES).steps
+    row = dict(case="mnist", implementation="pallas", seed=0, held_out_accuracy=0.9, seconds=30, steps=steps)
     rows = [row, row | dict(held_out_accuracy=0.995), row | dict(seed=1, held_out_accuracy=0.994)]
     rows += [row | dict(implementation="scan", held_out_accuracy=0.1), dict(row, case="mnist r18"), row | dict(seed=2)]
     del rows[-1]["held_out_accuracy"]  # a run that failed

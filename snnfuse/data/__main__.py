@@ -57,7 +57,7 @@ def _info(options) -> None:
 
 def _show(options) -> None:
     out = options.out or Path(f"{options.name}_{options.split}_{options.index}.png")
-    print(show.render(options.name, options.split, options.index, out, options.folder, options.T))
+    print(show.render(options.name, options.split, options.index, out, options.folder, options.T, options.count))
 
 
 def _size(text: str) -> tuple[int, int]:
@@ -96,6 +96,9 @@ def main(arguments: list[str] | None = None) -> int:
         if run is _show:
             command.add_argument("--split", default="train")
             command.add_argument("--index", type=int, default=0)
+            command.add_argument(
+                "--count", type=int, default=1, help="a sheet of so many samples, evenly spaced from --index to the end"
+            )
             command.add_argument("--out", type=Path, help=".png: a strip of frames; .gif: one after another")
             command.add_argument("-T", type=int, default=10, help="frames of equal duration")
     options = parser.parse_args(arguments)

@@ -1,5 +1,6 @@
-"""Shows a data set: a table of its splits, and a picture of a sample."""
+"""Shows a data set: a table of its splits, and a picture of one or more samples."""
 
+import collections
 from pathlib import Path
 
 import numpy as np
@@ -9,6 +10,7 @@ from snnfuse.data.events import Sensor, to_frames
 from snnfuse.data.optional import require
 
 ON, OFF, GREY = (32, 96, 200), (200, 48, 48), (255, 255, 255)
+SHEET = 1000  # pixels: the width of a sheet of samples
 
 
 def summary(name: str, folder=None) -> dict:
@@ -40,6 +42,7 @@ def summary(name: str, folder=None) -> dict:
         "sensor": sensor and sensor._asdict(),
         "samples_a_second": metadata.get("rate"),
         "channels": metadata.get("channels"),
+        "image": list(info.features["image"].shape) if "image" in info.features else None,
         "splits": sizes,
     }
     return about | {key: metadata[key] for key in ("skipped", "sorted") if metadata.get(key, {}).get("count")}
@@ -88,38 +91,63 @@ def _traces(signal: np.ndarray, width: int = 800, height: int = 40) -> np.ndarra
     return pictures.reshape(channels * height, -1, 3).repeat(max(1, width // pictures.shape[2]), 1)
 
 
-def render(name: str, split: str, index: int, out: Path, folder=None, T: int = 10) -> str:
-    """Write a sample to `out` and return a line about it: a .png strip, or a .gif for events, or a spectrogram for sound,
-    or the channels of a signal.
+def _drawn(sample: dict, metadata: dict, T: int, width: int) -> tuple[str, list[np.ndarray]]:
+    """(what the sample holds, its pictures [H, W, 3]): one, or T of events. An image is about `width` pixels wide."""
+    if "image" in sample:
+        image, scale = sample["image"], max(1, width // sample["image"].shape[1])
+        return "", [np.broadcast_to(image, (*image.shape[:2], 3)).repeat(scale, 0).repeat(scale, 1)]
+    if "audio" in sample:
+        rate = int(metadata["rate"])
+        return f", {len(sample['audio']) / rate:.3f} s at {rate} samples a second", [_sound(sample["audio"], rate)]
+    if "signal" in sample:
+        steps, channels = sample["signal"].shape
+        return f", {steps} steps of {channels} channels", [_traces(sample["signal"])]
+    events, sensor = sample["events"], Sensor(*metadata["sensor"])
+    seconds = (int(events["t"][-1]) - int(events["t"][0])) * 1e-6 if len(events["t"]) else 0
+    text = f", {len(events['t'])} events in {seconds:.3f} s"
+    if sensor.height == 1:
+        return text, strip(_raster(events, sensor, 350), 2)
+    return text, strip(to_frames(events, sensor, T, split="time"), max(1, 128 // sensor.width))
+
+
+def _joined(pictures: list[np.ndarray], axis: int) -> np.ndarray:
+    """Pictures side by side (axis 1) or one below the other (axis 0), with a grey line between, filled up with white."""
+    side = max(picture.shape[1 - axis] for picture in pictures)
+    widths = lambda picture: [(0, (side - n) * (i == 1 - axis)) for i, n in enumerate(picture.shape)]
+    filled = [np.pad(picture, widths(picture), constant_values=255) for picture in pictures]
+    line = np.full((2, side, 3) if axis == 0 else (side, 2, 3), 128, np.uint8)
+    return np.concatenate([part for picture in filled for part in (picture, line)][:-1], axis)
+
+
+def render(name: str, split: str, index: int, out: Path, folder=None, T: int = 10, count: int = 1) -> str:
+    """Write a sample to `out` and return a line about it: an image, a .png strip or a .gif of events, a spectrogram of sound,
+    or the channels of a signal. A `count` above 1 makes a sheet (.png) of as many samples, evenly
+    spaced from `index` to the end of the split.
     """
     Image = require("PIL.Image")
+    if count < 1 or count > 1 and out.suffix == ".gif":
+        raise ValueError(f"--count must be at least 1, and 1 for a .gif; got {count}")
     source = catalog.source(name, split, folder)
     if not 0 <= index < len(source):
         raise IndexError(f"{name}/{split} has samples 0..{len(source) - 1}; got {index}")
-    info, sample = catalog.prepared(name, folder).info, source[index]
-    line = f"{name}/{split}[{index}]: {info.features['label'].int2str(int(sample['label']))}"
-    if "image" in sample:
-        pictures = [np.squeeze(sample["image"].repeat(8, 0).repeat(8, 1))]
-    elif "audio" in sample:
-        rate = int(info.metadata["rate"])
-        line += f", {len(sample['audio']) / rate:.3f} s at {rate} samples a second"
-        pictures = [_sound(sample["audio"], rate)]
-    elif "signal" in sample:
-        line += f", {len(sample['signal'])} steps of {sample['signal'].shape[1]} channels"
-        pictures = [_traces(sample["signal"])]
+    count = min(count, len(source) - index)
+    info = catalog.prepared(name, folder).info
+    label = lambda sample: info.features["label"].int2str(int(sample["label"]))
+    samples = [source[index + k * (len(source) - index) // count] for k in range(count)]
+    drawn = [_drawn(sample, dict(info.metadata or {}), T, 256 if count == 1 else 96) for sample in samples]
+    if count == 1:
+        line, pictures = f"{name}/{split}[{index}]: {label(samples[0])}{drawn[0][0]}", drawn[0][1]
     else:
-        events, sensor = sample["events"], Sensor(*info.metadata["sensor"])
-        seconds = (int(events["t"][-1]) - int(events["t"][0])) * 1e-6 if len(events["t"]) else 0
-        line += f", {len(events['t'])} events in {seconds:.3f} s"
-        if sensor.height == 1:
-            pictures = strip(_raster(events, sensor, 350), 2)
-        else:
-            counts = to_frames(events, sensor, T, split="time")
-            pictures = strip(counts, max(1, 128 // sensor.width))
+        labels = collections.Counter(sorted(map(label, samples)))
+        line = f"{count} samples of {name}/{split}: " + ", ".join(f"{n} of {k}" for k, n in labels.items())
+        cells = [_joined(pictures, 1) for _, pictures in drawn]
+        width = max(cell.shape[1] for cell in cells)
+        cells = [np.pad(cell, ((0, 0), (0, width - cell.shape[1]), (0, 0)), constant_values=255) for cell in cells]
+        columns = max(1, SHEET // (2 + width))
+        pictures = [_joined([_joined(cells[i : i + columns], 1) for i in range(0, count, columns)], 0)]
     if out.suffix == ".gif":
         first, *rest = [Image.fromarray(picture) for picture in pictures]
         first.save(out, save_all=True, append_images=rest, duration=100, loop=0)
     else:
-        gap = np.full((pictures[0].shape[0], 2, *pictures[0].shape[2:]), 128, np.uint8)
-        Image.fromarray(np.concatenate([part for picture in pictures for part in (picture, gap)][:-1], 1)).save(out)
+        Image.fromarray(_joined(pictures, 1)).save(out)
     return f"{line}; {out}"
