@@ -391,7 +391,15 @@ def delays():
 
 
 def long_sequences():
-    found = [r | dict(gpu=r["device"].split()[1]) for r in rows("long_sequences")]
+    """One line for each way to train; the comparison of its gradients is in the same line."""
+    same = lambda r: (r["case"].removeprefix("gradients, "), r["T"], r["memory"], r["device"])
+    compared = {
+        same(r): {k: r[k] for k in ("flips", "gradient_error") if k in r}
+        for r in rows("long_sequences")
+        if r["case"].startswith("gradients")
+    }
+    timed = (r for r in rows("long_sequences") if not r["case"].startswith("gradients"))
+    found = [r | compared.get(same(r), {}) | dict(gpu=r["device"].split()[1]) for r in timed]
     return table("long_sequences", sorted(found, key=lambda r: (r["case"] != "dense", r["T"], r["memory"])))
 
 

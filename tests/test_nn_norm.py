@@ -129,7 +129,10 @@ RUNS += [
 RUNS += [
     pytest.param(name, how, dtype, "train", marks=pytest.mark.gpu)
     for name in LAYERS
-    for how, dtype in (("pallas", "float32"), ("triton", "bfloat16"))
+    for how, dtype in (
+        ("pallas", "float32"),
+        ("triton", "float32" if name == "per_step" else "bfloat16"),
+    )  # XLA rounds its current
 ]
 
 

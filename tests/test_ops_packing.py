@@ -71,6 +71,8 @@ GRADED = {
 @pytest.mark.parametrize("name", GRADED)
 def test_graded_spikes_keep_their_levels(name, implementation):
     neuron, params = GRADED[name]
+    if (name, implementation) == ("ILIF", "mosaic"):
+        pytest.skip("Mosaic GPU has no floor")
     low, high = neuron.spike_range
     xs = 2.5 * jax.random.normal(jax.random.key(0), (21, 3, 50)) + low + 1
     packed = sf.Packed(8, low, high)
