@@ -26,7 +26,7 @@ With a speaker held out, the average over the six speakers of 800 steps:
     --model.no_recurrent, other speakers too      86.0; by scan on a CPU 85.9, 85.0 with seed 1
     the same, with --model.max_delay 10           86.3, 86.8, 87.6 with seeds 0, 1 and 2
 
-"Other speakers" are 240 recordings, --data.also digits_of_others. The last line is from 76.4 (nicolas) to 93.4 (theo); a training
+"Other speakers" are 240 recordings, --data.also digits_of_others. A speaker of the last line gets 75.6 to 93.4; a training
 takes 3 to 9 s on an H200 that other runs shared. Stronger random changes, and a filter that gives all speakers one mean spectrum,
 did not help. Rows: benchmarks/results/accuracy.jsonl.
 """

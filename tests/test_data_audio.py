@@ -250,6 +250,7 @@ def test_wav_files_are_read_or_named():
         (wav(chirp())[:-100], "truncated: 2300 bytes of sound, but its header says 2400"),
         (wav(chirp())[:30], "truncated"),
         (b"RIFFnonsense", "no .wav file"),
+        (b"hello", "no .wav file that is read here, or a truncated one: it ends in its header"),
         (wav(chirp(), width=4), "1 channels of 32 bits"),
         (wav(chirp(), channels=2), "2 channels of 16 bits"),
         (wav([]), "no sound"),
@@ -325,9 +326,10 @@ def test_a_fault_names_file_and_line_and_leaves_nothing(tmp_path, fault):
 
 
 def test_a_name_of_nothing_says_what_to_do(tmp_path):
-    with pytest.raises(
-        archives.Missing, match="words is not in the catalog .* has neither a folder train nor split.csv"
-    ):
+    with pytest.raises(archives.Missing, match="words is not in the catalog .*, and there is no folder .*words: to"):
+        catalog.prepare("words", tmp_path / "data", manual=tmp_path)
+    (tmp_path / "words").mkdir()
+    with pytest.raises(archives.Missing, match="words has neither a folder train nor split.csv: to prepare"):
         catalog.prepare("words", tmp_path / "data", manual=tmp_path)
     with pytest.raises(ValueError, match=r"or a folder of yours that is prepared; got 'word'"):
         catalog.source("word", "train", tmp_path / "data")

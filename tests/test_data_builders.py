@@ -197,6 +197,16 @@ def test_a_bad_sample_is_named_or_skipped_and_counted(tmp_path, monkeypatch, fau
     assert on_disk["skipped"]["count"] == 1 and name in on_disk["skipped"]["first"][0]
 
 
+def test_a_bad_sample_of_a_folder_is_named_with_the_folder(tmp_path):
+    write_nmnist_archives(tmp_path, {"Train/3/00021.bin": b"abc"})
+    for split in ("train", "test"):
+        with zipfile.ZipFile(tmp_path / "nmnist" / f"{split}.zip") as zipped:
+            zipped.extractall(tmp_path / "nmnist")
+        (tmp_path / "nmnist" / f"{split}.zip").unlink()
+    with pytest.raises(ev.BadSample, match=f"^{tmp_path}/nmnist/Train/3/00021.bin: truncated: 3 bytes"):
+        catalog.prepare("nmnist", tmp_path / "data", manual=tmp_path)
+
+
 def test_unsorted_times_can_be_sorted_and_counted(tmp_path, monkeypatch):
     events = recording(20, 0, NMNIST)
     shuffled = {column: values[::-1] for column, values in events.items()}

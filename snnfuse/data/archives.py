@@ -73,6 +73,9 @@ class Files(Protocol):
 
     def read(self, name: str) -> bytes: ...
 
+    def full(self, name: str) -> str:
+        """What errors call the file."""
+
 
 class _Zip:
     def __init__(self, path: Path, stack: ExitStack):
@@ -87,16 +90,22 @@ class _Zip:
     def read(self, name: str) -> bytes:
         return self.zip.read(name)
 
+    def full(self, name: str) -> str:
+        return name
+
 
 class _Folder:
-    def __init__(self, path: Path):
-        self.path = path
+    def __init__(self, path: Path, unpacked: bool = False):
+        self.path, self.unpacked = path, unpacked
 
     def names(self) -> list[str]:
         return sorted(str(path.relative_to(self.path)) for path in self.path.rglob("*") if path.is_file())
 
     def read(self, name: str) -> bytes:
         return (self.path / name).read_bytes()
+
+    def full(self, name: str) -> str:
+        return name if self.unpacked else str(self.path / name)
 
 
 def open_files(path: Path, stack: ExitStack) -> Files:
@@ -111,7 +120,7 @@ def open_files(path: Path, stack: ExitStack) -> Files:
             tar.extractall(unpacked, filter="data")
     except (tarfile.TarError, EOFError) as error:
         raise ValueError(f"{path}: {error}") from error
-    return _Folder(unpacked)
+    return _Folder(unpacked, unpacked=True)
 
 
 def open_one(path: Path, stack: ExitStack) -> Path:

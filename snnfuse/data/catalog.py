@@ -105,9 +105,11 @@ def _own(name: str, folder: Path, **choices) -> type:
     elif (folder / table.TABLE).is_file():
         kind = _kind(table.read_table(folder / table.TABLE)[0], folder)
     else:
+        neither = f"{folder} has neither a folder train nor {table.TABLE}"
+        found = neither if folder.is_dir() else f"there is no folder {folder}"
         raise archives.Missing(
-            f"{name} is not in the catalog ({', '.join(CATALOG)}), and {folder} has neither a folder train nor {table.TABLE}: "
-            f"to prepare your own pictures, put them into SPLIT/CLASS/; for your own recordings, write that table, with the "
+            f"{name} is not in the catalog ({', '.join(CATALOG)}), and {found}: "
+            f"to prepare your own pictures, put them into SPLIT/CLASS/; for your own recordings, write {table.TABLE}, with the "
             f"columns {', '.join(table.COLUMNS)}"
         )
     known = inspect.signature(kind.of).parameters

@@ -162,7 +162,7 @@ def read_wav(data: bytes, name: str) -> tuple[np.ndarray, int]:
             frames = file.readframes(count)
     except (wave.Error, EOFError) as error:
         raise BadSample(
-            name, f"no .wav file that is read here, or a truncated one: {error or 'it ends in its header'}"
+            name, f"no .wav file that is read here, or a truncated one: {str(error) or 'it ends in its header'}"
         ) from None
     if channels != 1 or width != 2:
         raise BadSample(name, f"{channels} channels of {8 * width} bits; one channel of 16 bits is read")

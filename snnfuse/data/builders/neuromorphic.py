@@ -62,9 +62,10 @@ class NMNIST(EventSet):
         }
 
     def _job(self, files: Files, name: str, folder: str, index: int) -> Iterator[Sample]:
+        where = files.full(name)
         if folder not in self.LABELS:
-            raise BadSample(name, f"folder {folder!r} is none of {self.LABELS}")
-        yield name, {"events": formats.read_nmnist(files.read(name), name), "label": folder, "index": index}
+            raise BadSample(where, f"folder {folder!r} is none of {self.LABELS}")
+        yield where, {"events": formats.read_nmnist(files.read(name), where), "label": folder, "index": index}
 
 
 class CIFAR10DVS(EventSet):
@@ -107,9 +108,10 @@ class CIFAR10DVS(EventSet):
         return jobs
 
     def _job(self, files: Files, name: str, label: str, index: int) -> Iterator[Sample]:
-        events = formats.read_aedat2(files.read(name), name)
+        where = files.full(name)
+        events = formats.read_aedat2(files.read(name), where)
         start = int(events["t"].min()) if len(events["t"]) else 0
-        yield name, {"events": events, "start": start, "label": label, "index": index}
+        yield where, {"events": events, "start": start, "label": label, "index": index}
 
 
 class DVS128Gesture(EventSet):
