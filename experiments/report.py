@@ -123,7 +123,7 @@ def _worst(figure, config, source, logits, labels, count=10):
     for cell, index in zip(axes, order, strict=False):
         batch = next(iter(load([source[int(index)]], config.data.example(), batch=1, shuffle=False, device=False)))
         xs = np.asarray(_encoded(config, batch, config.model.T))[:, 0]
-        strip = _strip(xs) if hasattr(config.data, "bins") else _picture(xs)
+        strip = _strip(xs) if hasattr(config.data, "bins") else _picture(batch.get("image", xs))
         cell.imshow(strip, cmap="gray_r", aspect="auto" if xs.ndim < 4 else "equal", interpolation="nearest")
         cell.set_title(f"{names[labels[index]]}, {names[int(logits[index].argmax())]}", fontsize=9)
     for cell in axes:
@@ -162,7 +162,7 @@ def _activity(config, model, source, image_axes, raster, membranes, outputs):
     xs, outs, hidden, states = _recorded(config, model, batch, T)
     outs, answer = np.asarray(outs)[:, 0], int(np.asarray(outs)[:, 0].mean(0).argmax())
     xs = np.asarray(xs)[:, 0]
-    image_axes.imshow(_picture(xs), cmap="gray_r", aspect="auto" if xs.ndim < 4 else "equal")
+    image_axes.imshow(_picture(batch.get("image", xs)), cmap="gray_r", aspect="auto" if xs.ndim < 4 else "equal")
     image_axes.set(xticks=[], yticks=[], title=f"a held-out {names[label]}, read as {names[answer]}")
 
     layers, last = _shown(hidden)
@@ -190,7 +190,7 @@ def _apart(heights, gap):
 
 
 def _picture(xs):
-    """The mean over time of the input [T, H, W, C]; two polarities become red and green. Bands [T, N] or [T, N, C] over time."""
+    """The mean over time of the input [T, H, W, C], or an image [1, H, W, C]; two polarities become red and green. Bands [T, N] or [T, N, C] over time."""
     if xs.ndim < 4:
         return xs.reshape(*xs.shape[:2], -1).sum(-1).T[::-1]
     mean = xs.mean(0) / max(xs.mean(0).max(), 1e-6)

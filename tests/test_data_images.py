@@ -199,7 +199,7 @@ def test_odd_but_valid_pictures(tmp_path):
     assert first.shape == (6, 8, 3) and np.abs(first.astype(int) - [200, 30, 90]).max() < 10
     assert (catalog.source("shapes", "test", tmp_path / "data")[0]["image"] == [9, 99, 200]).all()
     catalog.prepare("shapes", tmp_path / "data", manual=tmp_path, size=(6, 8))
-    with pytest.raises(ValueError, match=r"is prepared in .* pictures of \(H, W\) = \(6, 8\): .*got size \(3, 3\)"):
+    with pytest.raises(ValueError, match=r"is prepared in .* with size \(6, 8\): .*got size \(3, 3\)"):
         catalog.prepare("shapes", tmp_path / "data", manual=tmp_path, size=(3, 3))
 
 

@@ -177,7 +177,7 @@ def test_sound_is_resampled_if_asked_for(tmp_path):
     half = catalog.source("words", "train", tmp_path / "data")[0]["audio"]
     assert len(half) == 2000 and np.abs(half[100:-100] - tone[::2][100:-100]).max() < 20
     np.testing.assert_array_equal(catalog.source("words", "test", tmp_path / "data")[0]["audio"], chirp(600))
-    with pytest.raises(ValueError, match="words is prepared in .*, with 8000 samples a second: .*; got rate 9000"):
+    with pytest.raises(ValueError, match="words is prepared in .* with rate 8000: remove .*; got rate 9000"):
         catalog.prepare("words", tmp_path / "data", manual=tmp_path, rate=9000)
     root = table(
         tmp_path / "speech_commands", "a.wav,yes,train,ann", "b.wav,no,test,bob", head="file,label,split,group"
@@ -217,6 +217,12 @@ def test_your_own_events_are_cut_into_windows(tmp_path):
                 np.testing.assert_array_equal(
                     sample["events"][column] + start * (column == "t"), events[column][inside]
                 )
+    for asked, why in (
+        (dict(window=20), "window 10.0: remove .* got window 20"),
+        (dict(size=(64, 64)), "size .128, 128."),
+    ):
+        with pytest.raises(ValueError, match=f"cups is prepared in .* with {why}"):
+            catalog.prepare("cups", tmp_path / "data", manual=tmp_path, **asked)
 
 
 EVENT_FAULTS = {

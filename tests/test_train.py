@@ -343,6 +343,14 @@ def test_normalised_channels_have_mean_0_and_deviation_1():
         own.encode(jax.random.key(0), batch, 1)
 
 
+def test_the_report_shows_images_as_they_are_also_if_they_are_normalised():
+    data = dataclasses.replace(TINY.data, encoding="direct", normalise=True, mean=(0.5,), deviation=(0.1,))
+    source, figure = data.sources()[1][:1], matplotlib.pyplot.figure()
+    train.report._worst(figure, dataclasses.replace(TINY, data=data), source, np.eye(10)[:1], np.array([3]))
+    image = source[0]["image"][..., 0]
+    np.testing.assert_allclose(figure.axes[0].images[0].get_array(), image / image.max())
+
+
 @pytest.mark.parametrize(
     "options, message",
     [

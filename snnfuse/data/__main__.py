@@ -32,6 +32,7 @@ def _list(options) -> None:
 
 
 def _prepare(options) -> None:
+    before = catalog.prepared_in(options.name, options.folder)
     made = catalog.prepare(
         options.name,
         options.folder,
@@ -44,7 +45,8 @@ def _prepare(options) -> None:
         on_unsorted=options.on_unsorted,
     )
     sizes = ", ".join(f"{split} {part.num_examples}" for split, part in made.info.splits.items())
-    print(f"{options.name} is prepared in {made.data_dir}: {sizes}")
+    again = "; this was done before: remove that folder to prepare it again" if before else ""
+    print(f"{options.name} is prepared in {made.data_dir}: {sizes}{again}")
     for what in ("skipped", "sorted"):
         done = dict(made.info.metadata or {}).get(what, {"count": 0})
         if done["count"]:

@@ -204,7 +204,7 @@ def prepare(
     the camera, and `window`, in milliseconds, cuts each recording into samples).
     """
     if path := prepared_in(name, folder):
-        _check_prepared(name, path, size, rate)
+        _check_prepared(name, path, size, rate, window)
         if name not in CATALOG:
             return prepared(name, folder)
     manual = Path(manual or data_dir(folder) / "downloads" / "manual")
@@ -229,13 +229,18 @@ def prepare(
     return made
 
 
-def _check_prepared(name: str, path: Path, size: tuple[int, int] | None, rate: int | None) -> None:
+def _check_prepared(name: str, path: Path, size, rate, window) -> None:
     """Raises ValueError if data that are prepared already are not what is asked for."""
-    again = f"is prepared in {path}, with {{}}: remove that folder to prepare it again; got {{}}"
-    if size is not None and (had := _shape(path)[:2]) and tuple(size) != had:
-        raise ValueError(f"{name} {again.format(f'pictures of (H, W) = {had}', f'size {size}')}")
-    if rate is not None and (had := sound_rate(path)) not in (None, rate):
-        raise ValueError(f"{name} {again.format(f'{had} samples a second', f'rate {rate}')}")
+    told = json.loads((path / "metadata.json").read_text()) if (path / "metadata.json").exists() else {}
+    own_events = "sensor" in told and name not in CATALOG
+    pixels = _shape(path)[:2] or own_events and tuple(told["sensor"][:2])
+    length = own_events and (told["window"] / 1000 if "window" in told else "None")
+    made_with = {"size": pixels, "rate": sound_rate(path), "window": length}
+    for option, asked in {"size": size and tuple(size), "rate": rate, "window": window}.items():
+        if asked is not None and (had := made_with[option]) and asked != had:
+            raise ValueError(
+                f"{name} is prepared in {path} with {option} {had}: remove that folder to prepare it again; got {option} {asked}"
+            )
 
 
 def sound_rate(path: Path) -> int | None:
