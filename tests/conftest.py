@@ -1,7 +1,4 @@
-import gc
-import itertools
 import os
-from functools import lru_cache
 from importlib.metadata import version
 from pathlib import Path
 
@@ -21,18 +18,9 @@ if os.environ.get("JAX_PLATFORMS") == "cpu":
     os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0"
     os.environ["JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES"] = "-1"
 
+import faster  # noqa: F401
 import jax
 import pytest
-from jax._src.interpreters import mlir
-
-# Tracing makes many small objects that live long. Python would search them for garbage every 700 objects: a quarter of the time.
-gc.set_threshold(500_000)
-
-# JAX makes a new MLIR context for each program. That takes a quarter of the time of a small program, so 100 programs share one.
-# A program that is lowered while another one is being lowered gets its own.
-make_context, programs = mlir.make_ir_context, itertools.count()
-shared_context = lru_cache(1)(lambda hundred: make_context())
-mlir.make_ir_context = lambda: make_context() if mlir.ir.Context.current else shared_context(next(programs) // 100)
 
 
 def pytest_configure(config):

@@ -20,8 +20,15 @@ GOLDEN = np.load(Path(__file__).parent / "golden" / "spiking_resnet.npz")
 NEURONS, GRADIENTS = (json.loads(str(GOLDEN[name])) for name in ("neurons", "gradients"))
 
 
+def zeros(**options):
+    """The network with zeros as weights: to draw random ones takes seconds."""
+    shapes = nnx.eval_shape(lambda: models.spiking_resnet(18, 3, 10, **options, rngs=nnx.Rngs(0)))
+    graphdef, state = nnx.split(shapes)
+    return nnx.merge(graphdef, jax.tree.map(lambda a: np.zeros(a.shape, a.dtype), state))
+
+
 def resnet18(**options):
-    model = models.spiking_resnet(18, 3, 10, **options, rngs=nnx.Rngs(0))
+    model = zeros(**options)
     models.load_torch(model, state_dict())
     return model
 
@@ -81,7 +88,7 @@ def test_spikes_layer_by_layer_are_those_of_pytorch():
 
 
 def test_load_torch_says_what_is_wrong_and_changes_nothing():
-    model = models.spiking_resnet(18, 3, 10, rngs=nnx.Rngs(0))
+    model = zeros()
     before = jax.tree.leaves(nnx.state(model))
     good = state_dict()
     for bad, message in (

@@ -49,13 +49,12 @@ def test_shapes_of_resnets(depth, stem, connect):
 @pytest.mark.parametrize("memory", ["fast", "packed", "lean"])
 @pytest.mark.parametrize("policy", ["float32", "bfloat16"])
 def test_shapes_of_vgg_and_transformers(memory, policy):
-    options = dict(memory=memory, policy=policy)
-    for depth in (11, 16):
-        make = partial(models.spiking_vgg, depth, 2, 10, **options)
-        assert shape_of(make, 3, 2, 40, 33, 2) == ((3, 2, 10), jnp.float32)
-    for patch in (1, 16):
-        make = partial(models.spikformer, 2, 10, depth=1, patch=patch, **options)
-        assert shape_of(make, 3, 2, 16, 33, 2) == ((3, 2, 10), jnp.float32)
+    """Both depths and both patches meet each memory setting; a layer does not know how many others there are."""
+    options, depth, patch = dict(memory=memory, policy=policy), *((11, 1) if policy == "float32" else (16, 16))
+    make = partial(models.spiking_vgg, depth, 2, 10, **options)
+    assert shape_of(make, 3, 2, 40, 33, 2) == ((3, 2, 10), jnp.float32)
+    make = partial(models.spikformer, 2, 10, depth=1, patch=patch, **options)
+    assert shape_of(make, 3, 2, 16, 33, 2) == ((3, 2, 10), jnp.float32)
     make = partial(models.qkformer, 2, 10, depth=3, width=32, **options)
     assert shape_of(make, 3, 2, 16, 33, 2) == ((3, 2, 10), jnp.float32)
 
