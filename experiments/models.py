@@ -31,7 +31,7 @@ SURROGATES = {
     "triangle": surrogate.PiecewiseQuadratic(),
     "rectangle": surrogate.Rectangle(),
 }
-RESETS = {"hard": HardReset(detach=True), "soft": SoftReset(detach=True)}
+RESETS = {"hard": HardReset, "soft": SoftReset}
 READOUTS = {
     "rate": nn.spike_rate,
     "mean": nn.membrane_mean,
@@ -247,10 +247,11 @@ class Network:
     T: int = 4
     """time steps"""
     tau: float | None = None
-    """LIF neurons of this time constant, in steps, with a detached reset; inf: without a leak. None takes the neurons of
-    snnfuse.models"""
+    """LIF neurons of this time constant, in steps; inf: without a leak. None takes the neurons of snnfuse.models"""
     reset: str = "hard"
     """what a spike does to the membrane, with --model.tau: hard sets it to 0, soft subtracts the threshold"""
+    detach: bool = True
+    """no gradient passes through the reset, with --model.tau"""
     surrogate: str = "atan"
     """gradient of a spike, with --model.tau: atan, sigmoid, triangle or rectangle, each of area 1"""
     v_rest: float = 0.0
@@ -271,11 +272,9 @@ class Network:
     def __post_init__(self):
         known = dict(readout=READOUTS, surrogate=SURROGATES, reset=RESETS)
         _check(self, policy=nn.PrecisionPolicy, memory=MEMORY, **known)
-        if (self.surrogate, self.reset, self.v_rest) != ("atan", "hard", 0.0) and self.tau is None:
-            raise ValueError(
-                f"--model.surrogate, --model.reset and --model.v_rest need --model.tau; got {self.surrogate!r}, {self.reset!r} and "
-                f"{self.v_rest}"
-            )
+        others = dict(surrogate="atan", reset="hard", v_rest=0.0, detach=True)
+        if self.tau is None and (given := [name for name, value in others.items() if getattr(self, name) != value]):
+            raise ValueError(f"--model.{given[0]} needs --model.tau; got {getattr(self, given[0])!r} without it")
         if not self.v_rest < 1:
             raise ValueError(f"--model.v_rest must be less than the threshold, 1; got {self.v_rest}")
         if not 0 < self.scale < inf:
@@ -293,7 +292,9 @@ class Network:
         if self.levels is not None:
             options["neuron"] = partial(nn.Spiking, QCFS(self.levels, shift=self.v_rest), QCFSParams())
         elif self.tau is not None:
-            choices = dict(reset=RESETS[self.reset], surrogate=SURROGATES[self.surrogate], v_rest=self.v_rest)
+            choices = dict(
+                reset=RESETS[self.reset](detach=self.detach), surrogate=SURROGATES[self.surrogate], v_rest=self.v_rest
+            )
             options["neuron"] = partial(nn.LIF, tau=self.tau, **choices)
         return options
 

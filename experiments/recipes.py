@@ -85,8 +85,41 @@ def _cifar10(*network: str):
     return [*network, "--data=cifar10", *IMAGES, *changes, *sgd]
 
 
+def _cifar10_levels_first(first: int, then: int, *network: str):
+    """`first` epochs of a quantised ReLU network at one time step, then `then` epochs of the spiking network, T = 4.
+
+    Integrate-and-fire neurons that start at half of the threshold and subtract it spike four times the value of the quantised
+    ReLU, if their input is constant. So the spiking network starts one to two per cent below the quantised one. What it still has
+    to learn needs a small learning rate, and a gradient that passes through the reset, which is then near that of the ReLU.
+    """
+    neurons = "--model.tau=inf --model.reset=soft --model.no_detach --model.v_rest=0.5 --model.scale=0.4".split()
+    neurons += "--model.surrogate=triangle --first_levels=4 --first_T=1 --second_rate=0.03".split()
+    changes = "--data.flip --data.shift=4 --data.cutout=16 --data.rand_augment=1".split()
+    schedule = [*_schedule(50_000, 512, first + then, evaluations=1), f"--first_steps={first * (50_000 // 512)}"]
+    sgd = [*SGD, "--learning_rate=0.4", "--warmup=0.15", *schedule]
+    return [*network, *neurons, "--data=cifar10", *IMAGES, *changes, *sgd]
+
+
+MEMBRANE = "--model=resnet --model.connect=membrane --model.stem=cifar --model.T=4 --model.memory=fast".split()
+
+
 @recipe
 def cifar10():
+    """CIFAR-10, ResNet-18 with a shortcut of membrane currents, integrate-and-fire neurons, T = 4: 56 epochs. Not measured.
+
+    50 epochs train a quantised ReLU network (--first_levels), 6 more the spiking network that takes over its weights.
+    """
+    return _cifar10_levels_first(50, 6, *MEMBRANE)
+
+
+@recipe
+def cifar10_long():
+    """cifar10 with 280 epochs and then 20. Not measured."""
+    return _cifar10_levels_first(280, 20, *MEMBRANE)
+
+
+@recipe
+def sew_resnet18():
     """CIFAR-10, SEW-ResNet-18 of LIF neurons, T = 4: 100 epochs. Not measured to its end."""
     return _cifar10(*SEW)
 

@@ -31,7 +31,7 @@ class Config(Generic[Model, Data]):
     """of weights alone, not of biases, normalisations and neurons; AdamW with 0 is Adam"""
     first_T: int | None = None
     """time steps of the network in the first --first_steps training steps. None: always --model.T. Evaluations up to
-    --first_steps also run that many, and metrics.jsonl calls them first_accuracy. With sound and signals a step is a window:
+    --first_steps, the last of them there, also run that many, and metrics.jsonl calls them first_accuracy. With sound and signals a step is a window:
     --first_T windows, which are longer, cover the recording"""
     first_levels: int | None = None
     """--model.levels in the first --first_steps training steps. With --first_T 1 they train a quantised ReLU network; the spiking

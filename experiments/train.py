@@ -160,9 +160,7 @@ def _loop(run, config, fixed, first, objects, step, lower, K, test_source, start
         if lower:
             for at in dict.fromkeys([start, max(start, config.first_steps)]):
                 compiling[at] = pool.submit(lower(trained(at), at).compile)
-            for at in dict.fromkeys(
-                [*([start] if config.eval_every <= config.first_steps else []), config.first_steps]
-            ):
+            for at in dict.fromkeys([*([start] if start < config.first_steps else []), config.first_steps]):
                 lowered = lower_eval(_at(fixed, at), _evaluated(trained(at)), test_source, size)
                 compiling["eval", at >= config.first_steps] = pool.submit(lowered.compile)
         # after a resume the first call may be shorter, so that calls end at multiples of K, where logging and evaluation fall
@@ -174,7 +172,7 @@ def _loop(run, config, fixed, first, objects, step, lower, K, test_source, start
             meter.add(before + 1, step(trained(before), before, now - before))
             bar.update(now - before)
             stopping = now < config.steps and (before < (config.stop_at or 0) <= now or interrupted())
-            evaluating = now % config.eval_every == 0 or now == config.steps
+            evaluating = now % config.eval_every == 0 or now in (config.first_steps, config.steps)
             if first is not objects and (evaluating or stopping or now == config.first_steps):
                 _move(trained(before), objects)
             if now % config.log_every == 0 or evaluating or stopping:

@@ -494,7 +494,7 @@ def test_an_update_after_every_k1_time_steps():
         (("--model", "vgg", "--model.levels", "4"), "--model.levels must be at least 1, and needs --model.memory fast"),
         (
             ("--model", "vgg", "--model.reset", "soft"),
-            "--model.surrogate, --model.reset and --model.v_rest need --model.tau; got 'atan'",
+            "--model.reset needs --model.tau; got 'soft' without it",
         ),
         (("--model", "vgg", "--model.tau", "2", "--model.v_rest", "1"), "--model.v_rest must be less than .*; got 1"),
         (("--model", "vgg", "--model.scale", "0"), "--model.scale must be a finite number above 0; got 0"),
