@@ -526,7 +526,7 @@ def _(draw):
         close(mixed.sum(-1), np.ones(len(targets)))
 
 
-@case(*(f"data.signals.{name}" for name in ("windows", "log_rms", "piece", "gain", "noise")), "data.loader.Signals")
+@case(*(f"data.signals.{name}" for name in ("windows", "log_rms", "piece", "gain", "noise")), "data.examples.Signals")
 def _(draw):
     xs, key = array(draw, one_of(draw, (2, 5, 3), (2, 5, 3), (1, 1, 1), (2, 0, 3), (5, 3), ())), jax.random.key(0)
     width, hop, number = one_of(draw, 2, *WHOLE), one_of(draw, 1, *WHOLE), one_of(draw, 0.1, *NUMBER)
@@ -569,7 +569,7 @@ def _(draw):
     assert got.shape == made.shape and (address[address != packed.PADDING] < np.prod(space)).all()
 
 
-@case("data.loader.Sound")
+@case("data.examples.Sound")
 def _(draw):
     out, samples = io.BytesIO(), array(draw, one_of(draw, 0, 1, 30), -3e4, 3e4, np.int16)
     with wave.open(out, "wb") as file:
@@ -588,9 +588,9 @@ def _(draw):
 
 @case(
     "data.loader.load",
-    "data.loader.Frames",
-    "data.loader.PackedFrames",
-    "data.loader.Images",
+    "data.examples.Frames",
+    "data.examples.PackedFrames",
+    "data.examples.Images",
     "data.loader.Batches",
     "data.loader.Position",
     "data.loader.read",

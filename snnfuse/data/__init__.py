@@ -5,6 +5,7 @@ audio       sound to mel bands, on the device
 events      recordings to frames, on the host      loader    batches on the device, resumable
 packed      bits and events, unpacked on the device    augment   random changes of recordings
 image_augment, event_augment   random changes of images and of events, on the device
+examples    what the loader makes of a sample
 signals     signals of several channels to sliding windows, on the device
 """
 
@@ -15,6 +16,7 @@ from snnfuse.data import (
     encoders,
     event_augment,
     events,
+    examples,
     image_augment,
     loader,
     packed,
@@ -28,6 +30,7 @@ __all__ = [
     "encoders",
     "event_augment",
     "events",
+    "examples",
     "image_augment",
     "loader",
     "packed",

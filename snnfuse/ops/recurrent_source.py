@@ -20,14 +20,14 @@ any product. The other functions of the text are those of `snnfuse.ops.triton_te
 `snnfuse.ops.recurrent_product` (`product`, `everyone`, `get`, `put`).
 """
 
-from typing import NamedTuple
-
 import numpy as np
 
+from snnfuse.ops import recurrent_tile as tiles
 from snnfuse.ops import triton_equations as equations
 from snnfuse.ops.fused import Wanted
 from snnfuse.ops.problem import Problem, Recurrence
-from snnfuse.ops.recurrent_product import access, exchange, functions, get, head_mask, lane_mask, put
+from snnfuse.ops.recurrent_product import access, exchange, functions, get, lane_mask, put
+from snnfuse.ops.recurrent_tile import RecurrentBlocks
 from snnfuse.ops.triton_text import (
     Names,
     Periods,
@@ -43,28 +43,6 @@ from snnfuse.ops.triton_text import (
     returned,
     step_function,
 )
-
-
-class RecurrentBlocks(NamedTuple):
-    """`size` neurons and `rows` samples a program; `warps` run it; `chunk` is K, the steps between two checkpoints.
-
-    `programs` share a head; if there are several, up to `slots` such groups run at once.
-    """
-
-    size: int
-    rows: int
-    warps: int
-    chunk: int
-    programs: int = 1
-    slots: int = 1
-
-    @property
-    def tile(self) -> tuple[int, int]:
-        return self.size, self.rows
-
-    def checkpoints(self, T: int) -> int:
-        """The number of checkpoints: the state before each chunk."""
-        return -(-T // self.chunk)
 
 
 def forward_text(
@@ -91,24 +69,6 @@ def backward_text(
     backward = _backward(problem, names, blocks, periods, recurrence, inner, live_outs, live_state, live_fed)
     return module(problem, access(lane_mask(problem, blocks, recurrence)), step, pullback, backward)
 
-
-_TILE = """
-{place}
-row = block * ROWS + tl.arange(0, ROWS)[None, :]
-lane = row * (HEAD * HEADS) + head * HEAD + neuron
-{mask}
-{params}
-{weight}
-"""
-
-_LOAD_CHUNK = """
-@triton.jit
-def {name}({arguments}):
-    {empty}
-    for k in tl.static_range(K):  # all loads before any use: they are in flight together
-        {load}
-    {give_back}
-"""
 
 _FORWARD = """
 @triton.jit
@@ -179,99 +139,12 @@ for i in range(chunks):
 """
 
 
-def _constants(*names):
-    return [f"{name}: tl.constexpr" for name in names]
-
-
-def _shape(blocks):
-    """The names of the constants that a step needs."""
-    return ["SIZE", "ROWS", "PARTS", *(["STACK", "PROGRAMS"] if blocks.programs > 1 else [])]
-
-
-def _tile(problem, names, blocks, periods, recurrence, transposed):
-    masked, exist = lane_mask(problem, blocks, recurrence), "(row < M // (HEAD * HEADS))"
-    mask = [f"{m} = (neuron < HEAD) & {exist}" for m in masked]
-    if blocks.programs == 1:
-        place = ["block, head = tl.program_id(0), tl.program_id(1)", "neuron = tl.arange(0, SIZE)[:, None]"]
-        source = "tl.arange(0, SIZE)[None, :]"
-        weight = f"weight_at = load_weight(weight_ptr, head, neuron, {source}, HEAD, PARTS, HEADS, {transposed})"
-    else:
-        place = [
-            "block, head = group // HEADS, group % HEADS",
-            "neuron = tl.program_id(0) * SIZE + tl.arange(0, SIZE)[:, None]",
-            "source = tl.arange(0, WIDTH)[:, None]",
-        ]
-        mask += ["every = row * (HEAD * HEADS) + head * HEAD + source"]
-        mask += [f"{m} = (source < HEAD) & {exist}" for m in head_mask(problem, blocks, recurrence)]
-        to = "(tl.program_id(0) * (SIZE * STACK) + tl.arange(0, SIZE * STACK))[:, None]"
-        across = "tl.arange(0, WIDTH)[None, :]"
-        weight = f"weight_at = load_weight(weight_ptr, head, {to}, {across}, HEAD, STACK, {transposed})"
-    return fill(
-        _TILE, place=place, mask=mask, params=_params(problem, names, periods, masked), weight=[weight]
-    ).splitlines()
-
-
-def _body(blocks, text):
-    """The body of a kernel. If a head is split, it runs for one group after the other."""
-    if blocks.programs == 1:
-        return text.splitlines()
-    loop = ["count = 0", "meet_ptr += tl.program_id(1) * 32", "for group in range(tl.program_id(1), GROUPS, SLOTS):"]
-    return [*loop, *("    " + line for line in text.splitlines())]
-
-
-def _group_arguments(problem, blocks, recurrence):
-    """The further arguments of a chunk if the head is split. The first is the count that a program waits for."""
-    more = ["count", "meet_ptr", "ahead", "lane", "every_at", *head_mask(problem, blocks, recurrence)]
-    return more if blocks.programs > 1 else []
-
-
-def _at(problem, blocks, c, suffix):
-    at = offset(c, "K * M", problem)
-    return [f"at{suffix} = {at} + lane"] + [f"every_at{suffix} = {at} + every"] * (blocks.programs > 1)
-
-
-def _kernel_constants(blocks):
-    split = blocks.programs > 1
-    more = ["WIDTH", "STACK", "PROGRAMS", "GROUPS", "SLOTS"] if split else []
-    names = ["M", "K", "TAIL", "SIZE", "ROWS", "HEAD", "HEADS", "PARTS", *more]
-    return ["meet_ptr"] * split + _constants(*names)
-
-
-def _params(problem, names, periods, masked):
-    lines = []
-    for name, period in zip(names.params, periods, strict=True):
-        if period == 1:
-            lines.append(f"{name} = tl.full([SIZE, ROWS], tl.load({name}_ptr).to(tl.float32), tl.float32)")
-        else:
-            where = "lane" if period == problem.M else f"lane % {period}"
-            lines.append(f"{name} = {get(f'{name}_ptr + {where}', masked)}.to(tl.float32)")
-    return lines
-
-
-def _load_chunk(function, names, masked):
-    """(a function that loads K steps of some sequences, the names of what it returns). A value is cast when it is used."""
-    at = [f"{n}_at" for n in names]
-    text = fill(
-        _LOAD_CHUNK,
-        name=[function],
-        arguments=[*pointers(names), "at", *masked, "M: tl.constexpr", "K: tl.constexpr"],
-        empty=[f"{n} = ()" for n in at],
-        load=[f"{n}_at += ({get(f'{n}_ptr + at + k * M', masked)},)" for n in names],
-        give_back=returned(at),
-    )
-    return text, at
-
-
-def _cast(names):
-    return [f"{n}_at[k].to(tl.float32)" for n in names]
-
-
 def _forward(problem, names, blocks, periods, recurrence, save):
     T, K = problem.T, blocks.chunk
     masked = lane_mask(problem, blocks, recurrence)
     x_ptrs, out_ptrs, saved = pointers(names.xs), pointers(names.outs), ["current_ptr"] if save else []
-    load_chunk, loaded = _load_chunk("load_chunk", names.xs, masked)
-    group = _group_arguments(problem, blocks, recurrence)
+    load_chunk, loaded = tiles.load_chunk("load_chunk", names.xs, masked)
+    group = tiles.group_arguments(problem, blocks, recurrence)
     no_ahead = ["ahead = 0"] * bool(group)
     own = ["at", "every_at", *loaded]  # what a last short chunk has under a name of its own
     inputs = [*names.params, *names.state, "back", *loaded, "weight_at", *out_ptrs, *saved, "at", *masked, *group]
@@ -287,8 +160,8 @@ def _forward(problem, names, blocks, periods, recurrence, save):
 
     def run(c, size="K", suffix=""):
         given, results = ([n + suffix if n in own else n for n in group] for group in (inputs, carried))
-        at = _at(problem, blocks, c, suffix)
-        return [*at, call(results, "forward_chunk", given, ["M", size], _shape(blocks))]
+        at = tiles.at(problem, blocks, c, suffix)
+        return [*at, call(results, "forward_chunk", given, ["M", size], tiles.shape(blocks))]
 
     def checkpoint(c):
         return [put(f"{s}_saved_ptr + {offset(c, 'M', problem)} + lane", s, masked) for s in names.state if save]
@@ -298,7 +171,7 @@ def _forward(problem, names, blocks, periods, recurrence, save):
     else:
         values = zip(names.state, problem.initial, strict=True)
         initial = [f"{s} = tl.full([SIZE, ROWS], {equations.literal(np.float32(v))}, tl.float32)" for s, v in values]
-    start, shape = ["back = tl.zeros([SIZE, ROWS], tl.float32)"], ", ".join(_shape(blocks))
+    start, shape = ["back = tl.zeros([SIZE, ROWS], tl.float32)"], ", ".join(tiles.shape(blocks))
     if recurrence.starts and group:  # any float32 numbers, in three parts; for spikes, the same bits as after a step
         start += [
             call(["rest"], "everyone", ["fed_start_ptr + every", *group[5:]]),
@@ -312,7 +185,7 @@ def _forward(problem, names, blocks, periods, recurrence, save):
         start += [f"back = product(weight_at, (fed_at[{i}],), {shape}){' + back' * (i < 2)}" for i in (2, 1, 0)]
     body = fill(
         _FORWARD_BODY,
-        tile=_tile(problem, names, blocks, periods, recurrence, transposed=False),
+        tile=tiles.tile(problem, names, blocks, periods, recurrence, transposed=False),
         initial=initial,
         start=start,
         load_first=load("0"),
@@ -332,23 +205,25 @@ def _forward(problem, names, blocks, periods, recurrence, save):
     )
     text = fill(
         _FORWARD,
-        chunk_arguments=[*inputs, *_constants("M", "K", *_shape(blocks))],
+        chunk_arguments=[*inputs, *tiles.constants("M", "K", *tiles.shape(blocks))],
         x=[names.xs[0]],
-        step=[call([*names.state, *names.outs], "step", names.params, names.state, ["current"], _cast(names.xs[1:]))],
+        step=[
+            call([*names.state, *names.outs], "step", names.params, names.state, ["current"], tiles.cast(names.xs[1:]))
+        ],
         store=[] if group else store,
         exchange=exchange(f"{fed}_ptr", group[5:], store, ["if k == K - 1:", "    " + load("ahead")[0]])
         if group
         else [],
         fed=["whole" if group else fed],
-        shape=_shape(blocks),
+        shape=tiles.shape(blocks),
         give_back=returned(carried),
         arguments=[
             *(*pointers(names.params), *pointers(names.state if problem.initial is None else (), "_start")),
             *(*(["fed_start_ptr"] if recurrence.starts else []), *x_ptrs, "weight_ptr", "chunks"),
             *(*out_ptrs, *pointers(names.state, "_end"), *saved, *pointers(names.state if save else (), "_saved")),
-            *_kernel_constants(blocks),
+            *tiles.kernel_constants(blocks),
         ],
-        body=_body(blocks, body),
+        body=tiles.body(blocks, body),
     )
     return "\n\n".join([functions(problem, blocks, recurrence), load_chunk, text])
 
@@ -361,8 +236,8 @@ def _backward(problem, names, blocks, periods, recurrence, wanted, live_outs, li
     fed = f"d_{names.outs[recurrence.feedback]}"
     d_params, d_state = d_of(pick(names.params, wanted.params)), d_of(names.state)
     wanted_state = pick(d_state, wanted.state) if wanted.state else []
-    load_chunk, loaded = _load_chunk("load_chunk_backward", (*sequences, *d_outs), masked)
-    group = _group_arguments(problem, blocks, recurrence)
+    load_chunk, loaded = tiles.load_chunk("load_chunk_backward", (*sequences, *d_outs), masked)
+    group = tiles.group_arguments(problem, blocks, recurrence)
     no_ahead = ["ahead = 0"] * bool(group)
     inputs = [
         *names.params,
@@ -391,14 +266,14 @@ def _backward(problem, names, blocks, periods, recurrence, wanted, live_outs, li
         return [*states, call([n + suffix for n in loaded], "load_chunk_backward", *groups)]
 
     def run(c, size="K", suffix=""):
-        at = _at(problem, blocks, c, suffix)
+        at = tiles.at(problem, blocks, c, suffix)
         given, to = ([n + suffix if n in own else n for n in group] for group in (inputs, results))
-        return [*at, call(to, "backward_chunk", given, ["M", size], _shape(blocks))]
+        return [*at, call(to, "backward_chunk", given, ["M", size], tiles.shape(blocks))]
 
     def final(live, pointer):
         return get(f"{pointer} + lane", masked) if live else "tl.zeros([SIZE, ROWS], tl.float32)"
 
-    before_step = names.params, at_step(names.state), _cast(sequences)
+    before_step = names.params, at_step(names.state), tiles.cast(sequences)
     d_current = d_xs[0]
     ahead = ["if k == 0:", *("    " + line for line in load("ahead"))]
     store = [put(f"{d}_ptr + at + k * M", f"{d}.to({d}_ptr.dtype.element_ty)", masked) for d in d_xs]
@@ -408,7 +283,7 @@ def _backward(problem, names, blocks, periods, recurrence, wanted, live_outs, li
         multiplied = f"tl.where(mask, {d_current}, 0.0)" if masked else d_current
     body = fill(
         _BACKWARD_BODY,
-        tile=_tile(problem, names, blocks, periods, recurrence, transposed=True),
+        tile=tiles.tile(problem, names, blocks, periods, recurrence, transposed=True),
         zero=[f"{d} = tl.zeros([SIZE, ROWS], tl.float32)" for d in d_params],
         d_final=[
             *(f"{d} = {final(live, f'{d}_end_ptr')}" for d, live in zip(d_state, live_state, strict=True)),
@@ -429,7 +304,7 @@ def _backward(problem, names, blocks, periods, recurrence, wanted, live_outs, li
     )
     text = fill(
         _BACKWARD,
-        chunk_arguments=[*inputs, *_constants("M", "K", *_shape(blocks))],
+        chunk_arguments=[*inputs, *tiles.constants("M", "K", *tiles.shape(blocks))],
         start=[f"{s}_at = ({s},)" for s in names.state],
         replay=[call([*names.state, *("_" for _ in names.outs)], "step", *before_step)],
         keep=[f"{s}_at += ({s},)" for s in names.state],
@@ -439,15 +314,15 @@ def _backward(problem, names, blocks, periods, recurrence, wanted, live_outs, li
         store=[] if group else store,
         exchange=exchange(f"{d_current}_ptr", group[5:], store, ahead) if group else [],
         d_current=[multiplied],
-        shape=_shape(blocks),
+        shape=tiles.shape(blocks),
         give_back=returned(results),
         arguments=[
             *(*pointers(names.params), *pointers(names.state, "_saved"), *pointers(sequences), *pointers(d_outs)),
             *(*pointers(pick(d_state, live_state), "_end"), *(["d_fed_end_ptr"] if live_fed else [])),
             *("weight_ptr", "chunks", *pointers(d_params), *pointers(wanted_state, "_start")),
             *(["d_fed_start_ptr"] if recurrence.starts else []),
-            *(*pointers(d_xs), *_kernel_constants(blocks)),
+            *(*pointers(d_xs), *tiles.kernel_constants(blocks)),
         ],
-        body=_body(blocks, body),
+        body=tiles.body(blocks, body),
     )
     return "\n\n".join([functions(problem, blocks, recurrence), load_chunk, text])

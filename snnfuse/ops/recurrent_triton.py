@@ -21,7 +21,7 @@ from snnfuse.ops.fused import Wanted
 from snnfuse.ops.packing import Packed, pack
 from snnfuse.ops.partition import like, on_lanes, periodic, varying
 from snnfuse.ops.problem import Problem, Recurrence
-from snnfuse.ops.recurrent_source import RecurrentBlocks
+from snnfuse.ops.recurrent_tile import RecurrentBlocks
 
 
 def why_not(problem: Problem, recurrence: Recurrence) -> str | None:
