@@ -3,14 +3,14 @@
     python benchmarks/online.py                  rows go to results/online.jsonl
     python benchmarks/online.py --steps 300 --seeds 1         less, for a CPU
 
-The task is MNIST row by row: 28 steps of 28 pixels, 4,000 digits for training and 1,000 held out. All rules of a network start from
-the same weights and see the same batches; the loss is the cross-entropy of the outputs at every step. "bptt" differentiates the whole
+The task is MNIST row by row: 28 steps of 28 pixels, 4,000 digits for training and 1,000 held out. The network "convolutional" sees the
+whole digit at each of 8 steps. All rules of a network start from the same weights and see the same batches; the loss is the cross-entropy of the outputs at every step. "bptt" differentiates the whole
 sequence; the other rules take one step at a time with `online.gradients`. `held_out_accuracy` is the mean over the seeds, `accuracies`
 has each. Rows of the case "memory" hold `temporary_mb`: what a training step with a batch of 100 needs beside its input, weights and
 optimizer, for sequences of T steps. They are compiled and not run.
 """
 
-from functools import cache
+from functools import cache, partial
 
 import jax
 import jax.numpy as jnp
@@ -28,7 +28,9 @@ RULES = {
     "dense": ("bptt", "sltt", "ottt"),
     "recurrent": ("bptt", "ottt"),
     "adaptive": ("bptt", "e-prop", "e-prop, random feedback"),
+    "convolutional": ("bptt", "sltt", "ottt"),
 }
+STEPS = dict(convolutional=8)
 DECAY, OUT_DECAY, HIDDEN, B = 0.8, 0.9, 128, 100
 ADAM = optax.adam(2e-3)  # one for all models, so that a rule compiles once
 
@@ -37,13 +39,15 @@ ADAM = optax.adam(2e-3)  # one for all models, so that a rule compiles once
 def cases(args):
     for network, rules in RULES.items():
         for rule in rules:
-            key = dict(
-                case=f"MNIST by rows, {network}", implementation=rule, T=28, B=B, steps=4 if args.tiny else args.steps
+            case, T = (
+                "MNIST, convolutional" if network == "convolutional" else f"MNIST by rows, {network}",
+                steps_of(network),
             )
+            key = dict(case=case, implementation=rule, T=T, B=B, steps=4 if args.tiny else args.steps)
             yield Case(key, accuracy, (network, rule, key["steps"], args.seeds), f"{network} {rule}")
     for T in (28,) if args.tiny else (100, 1_000, 10_000):
         for network, rules in RULES.items():
-            for rule in rules[:2]:
+            for rule in rules[:2] if network != "convolutional" or T <= 1_000 else ():
                 key = dict(case=f"memory, {network}", implementation=rule, T=T, B=B)
                 yield Case(key, memory, (network, rule, T), f"{network} {rule}")
 
@@ -68,6 +72,11 @@ def build(network, rule, seed):
     second = [linear(HIDDEN, HIDDEN), nn.LIF(decay=DECAY)]
     if network == "recurrent":
         second = [nn.Recurrent(nn.LIF(decay=DECAY), HIDDEN, scale=0.5, rngs=rngs)]
+    if network == "convolutional":
+        conv = partial(nn.Conv, strides=2, kernel_init=nnx.initializers.lecun_normal(), rngs=rngs)
+        layers = [conv(1, 16, (5, 5)), nn.LIF(decay=DECAY), conv(16, 32, (3, 3)), nn.LIF(decay=DECAY)]
+        model = nn.Sequential(*layers, nn.flatten, linear(7 * 7 * 32, 10), nn.LI(decay=OUT_DECAY))
+        return model if rule == "bptt" else getattr(online, rule)(model)
     first = [linear(28, HIDDEN)] if network == "recurrent" else [linear(28, HIDDEN), nn.LIF(decay=DECAY)]
     model = nn.Sequential(*first, *second, *last)
     return model if rule == "bptt" else getattr(online, rule)(model)
@@ -102,6 +111,16 @@ def digits():
     return np.asarray(images, np.float32)[order].reshape(-1, 28, 28) / 255, labels[order].astype(np.int32)
 
 
+steps_of = lambda network: STEPS.get(network, 28)
+
+
+def sequence(network, images):
+    """[T, B, 28] rows of images [B, 28, 28], or [T, B, 28, 28, 1], the same at all steps."""
+    if network == "convolutional":
+        return np.broadcast_to(images[None, ..., None], (steps_of(network), *images.shape, 1))
+    return images.swapaxes(0, 1)
+
+
 def accuracy(network, rule, steps, seeds):
     images, labels = digits()
     step, evaluate, found = training_step(rule), nnx.jit(lambda model, xs: model(xs)[0].sum(0)), []
@@ -110,15 +129,16 @@ def accuracy(network, rule, steps, seeds):
         rng = np.random.default_rng(seed)
         for _ in range(steps):
             batch = rng.integers(0, 4000, B)
-            loss = step(model, optimizer, images[batch].swapaxes(0, 1), labels[batch])
-        logits = evaluate(model, images[4000:].swapaxes(0, 1))
+            loss = step(model, optimizer, sequence(network, images[batch]), labels[batch])
+        logits = evaluate(model, sequence(network, images[4000:]))
         found.append(float((logits.argmax(-1) == labels[4000:]).mean()))
     return dict(held_out_accuracy=float(np.mean(found)), accuracies=found, final_loss=float(loss))
 
 
 def memory(network, rule, T):
     step, objects = training_step(rule), with_adam(build(network, rule, 0))
-    xs, labels = jax.ShapeDtypeStruct((T, B, 28), f32), jax.ShapeDtypeStruct((B,), jnp.int32)
+    shape = (T, B, 28, 28, 1) if network == "convolutional" else (T, B, 28)
+    xs, labels = jax.ShapeDtypeStruct(shape, f32), jax.ShapeDtypeStruct((B,), jnp.int32)
     sizes = step.lower(*objects, xs, labels).compile().memory_analysis()
     return dict(temporary_mb=sizes.temp_size_in_bytes / 1e6)
 
