@@ -1,4 +1,4 @@
-"""One host of a cluster, or a process alone, that trains the network of on_8_devices.py; tests/test_parallel.py starts them.
+"""One host of a cluster, or a process alone, that trains the network of small_network.py; tests/test_parallel.py starts them.
 
 python tests/on_two_hosts.py COORDINATOR HOST OUT data=4      one of two hosts, each with 2 of 4 simulated devices
 python tests/on_two_hosts.py - - OUT data=8                   alone; from the checkpoint in OUT, if there is one
@@ -12,7 +12,7 @@ from pathlib import Path
 import jax
 import numpy as np
 from jax.sharding import PartitionSpec as P
-from on_8_devices import images, network, train_step
+from small_network import images, network, train_step
 
 from snnfuse import nn, parallel
 
