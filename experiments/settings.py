@@ -30,16 +30,17 @@ class Config(Generic[Model, Data]):
     weight_decay: float = 1e-2
     """of weights alone, not of biases, normalisations and neurons; AdamW with 0 is Adam"""
     first_T: int | None = None
-    """time steps of the network in the first --first_steps training steps. None: always --model.T. Evaluations up to
-    --first_steps, the last of them there, also run that many, and metrics.jsonl calls them first_accuracy. With sound and signals a step is a window:
-    --first_T windows, which are longer, cover the recording"""
+    """time steps of the network in the first --first_steps training steps. None: always --model.T. Evaluations up to step
+    --first_steps use this number too; metrics.jsonl calls their result first_accuracy. Sound and signals are cut into this
+    many windows, which are then longer"""
     first_levels: int | None = None
     """--model.levels in the first --first_steps training steps. With --first_T 1 they train a quantised ReLU network; the spiking
     network then takes over its weights"""
     first_steps: int = 0
+    """the number of training steps for which --first_T and --first_levels hold"""
     second_rate: float | None = None
-    """learning rate after the first steps, as a part of --learning_rate: it falls to 0 twice, at their end and at the last step.
-    None: it falls once, over all steps"""
+    """the learning rate falls to 0 over the first steps, starts again at this part of --learning_rate, and falls to 0 at the last
+    step. None: it falls once, over all steps"""
     neuron_rate: float = 1.0
     """learning rate of the neurons' parameters, as a multiple of --learning_rate"""
     loss: str = "mean"
@@ -53,15 +54,15 @@ class Config(Generic[Model, Data]):
     """truncated backpropagation that changes the weights after every so many time steps (k1), while the states go on; the loss is that
     of these steps. None: once for a batch"""
     reach: int | None = None
-    """time steps that its gradient goes back (k2), a multiple of --update_every; None: as many as that"""
+    """how many time steps the gradient of --update_every goes back (k2), a multiple of that number. None: the same number"""
     label_smoothing: float = 0.0
     """share of each label that is spread over all classes"""
     rate_upper: float | None = None
-    """firing rate, in spikes a step, above which neurons are punished"""
+    """firing rate, in spikes a step, above which a penalty is added to the loss"""
     rate_lower: float | None = None
-    """firing rate below which neurons are punished"""
+    """firing rate below which a penalty is added to the loss"""
     rate_weight: float = 1.0
-    """of that punishment, beside the loss"""
+    """the factor of that penalty"""
     rate_per: str = "neuron"
     """whose rate it is: neuron, channel or layer"""
     rates: bool = False
