@@ -1,6 +1,7 @@
 """How much memory and time does a training step need when T grows, whole and in pieces? How soon is a streamed decision there?
 
     python benchmarks/long_sequences.py              on a GPU; 4 minutes on an H100; rows go to results/long_sequences.jsonl
+    python benchmarks/long_sequences.py --only "gradients.*scan"   also on a CPU, a few minutes
     python benchmarks/long_sequences.py streaming    1 minute; rows go to results/streaming.jsonl
     XLA_PYTHON_CLIENT_MEM_FRACTION=0.97 XLA_FLAGS="--xla_gpu_autotune_level=0 --xla_gpu_enable_triton_gemm=false" \
         python benchmarks/long_sequences.py --only whole     the largest T that fits into all memory; cuBLAS chooses the products
@@ -34,7 +35,7 @@ RATE = 0.05  # of the input spikes
 LENGTH = dict(dense=500, convolutional=50)  # the steps of a piece
 
 
-@question("long_sequences")
+@question("long_sequences", gpu=False)
 def long_sequences(args):
     kind = "scan" if args.tiny else "triton"
     runs = [("dense", 12, "pieces"), ("convolutional", 12, "pieces")]
@@ -55,6 +56,11 @@ def long_sequences(args):
         yield Case(key, measure, options, "fresh")
         if length and T <= 1_000:
             yield Case(key | dict(case=f"gradients, {case}"), compare, options, "fresh")
+    if not args.tiny:
+        key = dict(
+            case="gradients, convolutional", implementation="scan", dtype="float32", T=1_000, memory="pieces of 50", B=1
+        )
+        yield Case(key, compare, ("convolutional", "scan", 1_000, 1, 50, False), "fresh")
 
 
 BATCH = dict(dense=32, convolutional=16)

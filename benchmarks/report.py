@@ -391,16 +391,13 @@ def delays():
 
 
 def long_sequences():
-    """One line for each way to train; the comparison of its gradients is in the same line."""
-    same = lambda r: (r["case"].removeprefix("gradients, "), r["T"], r["memory"], r["device"])
-    compared = {
-        same(r): {k: r[k] for k in ("flips", "gradient_error") if k in r}
-        for r in rows("long_sequences")
-        if r["case"].startswith("gradients")
-    }
-    timed = (r for r in rows("long_sequences") if not r["case"].startswith("gradients"))
-    found = [r | compared.get(same(r), {}) | dict(gpu=r["device"].split()[1]) for r in timed]
-    return table("long_sequences", sorted(found, key=lambda r: (r["case"] != "dense", r["T"], r["memory"])))
+    """One line for each way to train; if its gradients were compared, that is in the same line."""
+    lines = {}
+    for r in rows("long_sequences"):
+        name, gpu = r["case"].removeprefix("gradients, "), r["device"].removeprefix("NVIDIA ").split()[0]
+        line = lines.setdefault((name, r["T"], r["B"], r["memory"], gpu), {})
+        line |= r | dict(case=name, gpu=gpu)
+    return table("long_sequences", sorted(lines.values(), key=lambda r: (r["case"] != "dense", r["T"], r["memory"])))
 
 
 TABLES = {
