@@ -105,16 +105,20 @@ MEMBRANE = "--model=resnet --model.connect=membrane --model.stem=cifar --model.T
 
 @recipe
 def cifar10():
-    """CIFAR-10, ResNet-18 with a shortcut of membrane currents, integrate-and-fire neurons, T = 4: 56 epochs. Not measured.
+    """CIFAR-10, ResNet-18 with a shortcut of membrane currents, integrate-and-fire neurons, T = 4: 94.1 %.
 
-    50 epochs train a quantised ReLU network (--first_levels), 6 more the spiking network that takes over its weights.
+    50 epochs train a quantised ReLU network (--first_levels), 6 more the spiking network that takes over its weights. Measured to
+    its end by `lax.scan` alone: 120 s on an H200, one seed. The quantised network had 94.3 %.
     """
     return _cifar10_levels_first(50, 6, *MEMBRANE)
 
 
 @recipe
 def cifar10_long():
-    """cifar10 with 280 epochs and then 20. Not measured."""
+    """cifar10 with 280 epochs and then 20: 95.5 %.
+
+    95.48 %, after 293 s on an H200 of which programs compiled beside the first 80; one seed. The quantised network had 95.72 %.
+    """
     return _cifar10_levels_first(280, 20, *MEMBRANE)
 
 

@@ -30,7 +30,7 @@ import itertools
 import json
 import sys
 import time
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor, wait
 from functools import partial
 
 import config as configuration
@@ -153,8 +153,10 @@ def _loop(run, config, fixed, first, objects, step, lower, K, test_source, start
         kept = f" (programs are kept in {cache})" if (cache := jax.config.jax_compilation_cache_dir) else ""
         bar.write(f"compiling the first step{kept}", sys.stdout)
         sys.stdout.flush()
-    # One program at a time, because XLA times kernels while it compiles; the others compile while the first one trains.
-    with bar, ThreadPoolExecutor(max_workers=1) as pool, interrupt.noted() as interrupted:
+    # While XLA compiles for a GPU it times kernels there, and steps wait: a GPU gets all programs before the first step. On a CPU
+    # the first one trains while the others compile.
+    gpu = jax.default_backend() != "cpu"
+    with bar, ThreadPoolExecutor(max_workers=4 if gpu else 1) as pool, interrupt.noted() as interrupted:
         compiling, began = {}, time.perf_counter()
         trained = lambda at: first if at < config.first_steps else objects
         if lower:
@@ -163,6 +165,8 @@ def _loop(run, config, fixed, first, objects, step, lower, K, test_source, start
             for at in dict.fromkeys([*([start] if start < config.first_steps else []), config.first_steps]):
                 lowered = lower_eval(_at(fixed, at), _evaluated(trained(at)), test_source, size)
                 compiling["eval", at >= config.first_steps] = pool.submit(lowered.compile)
+        if gpu:
+            wait(compiling.values())
         # after a resume the first call may be shorter, so that calls end at multiples of K, where logging and evaluation fall
         ends = [*range(start - start % K + K, config.steps, K), config.steps] if start < config.steps else []
         for before, now in itertools.pairwise([start, *ends]):
@@ -225,13 +229,15 @@ def _finish(run, config, fixed, objects, examples, test_source, seconds):
         "samples_per_s": float(np.median(speeds)),
         "checkpoint": run.saved(),
     }
+    written = lambda: (run.path / "summary.json").write_text(json.dumps(summary, indent=1) + "\n")
+    written()  # before the figures, which take a while
     model.eval()
     summary["report"] = str(report.draw(run.path / "report.png", rows, config, model, test_source))
     predicted = predict(fixed, model, test_source, min(250, 10 * config.batch))
     summary["mistakes"] = str(
         report.draw_mistakes(run.path / "mistakes.png", rows, config, model, test_source, *predicted)
     )
-    (run.path / "summary.json").write_text(json.dumps(summary, indent=1) + "\n")
+    written()
     return summary
 
 

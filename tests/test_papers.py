@@ -209,6 +209,8 @@ def test_levels_of_a_quantised_relu_are_rates_of_integrate_and_fire():
         spikes, _ = sf.unroll(sf.IF(reset=sf.SoftReset()), sf.IFParams(2.0), None, jnp.tile(x, (5, 1)))
         np.testing.assert_allclose(run(how, x, levels=5, shift=0.0), spikes.mean(0))
         np.testing.assert_allclose(run(how, x, levels=2) * 2, [0, 0, 0, 1, 1, 1, 2, 2, 2])
+        graded, _ = sf.unroll(papers.ILIF(5), papers.ILIFParams(threshold=2 / 5), None, x[None])
+        np.testing.assert_allclose(run(how, x, levels=5) * 5, graded[0], rtol=1e-6)
         slope = jax.grad(lambda x, how=how: run(how, x).sum())(x)
         np.testing.assert_allclose(slope, np.where((x >= 0) & (x <= 2), 0.5, 0))
     with pytest.raises(ValueError, match="QCFS: levels must be a whole number; got 2.5"):

@@ -107,7 +107,8 @@ class QCFS:
         s[t] = min(max(floor(levels x[t] / threshold + shift), 0), levels) / levels
 
     It has no state. The gradient of s for x is 1 / threshold where 0 <= x <= threshold, and 0 elsewhere. A network with these
-    neurons trains at T = 1, and its weights are a start for one of `IF` neurons with `SoftReset` at T = levels.
+    neurons trains at T = 1, and its weights are a start for one of `IF` neurons with `SoftReset` at T = levels. With shift = 1/2,
+    levels s is the spike of `ILIF(levels)` with threshold / levels, from v = 0.
 
     Params and their defaults: threshold = 1.0.
 
