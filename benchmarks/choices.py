@@ -3,6 +3,8 @@
 from types import SimpleNamespace
 from typing import NamedTuple
 
+import jax
+from neurons import NEURONS
 from runner import rows
 
 from snnfuse.ops import implementations
@@ -33,7 +35,9 @@ def cells() -> list[Cell]:
             found.setdefault(key, {})[row["implementation"]] = row["ms"]
     made = []
     for (case, dtype, T, M), ms in sorted(found.items()):
-        chosen = implementations.preference(SimpleNamespace(T=T, M=M))[0]
+        arrays = [leaf for leaf in jax.tree.leaves(NEURONS[case][1]) if isinstance(leaf, jax.Array)]
+        problem = SimpleNamespace(T=T, M=M, param_shapes=[leaf.shape for leaf in arrays])
+        chosen = implementations.preference(problem)[0]
         if chosen in ms and len(ms) > 1:
             made.append(Cell(case, dtype, T, M, ms, chosen, ms[chosen] / min(ms.values())))
     return made

@@ -104,6 +104,8 @@ def grid():
                     yield name, T, 2**exponent, dtype, names
     for T, M, dtype in itertools.product((4, 32), (2**20 + 1, 2**20 + 2), (f32, bf16)):
         yield "lif", T, M, dtype, ("pallas", "triton", "mosaic", "scan")
+    for name, T, M in (("lif", 500, 2**15 + 1), ("constant adaptive lif", 500, 2**15 + 1), ("lif", 1000, 2**17)):
+        yield name, T, M, f32, ("pallas", "triton")
 
 
 @question("choice")

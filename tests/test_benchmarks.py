@@ -76,6 +76,23 @@ def test_it_runs(name, small, capsys):
     assert capsys.readouterr().out.count('{"case"') == len(rows)
 
 
+FAR = {  # the cells of 50 us and more where None's choice takes over 5 % longer than the fastest: (neuron, dtype, T, lanes)
+    *(("lif", dtype, 32, 2**20 + 1) for dtype in ("float32", "bfloat16")),
+    *(("adaptive lif", dtype, 500, lanes) for dtype in ("float32", "bfloat16") for lanes in (2**12, 2**15)),
+    ("adaptive lif", "bfloat16", 32, 2**18),
+    ("adaptive lif", "bfloat16", 32, 2**22),
+    ("lif learned", "float32", 1, 2**25),
+    ("lif learned", "float32", 2, 2**22),
+}
+
+
+def test_none_picks_an_implementation_within_5_percent_of_the_fastest_but_for_cells_with_a_name():
+    cells = [cell for cell in report.cells() if min(cell.ms.values()) >= report.LAUNCHED]
+    assert len(cells) > 100 and {"scan", "pallas", "triton"} == {cell.chosen for cell in cells}
+    assert {(cell.case, cell.dtype, cell.T, cell.M) for cell in cells if cell.over > 1.05} == FAR
+    assert max(cell.over for cell in cells) < 1.15
+
+
 def test_every_question_is_tried_and_every_results_file_has_a_writer():
     assert set(SMOKE) | {"accuracy"} == QUESTIONS  # test_paper.py runs "accuracy"
     assert {path.stem for path in runner.RESULTS.glob("*.jsonl")} == QUESTIONS
