@@ -31,7 +31,7 @@ from inputs.images import STATISTICS
 from models import MODELS, READOUTS, ConvNet
 
 from snnfuse import training
-from snnfuse.data import catalog
+from snnfuse.data import catalog, image_augment
 from snnfuse.models.vgg import STAGES
 from snnfuse.nn.monitor import record
 
@@ -341,6 +341,21 @@ def test_normalised_channels_have_mean_0_and_deviation_1():
     np.testing.assert_allclose(own.encode(jax.random.key(0), {"image": np.full((1, 2, 2, 1), 0.7, "f")}, 1), 1.0)
     with pytest.raises(ValueError, match="--data.mean must have a number for each of 3 channels; got"):
         own.encode(jax.random.key(0), batch, 1)
+
+
+def test_each_random_change_of_images_has_a_key_of_its_own(monkeypatch):
+    keys = []
+    for name in ("crop", "flip", "move", "rand_augment", "cutout", "mixup", "cutmix"):
+
+        def note(key, images, *args, name=name, **options):
+            keys.append(tuple(jax.random.key_data(key).tolist()))
+            return (images, args[0]) if name in ("mixup", "cutmix") else images
+
+        monkeypatch.setattr(image_augment, name, note)
+    every = dict(shift=1, flip=True, scale=0.1, rand_augment=1, cutout=2, mixup=0.2, cutmix=1.0)
+    batch = {"image": np.zeros((2, 8, 8, 1), np.uint8)}
+    Images("mnist5k", **every).augment(jax.random.key(0), batch, jnp.eye(10)[:2])
+    assert len(keys) == len(set(keys)) == 7
 
 
 def test_the_report_shows_images_as_they_are_also_if_they_are_normalised():

@@ -113,14 +113,14 @@ class Images(Labelled):
         return load.Images()
 
     def augment(self, key: Array, batch: Batch, targets: Array) -> tuple[Batch, Array]:
-        keys, images = iter(jax.random.split(key, 6)), self.example().unpack(batch["image"])
+        keys, images = iter(jax.random.split(key, 7)), self.example().unpack(batch["image"])
         if self.shift:
             images = image_augment.crop(next(keys), images, self.shift)
         if self.flip:
             images = image_augment.flip(next(keys), images)
         if self.scale or self.turn:
             changes = dict(scale=self.scale, turn=self.turn)
-            images = image_augment.move(jax.random.fold_in(key, 1), images, **changes)
+            images = image_augment.move(next(keys), images, **changes)
         if self.rand_augment:
             images = image_augment.rand_augment(next(keys), images, self.rand_augment, self.magnitude)
         if self.cutout:
