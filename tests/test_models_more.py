@@ -92,6 +92,9 @@ def test_membrane_shortcut_adds_the_input_currents(widens):
     want = convolutions[1](inner) + (beside(spikes) if widens else xs)
     assert 0.1 < float(spikes.mean()) < 0.9 and float(inner.mean()) > 0
     np.testing.assert_array_equal(block(xs)[0], want)
+    padded, _ = block(nn.Padded(xs, jnp.array([3, 1, 2, 3, 1])))
+    for i, length in enumerate(padded.lengths):
+        np.testing.assert_array_equal(padded.values[:length, i], want[:length, i])
 
 
 @pytest.fixture

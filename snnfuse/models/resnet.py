@@ -13,6 +13,7 @@ from snnfuse.core.neuron import PyTree
 from snnfuse.core.reset import HardReset
 from snnfuse.core.surrogate import Rectangle
 from snnfuse.models.build import Build, check_option, rising
+from snnfuse.nn.padded import join, split
 
 DEPTHS = {18: (2, 2, 2, 2), 19: (3, 3, 2), 34: (3, 4, 6, 3), 50: (3, 4, 6, 3)}
 WIDTHS = (64, 128, 256, 512)  # ResNet-19 has the last three
@@ -55,7 +56,8 @@ class MembraneResidual(nn.Temporal):
         first, main = (None,) * 2 if state is None else state
         spikes, first = self.first(xs, first)
         inner, main = self.main(spikes, main)
-        return inner + (xs if self.shortcut is None else self.shortcut(spikes)), (first, main)
+        (inner, lengths), (spikes, _), (xs, _) = map(split, (inner, spikes, xs))
+        return join(inner + (xs if self.shortcut is None else self.shortcut(spikes)), lengths), (first, main)
 
 
 def spiking_resnet(
