@@ -255,7 +255,8 @@ class Network:
     surrogate: str = "atan"
     """gradient of a spike, with --model.tau: atan, sigmoid, triangle or rectangle, each of area 1"""
     v_rest: float = 0.0
-    """membrane potential before the first step, and without input, with --model.tau; in thresholds"""
+    """membrane potential before the first step, and without input, with --model.tau; in thresholds. With --model.levels: what
+    is added to an activation before it is rounded down, in levels"""
     scale: float = 1.0
     """of the normalisations at the start: the deviation of a neuron's input, in thresholds"""
     levels: int | None = None
@@ -272,7 +273,7 @@ class Network:
     def __post_init__(self):
         known = dict(readout=READOUTS, surrogate=SURROGATES, reset=RESETS)
         _check(self, policy=nn.PrecisionPolicy, memory=MEMORY, **known)
-        others = dict(surrogate="atan", reset="hard", v_rest=0.0, detach=True)
+        others = dict(surrogate="atan", reset="hard", detach=True) | ({"v_rest": 0.0} if self.levels is None else {})
         if self.tau is None and (given := [name for name, value in others.items() if getattr(self, name) != value]):
             raise ValueError(f"--model.{given[0]} needs --model.tau; got {getattr(self, given[0])!r} without it")
         if not self.v_rest < 1:

@@ -151,6 +151,12 @@ class Config(Generic[Model, Data]):
                 f"--first_levels needs --first_T, and a network of snnfuse.models; got {self.first_levels}, with "
                 f"--first_T {self.first_T} and --model {self.model.name}"
             )
+        # the model of the first steps has --first_levels, and a tau that waits for the later steps
+        if getattr(self.model, "levels", None) not in (None, self.first_levels) and self.model.tau is not None:
+            raise ValueError(
+                f"--model.levels has no neurons, so it goes without --model.tau; got {self.model.levels} and {self.model.tau}. "
+                "To train spiking neurons after such a network, give --first_levels"
+            )
         first_model(self)  # checks the options of the model
         K = self.steps_per_call
         if K is not None and (K < 1 or self.log_every % K or self.eval_every % K):

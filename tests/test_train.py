@@ -30,7 +30,7 @@ from inputs import DATASETS, Images
 from inputs.images import STATISTICS
 from models import MODELS, READOUTS, ConvNet
 
-from snnfuse import training
+from snnfuse import LIF, PiecewiseQuadratic, SoftReset, nn, training
 from snnfuse.data import catalog, image_augment
 from snnfuse.models.vgg import STAGES
 from snnfuse.nn.monitor import record
@@ -217,7 +217,8 @@ def test_the_first_steps_may_train_a_quantised_relu_network(tmp_path, monkeypatc
     options = dict(data=data, out=str(tmp_path), batch=4, steps=6, log_every=2, eval_every=2, average=0.9, warmup=0.0)
     config = dataclasses.replace(TINY, model=vgg, **options)
     losses = lambda name: [row["loss"] for row in rows(tmp_path / name) if "loss" in row]
-    train.train(dataclasses.replace(config, name="relu", model=dataclasses.replace(vgg, T=1, levels=2), steps=4))
+    relu = dataclasses.replace(vgg, T=1, levels=2, tau=None, reset="hard")
+    train.train(dataclasses.replace(config, name="relu", model=relu, steps=4))
     both = dataclasses.replace(config, name="both", first_T=1, first_levels=2, first_steps=4, second_rate=0.5)
     with pytest.raises(train.Stopped, match="stopped after step 2"):
         train.train(dataclasses.replace(both, stop_at=2))
@@ -227,6 +228,17 @@ def test_the_first_steps_may_train_a_quantised_relu_network(tmp_path, monkeypatc
     np.testing.assert_allclose(losses("both"), losses("whole"), rtol=1e-5)
     held_out = {row["step"]: name for row in rows(tmp_path / "both") for name in row if name.endswith("_accuracy")}
     assert len(losses("both")) == 6 and held_out == {2: "first_accuracy", 4: "first_accuracy", 6: "eval_accuracy"}
+
+
+def test_options_of_a_network_reach_its_neurons_and_normalisations():
+    options = dict(tau=2.0, reset="soft", detach=False, surrogate="triangle", v_rest=0.5, memory="lean", scale=0.4)
+    for name in ("spikformer", "qkformer"):
+        config = dataclasses.replace(MODELS[name], **options, depth=3, width=16, heads=2, policy="float32")
+        modules = [module for _, module in nnx.iter_modules(config.build((8, 8, 3), 10, nnx.Rngs(0)))]
+        neurons = {module.neuron for module in modules if isinstance(module, nn.Spiking)}
+        scales = [module.scale[...] for module in modules if isinstance(module, nn.BatchNorm)]
+        assert neurons == {LIF(reset=SoftReset(detach=False), surrogate=PiecewiseQuadratic(), v_rest=0.5)}
+        assert len(scales) > 5 and all((scale == np.float32(0.4)).all() for scale in scales)
 
 
 def test_a_checkpoint_of_other_settings_is_refused(whole, tmp_path):
@@ -513,6 +525,10 @@ def test_an_update_after_every_k1_time_steps():
         ),
         (("--model", "vgg", "--model.tau", "2", "--model.v_rest", "1"), "--model.v_rest must be less than .*; got 1"),
         (("--model", "vgg", "--model.scale", "0"), "--model.scale must be a finite number above 0; got 0"),
+        (
+            ("--model", "vgg", "--model.levels", "4", "--model.memory", "fast", "--model.tau", "2"),
+            "--model.levels has no neurons, so it goes without --model.tau; got 4 and 2",
+        ),
         (("--rate_weight", "nan"), "--rate_weight at least 0; got 'neuron' and nan"),
         (("--model", "vgg", "--model.depth", "13"), "--model.depth must be one of 11, 16; got 13"),
         (("--model", "resnet", "--model.drop_path", "0.1"), "--model.drop_path needs --model.connect add; got 'sum'"),
