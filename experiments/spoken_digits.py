@@ -26,8 +26,9 @@ With a speaker held out, the average over the six speakers of 800 steps:
     --model.no_recurrent, other speakers too      86.0; by scan on a CPU 85.9, 85.0 with seed 1
     the same, with --model.max_delay 10           86.3, 86.8, 87.6 with seeds 0, 1 and 2
 
-"Other speakers" are 240 recordings, --data.also digits_of_others. A speaker of the last line gets 75.6 to 93.4; a training
-takes 3 to 9 s on an H200 that other runs shared. Stronger random changes, and a filter that gives all speakers one mean spectrum,
+"Other speakers" are 240 recordings, --data.also digits_of_others. A speaker of the last line gets 75.6 to 93.4. The last two
+lines are runs on an H200 that other runs shared, with recordings rounded to 1/200 of their peak; a run took 3 to 9 s, the first
+one of a process 37 and 45 s. Stronger random changes, and a filter that gives all speakers one mean spectrum,
 did not help. Rows: benchmarks/results/accuracy.jsonl.
 """
 
