@@ -220,6 +220,7 @@ def test_your_own_events_are_cut_into_windows(tmp_path):
     for asked, why in (
         (dict(window=20), "window 10.0: remove .* got window 20"),
         (dict(size=(64, 64)), "size .128, 128."),
+        (dict(rate=8000), "rate None: remove .* got rate 8000"),
     ):
         with pytest.raises(ValueError, match=f"cups is prepared in .* with {why}"):
             catalog.prepare("cups", tmp_path / "data", manual=tmp_path, **asked)

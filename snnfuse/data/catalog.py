@@ -237,7 +237,10 @@ def _check_prepared(name: str, path: Path, size, rate, window) -> None:
     length = own_events and (told["window"] / 1000 if "window" in told else "None")
     made_with = {"size": pixels, "rate": sound_rate(path), "window": length}
     for option, asked in {"size": size and tuple(size), "rate": rate, "window": window}.items():
-        if asked is not None and (had := made_with[option]) and asked != had:
+        had = made_with[option] or None
+        if asked not in (None, had) and (
+            had or name not in CATALOG
+        ):  # `_chosen` names options that a set of the catalog lacks
             raise ValueError(
                 f"{name} is prepared in {path} with {option} {had}: remove that folder to prepare it again; got {option} {asked}"
             )
