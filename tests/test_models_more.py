@@ -273,6 +273,7 @@ def test_a_transposed_sequence_would_be_seen():
 
 make_vgg = partial(models.spiking_vgg, 11, 2, 4, hidden=8)
 make_vgg_13 = partial(models.spiking_vgg, 13, 2, 4)
+make_membrane = partial(models.spiking_resnet, 18, 3, 10, connect="membrane")
 make_spikformer = partial(models.spikformer, 2, 4, depth=1, width=16, heads=2, rngs=nnx.Rngs(0))
 
 
@@ -314,6 +315,11 @@ make_spikformer = partial(models.spikformer, 2, 4, depth=1, width=16, heads=2, r
             ),
             ValueError,
             "the hidden layer of a ResNet-19 has no name",
+        ),
+        (
+            lambda: models.load_torch(nnx.eval_shape(lambda: make_membrane(rngs=nnx.Rngs(0))), {}),
+            ValueError,
+            "model must not have connect='membrane'",
         ),
         (
             lambda: models.spiking_resnet(18, 3, 10, drop_path=0.1, rngs=nnx.Rngs(0)),

@@ -8,7 +8,7 @@ import numpy as np
 from flax import nnx
 
 from snnfuse import nn
-from snnfuse.models.resnet import Residual
+from snnfuse.models.resnet import MembraneResidual, Residual
 
 
 def load_torch(model: nn.Sequential, state_dict: Mapping[str, Any]) -> None:
@@ -16,7 +16,7 @@ def load_torch(model: nn.Sequential, state_dict: Mapping[str, Any]) -> None:
 
     Raises ValueError and does not change the model if a name is missing or unknown, or if a shape differs.
     """
-    if not any(isinstance(layer, Residual) for layer in _layers(model)):
+    if not any(isinstance(layer, (Residual, MembraneResidual)) for layer in _layers(model)):
         raise ValueError(f"model must be made by spiking_resnet; got {type(model).__name__} without residual blocks")
     given = {name: np.asarray(value) for name, value in state_dict.items() if not name.endswith("num_batches_tracked")}
     wanted = dict(torch_variables(model))
@@ -37,6 +37,8 @@ def load_torch(model: nn.Sequential, state_dict: Mapping[str, Any]) -> None:
 def torch_variables(model: nn.Sequential) -> Iterator[tuple[str, nnx.Variable]]:
     """(PyTorch's name, variable) for all parameters and running averages of a model made by `spiking_resnet`."""
     stem, *layers = _layers(model)
+    if any(isinstance(layer, MembraneResidual) for layer in layers):
+        raise ValueError("model must not have connect='membrane'; its layers have no names in PyTorch's ResNets")
     if any(isinstance(layer, nn.Linear) for layer in layers[:-1]):
         raise ValueError(
             "model must be a ResNet-18, -34 or -50; the hidden layer of a ResNet-19 has no name in PyTorch"
