@@ -89,8 +89,8 @@ def _cifar10_levels_first(first: int, then: int, *network: str):
     """`first` epochs of a quantised ReLU network at one time step, then `then` epochs of the spiking network, T = 4.
 
     Integrate-and-fire neurons that start at half of the threshold and subtract it spike four times the value of the quantised
-    ReLU, if their input is constant. So the spiking network starts one to two per cent below the quantised one. What it still has
-    to learn needs a small learning rate, and a gradient that passes through the reset, which is then near that of the ReLU.
+    ReLU, if their input is constant. In later layers it is not, so the spiking network starts with a lower accuracy. It then needs
+    a small learning rate, and a gradient that passes through the reset, which is close to that of the ReLU.
     """
     neurons = "--model.tau=inf --model.reset=soft --model.no_detach --model.v_rest=0.5 --model.scale=0.4".split()
     neurons += "--model.surrogate=triangle --first_levels=4 --first_T=1 --second_rate=0.03".split()
@@ -108,7 +108,7 @@ def cifar10():
     """CIFAR-10, ResNet-18 with a shortcut of membrane currents, integrate-and-fire neurons, T = 4: 94.1 %.
 
     50 epochs train a quantised ReLU network (--first_levels), 6 more the spiking network that takes over its weights. Measured to
-    its end by `lax.scan` alone: 120 s on an H200, one seed. The quantised network had 94.3 %.
+    its end only with `--model.implementation scan`: 120 s on an H200, one seed. The quantised network had 94.3 %.
     """
     return _cifar10_levels_first(50, 6, *MEMBRANE)
 
@@ -117,7 +117,7 @@ def cifar10():
 def cifar10_long():
     """cifar10 with 280 epochs and then 20: 95.5 %.
 
-    95.48 %, after 293 s on an H200 of which programs compiled beside the first 80; one seed. The quantised network had 95.72 %.
+    95.48 % after 293 s on an H200, with the time to compile; one seed. The quantised network had 95.72 %.
     """
     return _cifar10_levels_first(280, 20, *MEMBRANE)
 
