@@ -231,13 +231,15 @@ def test_the_first_steps_may_train_a_quantised_relu_network(tmp_path, monkeypatc
 
 
 def test_options_of_a_network_reach_its_neurons_and_normalisations():
-    options = dict(tau=2.0, reset="soft", detach=False, surrogate="triangle", v_rest=0.5, memory="lean", scale=0.4)
-    for name in ("spikformer", "qkformer"):
-        config = dataclasses.replace(MODELS[name], **options, depth=3, width=16, heads=2, policy="float32")
+    options = dict(tau=2.0, reset="soft", surrogate="triangle", v_rest=0.5, memory="lean", scale=0.4)
+    for name, detach in (("spikformer", True), ("qkformer", False)):
+        config = dataclasses.replace(
+            MODELS[name], **options, detach=detach, depth=3, width=16, heads=2, policy="float32"
+        )
         modules = [module for _, module in nnx.iter_modules(config.build((8, 8, 3), 10, nnx.Rngs(0)))]
         neurons = {module.neuron for module in modules if isinstance(module, nn.Spiking)}
         scales = [module.scale[...] for module in modules if isinstance(module, nn.BatchNorm)]
-        assert neurons == {LIF(reset=SoftReset(detach=False), surrogate=PiecewiseQuadratic(), v_rest=0.5)}
+        assert neurons == {LIF(reset=SoftReset(detach=detach), surrogate=PiecewiseQuadratic(), v_rest=0.5)}
         assert len(scales) > 5 and all((scale == np.float32(0.4)).all() for scale in scales)
 
 
