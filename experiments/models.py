@@ -258,7 +258,7 @@ class Network:
     """membrane potential before the first step, and without input, with --model.tau; in thresholds. With --model.levels: what
     is added to an activation before it is rounded down, in levels"""
     scale: float = 1.0
-    """of the normalisations at the start: the deviation of a neuron's input, in thresholds"""
+    """of each normalisation at the start; with --model.tau, the deviation of what it gives to a neuron, in thresholds"""
     levels: int | None = None
     """in place of spikes, activations from 0 to 1 in so many levels: a quantised ReLU, the rate of a neuron over that many steps"""
     policy: str = "bfloat16"
