@@ -118,6 +118,11 @@ class Config(Generic[Model, Data]):
             raise ValueError(
                 f"--rate_lower must be from 0 to --rate_upper; got {self.rate_lower} and {self.rate_upper}"
             )
+        if (self.rate_weight, self.rate_per) != (1, "neuron") and self.rate_lower is self.rate_upper is None:
+            raise ValueError(
+                f"--rate_weight and --rate_per need --rate_lower or --rate_upper; got {self.rate_weight} and {self.rate_per!r} "
+                "without them"
+            )
         if not 0 <= self.label_smoothing < 1:
             raise ValueError(f"--label_smoothing must be in [0, 1); got {self.label_smoothing}")
         if self.piece is not None and self.piece < 1 or self.truncate and self.piece is None:

@@ -389,8 +389,12 @@ def test_the_report_shows_images_as_they_are_also_if_they_are_normalised():
             "--data.mean, --data.deviation and --data.normalise go together; got .0.1,., None and True",
         ),
         (dict(mean=(0.1,), deviation=(0.2,), normalise=False), "go together; got .0.1,., .0.2,. and False"),
-        (dict(mean=(0.1,), deviation=(0.0,)), "a number for each channel, deviations above 0; got .0.1,. and .0.0,."),
-        (dict(mean=(0.1, 0.2), deviation=(1.0,)), "a number for each channel, deviations above 0"),
+        (dict(mean=(0.1,), deviation=(0.0,)), "number for each channel, deviations above 0; got .0.1,. and .0.0,."),
+        (dict(mean=(0.1, 0.2), deviation=(1.0,)), "a finite number for each channel, deviations above 0"),
+        (dict(mean=(), deviation=()), "a finite number for each channel"),
+        (dict(mean=(0.1,), deviation=(np.inf,)), "a finite number for each channel"),
+        (dict(mean=(np.nan,), deviation=(1.0,)), "a finite number for each channel"),
+        (dict(magnitude=0.5), "--data.magnitude needs --data.rand_augment; got 0.5 without it"),
     ],
 )
 def test_statistics_that_do_not_fit_are_refused(options, message):
@@ -531,6 +535,8 @@ def test_an_update_after_every_k1_time_steps():
             ("--model", "vgg", "--model.levels", "4", "--model.memory", "fast", "--model.tau", "2"),
             "--model.levels has no neurons, so it goes without --model.tau; got 4 and 2",
         ),
+        (("--rate_weight", "2"), "--rate_weight and --rate_per need --rate_lower or --rate_upper; got 2"),
+        (("--rate_per", "layer"), "need --rate_lower or --rate_upper; got 1.0 and 'layer'"),
         (("--rate_weight", "nan"), "--rate_weight at least 0; got 'neuron' and nan"),
         (("--model", "vgg", "--model.depth", "13"), "--model.depth must be one of 11, 16; got 13"),
         (("--model", "resnet", "--model.drop_path", "0.1"), "--model.drop_path needs --model.connect add; got 'sum'"),

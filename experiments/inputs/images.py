@@ -67,6 +67,8 @@ class Images(Labelled):
                 raise ValueError(f"--data.{name} must be at least 0, and at most {most:g}; got {value}")
         if not 0 <= self.magnitude <= 1:
             raise ValueError(f"--data.magnitude must be in [0, 1]; got {self.magnitude}")
+        if self.magnitude != 0.3 and not self.rand_augment:
+            raise ValueError(f"--data.magnitude needs --data.rand_augment; got {self.magnitude} without it")
         if self.normalise and self.encoding != "direct":
             raise ValueError(f"--data.normalise needs --data.encoding direct; got {self.encoding!r}")
         if (self.mean is None) != (self.deviation is None) or self.mean is not None and not self.normalise:
@@ -74,9 +76,13 @@ class Images(Labelled):
                 f"--data.mean, --data.deviation and --data.normalise go together; got {self.mean}, {self.deviation} and "
                 f"{self.normalise}"
             )
-        if self.mean is not None and not (len(self.mean) == len(self.deviation) and min(self.deviation) > 0):
+        if self.mean is not None and not (
+            len(self.mean) == len(self.deviation) > 0
+            and np.isfinite(self.mean + self.deviation).all()
+            and min(self.deviation) > 0
+        ):
             raise ValueError(
-                f"--data.mean and --data.deviation must have a number for each channel, deviations above 0; got {self.mean} "
+                f"--data.mean and --data.deviation must have a finite number for each channel, deviations above 0; got {self.mean} "
                 f"and {self.deviation}"
             )
         if self.repeat < 1:
