@@ -84,7 +84,7 @@ def test_membrane_shortcut_adds_the_input_currents(widens):
     dense = lambda features, key: nnx.Linear(4, features, rngs=nnx.Rngs(key))
     first, second, convolutions = neuron(), neuron(), (dense(4, 1), dense(6 if widens else 4, 2))
     beside = dense(6, 3) if widens else None
-    block = models.resnet.MembraneResidual(first, nn.Sequential(convolutions[0], second, convolutions[1]), beside)
+    block = models.MembraneResidual(first, nn.Sequential(convolutions[0], second, convolutions[1]), beside)
     block.eval()
     xs = jax.random.normal(jax.random.key(0), (3, 5, 4))
     spikes, _ = first(xs)
