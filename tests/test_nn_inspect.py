@@ -55,6 +55,10 @@ CASES = {
     "TEBN": (lambda: nn.TEBN(3, 4, rngs=rngs()), (xs,)),
     "Quantised": (lambda: nn.Quantised(nn.Linear(4, 3, rngs=rngs()), 4), (xs,)),
     "Residual": (lambda: models.Residual(nn.Sequential(nn.Linear(4, 4, rngs=rngs())), norm_spiking()), (xs,)),
+    "MembraneResidual": (
+        lambda: models.MembraneResidual(norm_spiking(), nn.Sequential(nn.Linear(4, 4, rngs=rngs()))),
+        (xs,),
+    ),
     "SelfAttention": (lambda: models.SelfAttention(1), (jnp.ones((2, 1, 5, 6)),)),
     "TokenAttention": (lambda: models.TokenAttention(1, nn.IF()), (jnp.ones((2, 1, 5, 6)),)),
     "spiking_resnet": (lambda: models.spiking_resnet(18, 3, 4, stem="cifar", memory="lean", rngs=rngs()), (image,)),
