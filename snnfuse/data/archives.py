@@ -74,7 +74,7 @@ class Files(Protocol):
     def read(self, name: str) -> bytes: ...
 
     def full(self, name: str) -> str:
-        """What errors call the file."""
+        """The name of the file in error messages: with its folder, unless it came out of an archive."""
 
 
 class _Zip:

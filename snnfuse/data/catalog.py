@@ -238,9 +238,8 @@ def _check_prepared(name: str, path: Path, size, rate, window) -> None:
     made_with = {"size": pixels, "rate": sound_rate(path), "window": length}
     for option, asked in {"size": size and tuple(size), "rate": rate, "window": window}.items():
         had = made_with[option] or None
-        if asked not in (None, had) and (
-            had or name not in CATALOG
-        ):  # `_chosen` names options that a set of the catalog lacks
+        known = had or name not in CATALOG  # `_chosen` names options that a set of the catalog lacks
+        if known and asked not in (None, had):
             raise ValueError(
                 f"{name} is prepared in {path} with {option} {had}: remove that folder to prepare it again; got {option} {asked}"
             )

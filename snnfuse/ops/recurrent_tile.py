@@ -1,4 +1,4 @@
-"""What both kernels of a recurrent layer have in common: the tile of a program, its arguments, and loads of a chunk.
+"""Text that the forward and the backward kernel of a recurrent layer share: a program's tile, its arguments, and loads of a chunk.
 
 `snnfuse.ops.recurrent_source` says what a tile is, and how a wide head is split over a group of programs.
 """
@@ -6,7 +6,7 @@
 from typing import NamedTuple
 
 from snnfuse.ops.recurrent_product import get, head_mask, lane_mask
-from snnfuse.ops.triton_text import fill, offset, pointers, returned
+from snnfuse.ops.triton_text import LOAD_CHUNK, fill, offset, pointers, returned
 
 
 class RecurrentBlocks(NamedTuple):
@@ -38,15 +38,6 @@ lane = row * (HEAD * HEADS) + head * HEAD + neuron
 {mask}
 {params}
 {weight}
-"""
-
-_LOAD_CHUNK = """
-@triton.jit
-def {name}({arguments}):
-    {empty}
-    for k in tl.static_range(K):  # all loads before any use: they are in flight together
-        {load}
-    {give_back}
 """
 
 
@@ -123,7 +114,7 @@ def load_chunk(function, names, masked):
     """(a function that loads K steps of some sequences, the names of what it returns). A value is cast when it is used."""
     at = [f"{n}_at" for n in names]
     text = fill(
-        _LOAD_CHUNK,
+        LOAD_CHUNK,
         name=[function],
         arguments=[*pointers(names), "at", *masked, "M: tl.constexpr", "K: tl.constexpr"],
         empty=[f"{n} = ()" for n in at],

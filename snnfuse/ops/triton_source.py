@@ -21,6 +21,7 @@ from snnfuse.ops.fused import Wanted
 from snnfuse.ops.packing import Packed
 from snnfuse.ops.problem import Problem
 from snnfuse.ops.triton_text import (
+    LOAD_CHUNK,
     Names,
     Periods,
     at_step,
@@ -79,15 +80,6 @@ def module_text(problem: Problem, blocks: Blocks, periods: Periods) -> str:
         _backward(problem, names, blocks, periods, wanted, live_outs, live_state),
     )
 
-
-_LOAD_CHUNK = """
-@triton.jit
-def {name}({arguments}):
-    {empty}
-    for k in tl.static_range(K):  # all loads before any use: they are in flight together
-        {load}
-    {give_back}
-"""
 
 _FORWARD = """
 @triton.jit
@@ -352,7 +344,7 @@ def _load_chunk(function, names, masked):
     """(a function that loads K steps of some sequences, the names of what it returns)."""
     at = [f"{n}_at" for n in names]
     text = fill(
-        _LOAD_CHUNK,
+        LOAD_CHUNK,
         name=[function],
         arguments=[*pointers(names), "at", *masked, *_CHUNK_CONSTANTS],
         empty=[f"{n} = ()" for n in at],

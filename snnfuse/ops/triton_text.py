@@ -94,6 +94,17 @@ def call(targets, function, *groups):
     return f"{', '.join(targets)} = {call}" if targets else call
 
 
+# A function that loads the K steps of a chunk, in kernels of recurrent and of other layers.
+LOAD_CHUNK = """
+@triton.jit
+def {name}({arguments}):
+    {empty}
+    for k in tl.static_range(K):  # all loads before any use: they are in flight together
+        {load}
+    {give_back}
+"""
+
+
 def fill(template: str, **holes: list[str]) -> str:
     """The template with its holes filled. A line whose only hole is filled with no lines vanishes."""
     lines = []
