@@ -68,6 +68,8 @@ COLUMNS = {  # of each table: head={format of a row's fields}
     "nicolas={nicolas:.1%}; jackson={jackson:.1%}; lucas={lucas:.1%}; yweweler={yweweler:.1%}; seconds of a training={seconds:.2f}",
     "conversion": "largest rate={case}; outputs={note}; "
     + "; ".join(f"T = {T}={{T{T}:.1%}}" for T in (4, 8, 16, 32, 64, 128, 256)),
+    "few_bits": "weights={case}; rounding={note}; ReLU network, seeds 0 to 2={relu[0]:.1%}, {relu[1]:.1%}, {relu[2]:.1%}; "
+    "spiking network, T = 32={spiking[0]:.1%}, {spiking[1]:.1%}, {spiking[2]:.1%}",
     "delay_layers": "layer={case}; longest delay={steps}; computed by={implementation}; dtype={dtype}; ms={ms:.2f}",
     "streaming": "network={case}; called by=`{implementation}`; steps in a call={T}; ms per call={call_ms:.2f}; "
     "99th percentile={late_ms:.2f}; us per step={us_per_step:.0f}",
@@ -402,7 +404,7 @@ def long_sequences():
 
 TABLES = {
     file: lambda file=file: table(file, rows(file))
-    for file in ("flips", "accuracy", "loader", "contract", "streaming", "delay_layers")
+    for file in ("flips", "accuracy", "loader", "contract", "streaming", "delay_layers", "few_bits")
 }
 TABLES |= {
     make.__name__: make

@@ -61,6 +61,7 @@ SMOKE = {  # question: the options that keep it short
     "online": ["--only", "dense sltt", "--seeds", "1"],
     "delays": ["--only", "^neither"],
     "conversion": ["--only", "99 scan"],
+    "few_bits": ["--only", "4 bits.*straight"],
     "delay_layers": ["--only", "float32"],
     "streaming": ["--only", "nn.Stream 10 "],
     "step_calls": ["--only", "host (comp|flat)|mnist.*(Device|32)"],
