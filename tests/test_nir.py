@@ -17,7 +17,7 @@ from flax import nnx
 import snnfuse as sf
 from snnfuse import nn
 from snnfuse.interop import nir as interop
-from snnfuse.models import Residual
+from snnfuse.models import Residual, resnet, spiking_resnet
 from snnfuse.nn import monitor
 
 nir = pytest.importorskip("nir")
@@ -257,6 +257,34 @@ def test_there_and_back_with_residual_blocks(connect):
     want = run(model, xs)
     assert_fires(want)
     np.testing.assert_array_equal(run(interop.from_nir(interop.to_nir(model, (6, 8, 2)), interop.NIR), xs), want)
+
+
+@pytest.mark.parametrize("shape", [(3,), (5, 2), (4, 6, 2)])
+def test_there_and_back_with_normalised_inputs_and_spikes(shape):
+    norm = lambda: nn.BatchNorm(shape[-1], gain=1.5, rngs=nnx.Rngs(0))
+    model = nn.Sequential(norm(), nn.IF(), norm(), nn.LIF(tau=2.0))
+    xs = inputs(*shape)
+    run(model, xs)  # in training, for statistics
+    model.eval()
+    want = run(model, xs)
+    assert_fires(want)
+    np.testing.assert_array_equal(run(interop.from_nir(interop.to_nir(model, shape, GRID), GRID), xs), want)
+
+
+def test_there_and_back_with_a_membrane_shortcut(monkeypatch):
+    """The currents of two blocks are added to those of the stem; the third block has a convolution as its shortcut."""
+    monkeypatch.setattr(resnet, "WIDTHS", (8, 8))
+    monkeypatch.setitem(resnet.DEPTHS, 18, (2, 1))
+    model = spiking_resnet(
+        18, 2, 3, connect="membrane", stem="cifar", neuron=partial(nn.IF, threshold=0.5), rngs=nnx.Rngs(0)
+    )
+    xs = inputs(8, 8, 2, T=6)
+    run(model, xs)  # in training, for statistics
+    model.eval()
+    graph = interop.to_nir(model, (8, 8, 2), GRID)
+    again, want = interop.from_nir(graph, GRID), run(model, xs)
+    assert float(jnp.abs(want).max()) > 0.1
+    np.testing.assert_allclose(run(again, xs), want, atol=1e-3)
 
 
 def test_there_and_back_late():
@@ -594,11 +622,10 @@ def test_snntorchs_neurons_leak_to_zero():
         ([nn.LI(decay=1.0)], (3,), r"layer 0 \(LI\): decay must be in \(0, 1\)"),
         ([nnx.Linear(3, 3, rngs=nnx.Rngs(0))], (4, 3), r"layer 0 \(Linear\): NIR's Affine takes vectors"),
         ([nn.flatten], (2, 2, 3), "the output is in the order of snnfuse.nn.flatten"),
-        ([nnx.BatchNorm(3, rngs=nnx.Rngs(0))], (3,), r"layer 0 \(BatchNorm\) must follow one Conv or Linear"),
         (
-            [nn.IF(), nnx.BatchNorm(3, rngs=nnx.Rngs(0))],
-            (3,),
-            r"layer 1 \(BatchNorm\) must follow a Conv or Linear; .* IF",
+            [nn.flatten, nnx.BatchNorm(12, rngs=nnx.Rngs(0))],
+            (2, 2, 3),
+            r"layer 1 \(BatchNorm\): .* after snnfuse.nn.flatten",
         ),
         (
             [nnx.Conv(1, 1, 3, padding="CIRCULAR", rngs=nnx.Rngs(0))],

@@ -17,7 +17,7 @@ from snnfuse.core.reset import HardReset, SoftReset
 from snnfuse.interop import snntorch
 from snnfuse.interop.nir.dialect import NIR, Dialect, require
 from snnfuse.interop.nir.layers import Flatten, Graph, Pool, Scale, Shift, Threshold
-from snnfuse.models.resnet import Residual
+from snnfuse.models.resnet import MembraneResidual, Residual
 from snnfuse.ops.packing import Packed
 
 
@@ -25,10 +25,10 @@ def to_nir(model: nn.Temporal, input_shape: Sequence[int], dialect: Dialect = NI
     """The `nir.NIRGraph` of a model, as it is in evaluation; `nir.write(path, graph)` makes a file of it.
 
     Args:
-      model: a `snnfuse.nn.Sequential`, `Graph` or `snnfuse.models.Residual` ("sum", "add"), nested at will, of Linear and Conv
-        (of nnx, 1d and 2d, and of snnfuse.nn), IF, LIF, ParametricLIF, CubaLIF, LI, Recurrent, NormSpiking, `snnfuse.nn.flatten` and
-        `mean_pool`, partial(nnx.avg_pool, ...), the layers of this package, and a BatchNorm right after a Conv or Linear,
-        whose weights take it in.
+      model: a `snnfuse.nn.Sequential`, `Graph`, `snnfuse.models.Residual` ("sum", "add") or `MembraneResidual`, nested at will, of
+        Linear and Conv (of nnx, 1d and 2d, and of snnfuse.nn), IF, LIF, ParametricLIF, CubaLIF, LI, Recurrent, NormSpiking,
+        `snnfuse.nn.flatten` and `mean_pool`, partial(nnx.avg_pool, ...), the layers of this package, and BatchNorm. If only a
+        BatchNorm follows a Conv or Linear, their weights take it in; elsewhere it is a node of its own, a convolution of 1 x 1.
       input_shape: of one sample in one step, channels last: (H, W, C), (L, C) or (N,).
       dialect: of who is to read it. Its reset must be that of the model.
 
@@ -48,21 +48,21 @@ def to_nir(model: nn.Temporal, input_shape: Sequence[int], dialect: Dialect = NI
         name = f"{_name(layer).lower()}_{i}"
         _check_same(came, f"layer {i} ({_name(layer)})")
         if isinstance(layer, nnx.BatchNorm):
-            if len(came) > 1 or sources[i][0] < 0 or users[sources[i][0]] > 1:
-                raise NotImplementedError(
-                    f"layer {i} (BatchNorm) must follow one Conv or Linear, and be alone to do so"
-                )
-            nodes[signal.name] = _normalised(nir, nodes[signal.name], layer, f"layer {i} (BatchNorm)")
-            at[i] = signal
-            continue
-        _check_fits(layer, shape, input_shape, f"layer {i} ({_name(layer)})")
-        try:
-            node, order = _node(nir, layer, signal, dialect, f"layer {i} ({_name(layer)})")
-            shape = _shape_after(layer, shape)
-        except (TypeError, ValueError) as error:
-            raise ValueError(
-                f"input_shape must fit layer {i} ({_name(layer)}); got {input_shape}, of which it is given {shape}: {error}"
-            ) from error
+            weights = type(nodes[signal.name]) in (nir.Affine, nir.Linear, nir.Conv1d, nir.Conv2d)
+            if weights and len(came) == 1 and users[sources[i][0]] == 1:
+                nodes[signal.name] = _normalised(nir, nodes[signal.name], layer)
+                at[i] = signal
+                continue
+            node, order = _normalised(nir, _identity_node(nir, signal, f"layer {i} (BatchNorm)"), layer), None
+        else:
+            _check_fits(layer, shape, input_shape, f"layer {i} ({_name(layer)})")
+            try:
+                node, order = _node(nir, layer, signal, dialect, f"layer {i} ({_name(layer)})")
+                shape = _shape_after(layer, shape)
+            except (TypeError, ValueError) as error:
+                raise ValueError(
+                    f"input_shape must fit layer {i} ({_name(layer)}); got {input_shape}, of which it is given {shape}: {error}"
+                ) from error
         if node is None:  # a flatten of what is flat
             at[i] = _Signal(signal.name, shape, order)
             continue
@@ -119,6 +119,9 @@ def _flat(model):
             beside = came if layer.shortcut is None else put(layer.shortcut, came)
             beside = beside if join.shortcut_norm is None else put(join.shortcut_norm, beside)
             return put(join.neuron, inner + beside) if join.connect == "sum" else put(join.neuron, inner) + beside
+        if isinstance(layer, MembraneResidual):
+            spikes = put(layer.first, came)
+            return put(layer.main, spikes) + (came if layer.shortcut is None else put(layer.shortcut, spikes))
         if layer is nn.mean_pool:
             return put(nn.flatten, put(_mean, came))
         layers.append(layer)
@@ -298,10 +301,21 @@ def _pool_node(nir, layer, shape, where):
     return nir.AvgPool2d(np.array(window), np.array(strides), np.array([low for low, _ in padding]))
 
 
-def _normalised(nir, node, norm, where):
+def _identity_node(nir, signal, where):
+    """A node with a weight for each channel, all 1."""
+    *size, features = signal.shape
+    if signal.order is not None or len(size) > 2:
+        raise NotImplementedError(f"{where}: NIR has no node for it on {signal.shape}, or after snnfuse.nn.flatten")
+    ones, zeros = np.ones((features, 1, *(1,) * len(size)), np.float32), np.zeros(features, np.float32)
+    if not size:
+        return nir.Linear(np.eye(features, dtype=np.float32))
+    return (nir.Conv1d, nir.Conv2d)[len(size) - 1](
+        size[0] if len(size) == 1 else tuple(size), ones, 1, 0, 1, features, zeros
+    )
+
+
+def _normalised(nir, node, norm):
     """The node of a Linear or Conv with a BatchNorm in evaluation taken in."""
-    if type(node) not in (nir.Affine, nir.Linear, nir.Conv1d, nir.Conv2d):
-        raise NotImplementedError(f"{where} must follow a Conv or Linear; it follows a {type(node).__name__}")
     scale = getattr(norm, "gain", 1.0) / np.sqrt(np.asarray(norm.var[...], np.float64) + norm.epsilon)
     scale = scale * (1 if norm.scale is None else np.asarray(norm.scale[...]))
     bias = (getattr(node, "bias", 0) - np.asarray(norm.mean[...])) * scale
