@@ -1,13 +1,13 @@
-"""How many time steps does a converted ReLU network need to be as accurate as before? Are weights of 8 or 4 bits enough?
+"""How many time steps does a converted ReLU network need to be as accurate as before? Are weights of a few bits enough?
 
     python benchmarks/conversion.py              three minutes on a CPU; rows go to results/conversion.jsonl
-    python benchmarks/conversion.py few_bits     three minutes on a CPU; rows go to results/few_bits.jsonl
+    python benchmarks/conversion.py few_bits     ten minutes on a CPU; rows go to results/few_bits.jsonl
 
 A convolutional ReLU network learns 4,000 MNIST digits. `interop.relu.to_snn` makes a spiking network of it, with the given percentile of
 the activations as the largest rate. Each of 1,000 held-out digits is shown at T steps, and the outputs are averaged over all
 steps, or over the last three quarters of them. `relu_accuracy` is that of the ReLU network, `changed` the digits that get another class.
 
-"few_bits" trains the same network with weights of 8 or 4 bits (`nn.Quantised`), or rounds them after training. `relu` and `spiking`
+"few_bits" trains the same network with weights of 8, 4 or 2 bits (`nn.Quantised`), or rounds them after training. `relu` and `spiking`
 are the accuracies of seeds 0, 1 and 2 before and after the conversion with the 99th percentile. Biases keep 32 bits.
 """
 
@@ -41,7 +41,7 @@ def conversion(args):
 
 @question("few_bits", gpu=False, updates=(600, "training steps of the ReLU network"))
 def few_bits(args):
-    for bits, trained in ((32, 32), (8, 8), (8, 32), (4, 4), (4, 32)):
+    for bits, trained in ((32, 32), (8, 8), (8, 32), (4, 4), (4, 32), (2, 2), (2, 32)):
         note = "after training" if trained != bits else "straight-through gradient" if bits < 32 else "none"
         key = dict(case=f"{bits} bits", implementation="scan", T=2 if args.tiny else 32, note=note)
         key |= dict(steps=3 if args.tiny else args.updates)

@@ -44,7 +44,7 @@ def long_sequences(args):
         runs += [("convolutional", 1_000, how) for how in ("whole", "pieces")]
         runs += [("dense", 10_000, "scan"), ("dense", 1_000_000, "pieces")]
         runs += [
-            ("dense", T, "whole") for T in (300_000, 350_000, 500_000, 550_000)
+            ("dense", T, "whole") for T in (350_000, 500_000, 700_000, 750_000)
         ]  # the most on an H100 and on an H200
     for case, T, how in runs:
         length = (5 if args.tiny else LENGTH[case]) if how == "pieces" else None
