@@ -51,11 +51,12 @@ class Run:
         lines = path.read_text().split("\n")[:-1] if path.exists() else []  # a line without its end was cut off
         return [json.loads(line) for line in lines]
 
-    def record(self, step: int, metrics: dict):
-        self._jsonl.write(json.dumps({"step": step, **metrics}) + "\n")
+    def record(self, rows: list[tuple[int, dict]]):
+        """Writes (step, metrics) of some steps: a row each to metrics.jsonl, and their means to TensorBoard, which is slow."""
+        self._jsonl.write("".join(json.dumps({"step": step, **metrics}) + "\n" for step, metrics in rows))
         self._jsonl.flush()
-        for name, value in metrics.items():
-            self._tensorboard.add_scalar(name.replace("eval_", "eval/"), value, step)
+        for name, value in _means(rows).items():
+            self._tensorboard.add_scalar(name.replace("eval_", "eval/"), value, rows[-1][0])
 
     def save(self, step: int, *objects):
         self._checkpoints.save(step, training.to_arrays(*objects), training.settings(*objects))
@@ -71,7 +72,7 @@ class Run:
 
 
 class Meter:
-    """Metrics of steps that may still be running: fetched, checked and written together, so that the device never waits."""
+    """Metrics of steps that may still be running. They are fetched and written together, while the device works on later steps."""
 
     def __init__(self, run: Run, batch: int):
         self.run, self.batch = run, batch
@@ -84,24 +85,38 @@ class Meter:
         """The metrics of a call whose first step is `step`: scalars, or arrays with one value a step."""
         self.pending.append((step, metrics))
 
-    def write(self) -> dict[str, str]:
-        """Write what is pending. Returns what the progress bar shows. Raises Stopped at the first value not finite."""
+    def write(self, running: int = 0) -> dict[str, str]:
+        """Write what is pending but the last `running` calls, whose steps may still run. Returns what the progress bar shows.
+
+        Raises Stopped at the first value that is not finite.
+        """
+        ready = max(0, len(self.pending) - running)
+        calls, self.pending = jax.device_get(self.pending[:ready]), self.pending[ready:]
+        now = time.perf_counter()
         rows = []
-        for first, metrics in self.pending:
+        for first, metrics in calls:
             columns = {name: np.atleast_1d(values).tolist() for name, values in metrics.items()}
             steps = [dict(zip(columns, row, strict=True)) for row in zip(*columns.values(), strict=True)]
             rows += enumerate(steps, first)
-        speed = self.batch * len(rows) / (time.perf_counter() - self.since)
-        for step, row in rows:
+        if not rows:
+            return {}
+        speed, self.since = self.batch * len(rows) / (now - self.since), now
+        rows = [(step, {**row, "samples_per_s": speed}) for step, row in rows]
+        for i, (step, row) in enumerate(rows):
             if bad := [f"{name} is {value}" for name, value in row.items() if not np.isfinite(value)]:
+                if i:
+                    self.run.record(rows[:i])
                 raise Stopped(
                     f"{', '.join(bad)} at step {step}: stopped. Try a smaller --learning_rate or --clip; "
                     f"{self.run.path} has its metrics, and its last checkpoint is of step {self.run.saved()}"
                 )
-            self.run.record(step, {**row, "samples_per_s": speed})
-        self.restart()
-        mean = {name: np.mean([row[name] for _, row in rows]) for name in rows[0][1]}
+        self.run.record(rows)
+        mean = _means(rows)
         return {"loss": f"{mean['loss']:.3f}", "acc": f"{mean['accuracy']:.1%}", "samples/s": f"{speed:.0f}"}
+
+
+def _means(rows):
+    return {name: float(np.mean([row[name] for _, row in rows])) for name in rows[0][1]}
 
 
 def keep_compiled() -> None:

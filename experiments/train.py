@@ -12,7 +12,7 @@ The runs of the temporal fusion paper are in paper.py. On a GPU the same command
 A run is a directory, runs/<name>:
 
     config.json          the configuration              metrics.jsonl   a row a step and a row an evaluation
-    checkpoints/         Orbax, the last two            tensorboard/    the same metrics
+    checkpoints/         Orbax, the last two            tensorboard/    their means over --log_every steps
     summary.json         how it ended                   report.png      curves, spikes and membranes
     mistakes.png         confusions, worst mistakes, energy; with --rates the firing rates of layers over training
 
@@ -148,6 +148,9 @@ def _move(old, new):
 
 def _loop(run, config, fixed, first, objects, step, lower, K, test_source, start):
     meter, size = Meter(run, config.batch), _eval_batch(config)
+    ahead = min(
+        12, -(-config.log_every // (2 * K))
+    )  # calls that the device works on while metrics of earlier ones are written
     bar = tqdm(total=config.steps, initial=start, unit="step", mininterval=0.5 if sys.stderr.isatty() else 5)
     if start < config.steps:
         kept = f" (programs are kept in {cache})" if (cache := jax.config.jax_compilation_cache_dir) else ""
@@ -178,13 +181,13 @@ def _loop(run, config, fixed, first, objects, step, lower, K, test_source, start
             if first is not objects and (evaluating or stopping or now == config.first_steps):
                 _move(trained(before), objects)
             if now % config.log_every == 0 or evaluating or stopping:
-                bar.set_postfix(meter.write(), refresh=False)
+                bar.set_postfix(meter.write(0 if evaluating or stopping else ahead), refresh=False)
             if evaluating:
                 kind = "eval" if now > config.first_steps else "first"
                 if ("eval", kind == "eval") in compiling:
                     compiling.pop(("eval", kind == "eval")).result()
                 row = evaluate(_at(fixed, before), _evaluated(trained(before)), test_source, size)
-                run.record(now, {f"{kind}_{name}": value for name, value in row.items()})
+                run.record([(now, {f"{kind}_{name}": value for name, value in row.items()})])
                 bar.write(
                     f"step {now:5d}   held out: loss {row['loss']:.4f}, accuracy {row['accuracy']:.2%}"
                     + " (network of the first steps)" * (kind == "first"),

@@ -284,6 +284,22 @@ def test_nan_stops_and_is_not_saved(tmp_path):
     assert all(np.isfinite(row["loss"]) for row in rows(tmp_path / TINY.name) if "loss" in row)
 
 
+def test_metrics_are_written_while_later_steps_run_and_a_bad_one_loses_none_before_it(tmp_path):
+    run = runs.Run(dict(out=str(tmp_path), name="meter", resume=False))
+    run.start(nnx.Linear(1, 1, rngs=nnx.Rngs(0)))
+    meter = runs.Meter(run, batch=2)
+    metrics = lambda *losses: dict(loss=jnp.asarray(losses), accuracy=jnp.zeros(len(losses)))
+    assert meter.write(running=2) == {}
+    for first, losses in [(1, (1.0, 3.0)), (3, (5.0, 7.0)), (5, (9.0, np.nan))]:
+        meter.add(first, metrics(*losses))
+    assert meter.write(running=2)["loss"] == "2.000"
+    assert [row["step"] for row in run.rows()] == [1, 2]
+    with pytest.raises(runs.Stopped, match="loss is nan at step 6"):
+        meter.write()
+    assert [(row["step"], row["loss"]) for row in run.rows()] == [(1, 1), (2, 3), (3, 5), (4, 7), (5, 9)]
+    run.close()
+
+
 def test_a_directory_that_cannot_be_written_stops_before_training(tmp_path, monkeypatch, capsys):
     (tmp_path / "file").write_text("")
     assert train.main(["--out", str(tmp_path / "file")]) == 1
