@@ -166,6 +166,6 @@ class Config(Generic[Model, Data]):
 
 def first_model(config):
     """The model of the first steps."""
-    has = config.first_levels is not None and hasattr(config.model, "levels")
+    has = config.first_levels is not None and hasattr(config.model, "levels")  # the command line refuses other networks
     levels = dict(levels=config.first_levels) if has else {}
     return config.model if config.first_T is None else dataclasses.replace(config.model, T=config.first_T, **levels)
