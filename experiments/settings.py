@@ -1,4 +1,7 @@
-"""The keys of train.py: what a run does. `model` and `data` have keys of their own."""
+"""The keys of train.py: what a run does. `model` and `data` have keys of their own.
+
+`needs` marks a key that has no effect without another one, here and in the models and data sets.
+"""
 
 import dataclasses
 from dataclasses import dataclass

@@ -184,7 +184,8 @@ def test_a_run_that_resumes_may_leave_out_what_its_options_need():
     assert parse("--no_sync_batch_norm --resume").resume
 
 
-def test_the_message_is_that_of_the_command(capsys):
+def test_the_message_is_that_of_the_command(capsys, monkeypatch):
+    monkeypatch.setattr(train, "train", None)  # nothing may train
     assert train.main("--model recurrent --model.channels 0 --model.kernel 3".split()) == 2
     message = "--model.kernel 3 needs --model.channels, or it has no effect; got --model.channels 0"
     assert capsys.readouterr().err == f"error: {message}\n"
