@@ -4,7 +4,7 @@ Every check raises an error that names the argument, says what was wanted, and s
 """
 
 import warnings
-from functools import lru_cache
+from functools import lru_cache, partial
 from numbers import Real
 
 import jax
@@ -24,7 +24,7 @@ def check_call(neuron, params, state, xs, out_dtype, reuse_cotangents=False):
     step = Step(neuron, params_tree, state_tree, x_tree, constants)
     out_struct, out_tree = check_step(step, params, xs, shape, dtype)
     if not all(jnp.issubdtype(o.dtype, jnp.integer) for o in jax.tree.leaves(out_struct)):  # counts have no gradient
-        warn_without_gradient(step, tuple(p.shape for p in params), len(xs), shape, dtype)
+        warn_without_gradient(step, len(params), len(xs), len(shape), dtype)
     out_dtypes = check_out_dtype(out_dtype, out_struct, xs)
     check_packed(neuron, out_dtypes)
     formats = tuple(d if isinstance(d, Packed) and d.graded else None for d in out_dtypes)
@@ -118,9 +118,15 @@ def check_params(params, shape):
     return tuple(arrays), tree, tuple(constants)
 
 
+@partial(jax.jit, static_argnums=(0, 1))  # never run, as `_trees` below
+def _first_state(neuron, shape):
+    return neuron.init_state(shape)
+
+
 def check_state(neuron, state, shape, dtype):
     """(leaves, tree, None); or ((), tree, values) if no state is given and each leaf of the initial state is one number."""
-    jaxpr, like = jax.make_jaxpr(lambda: neuron.init_state(shape), return_shape=True)()
+    traced = _first_state.trace(neuron, shape)
+    like = traced.out_info
     for path, leaf in jax.tree_util.tree_leaves_with_path(like):
         if leaf.shape != shape or not jnp.issubdtype(leaf.dtype, jnp.floating):
             error = ValueError if leaf.shape != shape else TypeError
@@ -129,7 +135,7 @@ def check_state(neuron, state, shape, dtype):
                 f"of shape [*B, N] = {shape}; got {leaf.dtype}{leaf.shape}"
             )
     if state is None:
-        if (values := _constants(jaxpr, shape)) is not None:
+        if (values := _constants(traced.jaxpr, shape)) is not None:
             return (), jax.tree.structure(like), values
         state = jax.tree.map(lambda leaf: leaf.astype(dtype), neuron.init_state(shape))
     if jax.tree.structure(state) != jax.tree.structure(like):
@@ -162,12 +168,19 @@ def _constants(closed, shape):
     return tuple(values)
 
 
+@partial(
+    jax.jit, static_argnums=0
+)  # never run: `eval_shape` and `trace` of a jitted function look at equal arguments once
+def _trees(step, params, state, x):
+    return step.trees(params, state, x)
+
+
 def check_step(step, params, xs, shape, dtype):
     name = type(step.neuron).__name__
     structs = tuple(jax.ShapeDtypeStruct(p.shape, dtype) for p in params)
     lanes = (jax.ShapeDtypeStruct(shape, dtype),)
     try:
-        returned = jax.eval_shape(step.trees, structs, lanes * step.state_tree.num_leaves, lanes * len(xs))
+        returned = _trees.eval_shape(step, structs, lanes * step.state_tree.num_leaves, lanes * len(xs))
     except Exception as e:  # the neuron's own error is raised, with a note on what its step was given
         e.add_note(
             f"in neuron {name}.step(params, state, x), given params {step.params_tree}, state {step.state_tree} "
@@ -195,13 +208,12 @@ def check_step(step, params, xs, shape, dtype):
 
 
 @lru_cache(maxsize=1024)
-def warn_without_gradient(step, param_shapes, num_xs, shape, dtype):
+def warn_without_gradient(step, num_params, num_xs, rank, dtype):
     """Warn if no output of a step has a gradient, as when it compares `v >= threshold` and does not call `snnfuse.spike`.
 
-    The cache makes it one warning for each step.
+    The cache makes it one warning for each step. One lane is enough to see it.
     """
-    leaves = lambda n: (jax.ShapeDtypeStruct(shape, dtype),) * n
-    params = tuple(jax.ShapeDtypeStruct(p, dtype) for p in param_shapes)
+    leaves = lambda n: (jax.ShapeDtypeStruct((1,) * rank, dtype),) * n
 
     def pullback(params, state, x, d_out):
         def outs(*args):
@@ -211,7 +223,9 @@ def warn_without_gradient(step, param_shapes, num_xs, shape, dtype):
         return vjp((d_out,) * len(got))
 
     try:
-        jaxpr = jax.make_jaxpr(pullback)(params, leaves(step.state_tree.num_leaves), leaves(num_xs), *leaves(1)).jaxpr
+        jaxpr = jax.make_jaxpr(pullback)(
+            *map(leaves, (num_params, step.state_tree.num_leaves, num_xs)), *leaves(1)
+        ).jaxpr
     except Exception:  # a step without a gradient, such as one with a loop: the gradient itself raises, if it is taken
         return
     reached = {jaxpr.invars[-1]}
