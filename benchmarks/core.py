@@ -21,6 +21,7 @@ Blocks are [lanes, warps, chunk, prefetch], for "mosaic" [rows, chunk, stages].
 import itertools
 import os
 import re
+import statistics
 import subprocess
 import sys
 import tempfile
@@ -29,10 +30,9 @@ from unittest import mock
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from neurons import NEURONS, PAPERS, SCALE
 from runner import HERE, Case, job, main, question, split
-from with_jax import bf16, compiled, copy_rate, device_ms, f32, forward_backward, repeated, time_ms
+from with_jax import bf16, compiled, device_ms, f32, forward_backward, repeated, time_ms, timed_alone
 
 import snnfuse as sf
 from snnfuse.core.compose import Affine
@@ -61,12 +61,10 @@ CASES = [  # the first ten run by every implementation, the others by scan and "
     *((name, 100, 2**17, dtype) for name in PAPERS for dtype in (f32, bf16)),
 ]
 EVERYONE = 10
-ONE_OR_TWO_STATES = (
-    "lif",
-    "lif learned",
-    "constant adaptive lif",
-    "adaptive lif",
-)  # of each, the second learns its params
+ONE_STATE, TWO_STATES = (
+    ("lif", "lif learned"),
+    ("constant adaptive lif", "adaptive lif"),
+)  # the second learns its params
 COMPILED = [(16, 2**12), (256, 2**12), (4096, 2**12), (500, 2**13)]
 
 
@@ -99,7 +97,7 @@ def grid():
             names = ("pallas", "triton")
             names += ("scan",) if T <= 4 or exponent == 12 and T in (8, 32, 1000) else ()
             names += ("mosaic",) if exponent >= 20 and T in (1, 2, 4, 8, 32) else ()
-            for name, dtype in itertools.product(ONE_OR_TWO_STATES, (f32, bf16)):
+            for name, dtype in itertools.product(ONE_STATE + TWO_STATES, (f32, bf16)):
                 if T * 2**exponent <= 2**27:
                     yield name, T, 2**exponent, dtype, names
     for T, M, dtype in itertools.product((4, 32), (2**20 + 1, 2**20 + 2), (f32, bf16)):
@@ -144,11 +142,13 @@ def contract(args):
 
 @cache
 def rate(tiny):
-    return float(np.median([copy_rate(2**20 if tiny else 2**30) for _ in range(3)]))
+    """Bytes read and written per second by x + 1."""
+    x, add = jax.random.normal(jax.random.key(0), (2**18 if tiny else 2**28,), f32), jax.jit(lambda x: x + 1)
+    return 2 * x.nbytes / (statistics.median(time_ms(add, x)[0] for _ in range(3)) * 1e-3)
 
 
-def inputs(name, T, M, dtype, most=2**31):
-    """A compiled function that draws inputs and cotangents from a seed, and how often to call it: 8 times at most, and up
+def inputs(name, T, M, dtype, learned=(), most=2**31):
+    """A function that draws (learned, xs) and cotangents from a seed, and how often to call it: 8 times at most, and up
     to `most` bytes of inputs."""
     scale = SCALE.get(name, 1.0)
 
@@ -156,9 +156,9 @@ def inputs(name, T, M, dtype, most=2**31):
     def draw(seed):
         normal = lambda key: jax.random.normal(key, (T, M), f32)
         x, cotangent = map(normal, jax.random.split(jax.random.key(seed)))
-        return (scale * (x + 0.3)).astype(dtype), cotangent.astype(dtype)
+        return (learned, (scale * (x + 0.3)).astype(dtype)), cotangent.astype(dtype)
 
-    return draw.lower(0).compile(), max(1, min(8, most // (T * M * jnp.dtype(dtype).itemsize)))
+    return draw, max(1, min(8, most // (T * M * jnp.dtype(dtype).itemsize)))
 
 
 def arranged(name, xs):
@@ -204,12 +204,12 @@ SCAN = {}  # the last case that scan ran: its results and its milliseconds
 def layer(name, T, M, dtype, implementation, tiny):
     spikes, learned = spikes_of(name, implementation)
     both, forward = forward_backward(spikes), lambda args, cotangent: spikes(*args)
-    draw, count = inputs(name, T, M, dtype)
-    xs = jax.ShapeDtypeStruct((T, M), dtype)
-    program, row = compiled_anew(both, (learned, xs), xs)
-    programs = [repeated(f, [((learned, xs), xs)] * count) for f in (both, forward)]
+    draw, count = inputs(name, T, M, dtype, learned)
+    shapes, drawn = jax.eval_shape(draw, 0), draw.lower(0).compile()
+    program, row = compiled_anew(both, *shapes)
+    programs = [repeated(f, [shapes] * count) for f in (both, forward)]
     yield
-    calls = [((learned, xs), cotangent) for xs, cotangent in map(draw, range(count))]
+    calls = [drawn(i) for i in range(count)]
     got = program(*calls[0])
     ms, *quartiles = device_ms(programs[0], calls)
     brief = dict(repeats=3, seconds=0.02)
@@ -236,13 +236,8 @@ def layer(name, T, M, dtype, implementation, tiny):
 def milliseconds(name, T, M, dtype, implementation):
     """Device time of the forward and the backward pass."""
     spikes, learned = spikes_of(name, implementation)
-    draw, count = inputs(name, T, M, dtype, most=2**29)
-    xs = jax.ShapeDtypeStruct((T, M), dtype)
-    program = repeated(forward_backward(spikes), [((learned, xs), xs)] * count)
-    yield
-    calls = [((learned, xs), cotangent) for xs, cotangent in map(draw, range(count))]
-    ms, *quartiles = device_ms(program, calls, repeats=5, seconds=0.02)
-    yield dict(ms=ms, quartiles=quartiles)
+    draw, count = inputs(name, T, M, dtype, learned, most=2**29)
+    yield from timed_alone(forward_backward(spikes), draw, count, repeats=5, seconds=0.02)
 
 
 def gradient_error(got, want, lanes):
@@ -267,7 +262,7 @@ def differing(name, implementation, shape):
 
 def fastest_blocks(name, T, M, dtype, implementation, seconds, tiny):
     """The ten fastest block sizes that `snnfuse.autotune` finds, and the slowest."""
-    xs = inputs(name, T, M, dtype)[0](0)[0]
+    (_, xs), _ = inputs(name, T, M, dtype)[0](0)
     with tempfile.TemporaryDirectory() as folder, mock.patch.dict(os.environ, XDG_CACHE_HOME=folder):
         options = dict(implementation=implementation, seconds=0.0 if tiny else seconds)
         timed = sf.autotune(*NEURONS[name], None, arranged(name, xs), **options)

@@ -21,7 +21,7 @@ matrix product covers all time steps; a library that usually multiplies at each 
 
 import importlib
 from dataclasses import dataclass
-from functools import cache
+from functools import cache, partial
 
 import libraries
 import numpy as np
@@ -125,45 +125,32 @@ def linear(side, lif, readout, shape, dtype):
     return dict(spikes=call(weight, x, cotangent)[0]), call, [(weight, side.roll(x, i), cotangent) for i in range(2)]
 
 
-def shd(side, lif, readout, shape, dtype):
-    """A training step in the shapes of SHD, on random input of rate 0.03."""
+def shd(side, layer, readout, shape, dtype, recurrent=False):
+    """A training step in the shapes of SHD, on random input of rate 0.03.
+
+    If the hidden layer is recurrent, its weights are multiples of 2^-10, which TF32 holds exactly.
+    """
     T, B, features, hidden, classes = shape
     rng = np.random.default_rng(0)
     xs = side.array((rng.random((T, B, features), np.float32) < 0.03).astype(np.float32))
     labels = side.array(rng.integers(0, classes, B))
-    draws = normal(2, features, hidden) * np.float32(0.2), normal(3, hidden, classes) * np.float32(0.1)
+    draws = [normal(2, features, hidden) * np.float32(0.15 if recurrent else 0.2)]
+    if recurrent:
+        draws.append(normal(4, hidden, hidden) * np.float32(0.3 * hidden**-0.5))
+        draws = [np.round(1024 * draw) / np.float32(1024) for draw in draws]
+    draws.append(normal(3, hidden, classes) * np.float32(0.1))
 
     def loss_of(weights, xs, labels):
-        spikes = lif(xs @ weights[0])
-        return side.cross_entropy(readout(spikes @ weights[1]).mean(0), labels), spikes
+        spikes = layer(xs @ weights[0], *weights[1:-1])
+        return side.cross_entropy(readout(spikes @ weights[-1]).mean(0), labels), spikes
 
-    weights = [side.array(w) for w in draws]
+    weights = [side.array(draw) for draw in draws]
     loss, spikes = side.run_once(loss_of, weights, xs, labels)
     step, state = side.train(loss_of, weights)
-    return dict(spikes=spikes, loss=float(loss)), step, [(state, side.roll(xs, i), labels) for i in range(2)]
+    return dict(spikes=spikes, loss=float(loss)), step, [(*state, side.roll(xs, i), labels) for i in range(2)]
 
 
-def recurrent(side, layer, readout, shape, dtype):
-    """The same with a recurrent hidden layer. The weights are multiples of 2^-10, which TF32 holds exactly."""
-    T, B, features, hidden, classes = shape
-    near = lambda a: np.round(1024 * a) / np.float32(1024)
-    rng = np.random.default_rng(0)
-    xs = side.array((rng.random((T, B, features), np.float32) < 0.03).astype(np.float32))
-    labels = side.array(rng.integers(0, classes, B))
-    draws = normal(2, features, hidden) * np.float32(0.15), normal(4, hidden, hidden) * np.float32(0.3 * hidden**-0.5)
-    draws = *map(near, draws), normal(3, hidden, classes) * np.float32(0.1)
-
-    def loss_of(weights, xs, labels):
-        spikes = layer(xs @ weights[0], weights[1])
-        return side.cross_entropy(readout(spikes @ weights[2]).mean(0), labels), spikes
-
-    weights = [side.array(w) for w in draws]
-    loss, spikes = side.run_once(loss_of, weights, xs, labels)
-    step, state = side.train(loss_of, weights)
-    return dict(spikes=spikes, loss=float(loss)), step, [(state, side.roll(xs, i), labels) for i in range(2)]
-
-
-KINDS = dict(lif=lif, linear=linear, shd=shd, recurrent=recurrent)
+KINDS = dict(lif=lif, linear=linear, shd=shd, recurrent=partial(shd, recurrent=True))
 
 
 def layer_of(lib, task, way, dtype):

@@ -113,6 +113,17 @@ def time_ms(call, wait, *, repeats=7, seconds=0.05, agree=int):
     return tuple(samples[len(samples) * i // 4] for i in (2, 1, 3))
 
 
+def each_ms(call, count, then=lambda result: None):
+    """Milliseconds until `call()` returns, of `count` calls; then(result) runs after each one, outside of the time."""
+    times = []
+    for _ in range(count):
+        start = time.perf_counter()
+        result = call()
+        times.append((time.perf_counter() - start) * 1e3)
+        then(result)
+    return times
+
+
 def record(path, row):
     """Adds date and commit to a row, prints it, and appends it to `path` if there is one."""
     row |= dict(date=datetime.date.today().isoformat(), commit=_commit()[0], dirty=_commit()[1])
@@ -165,7 +176,7 @@ def in_halves(measure, args):
     facts = dict(device="cpu", python=platform.python_version())
     if jax := sys.modules.get("jax"):
         facts |= dict(device=jax.devices()[0].device_kind, jax=jax.__version__)
-    elif torch := sys.modules.get("torch"):
+    if torch := sys.modules.get("torch"):
         facts |= dict(torch=torch.__version__)
         facts |= dict(device=torch.cuda.get_device_name()) if torch.cuda.is_available() else {}
     yield row | facts

@@ -16,16 +16,12 @@ from snnfuse import models, nn, parallel, training
 from snnfuse.parallel.step import ALONG_DATA
 
 f32, bf16 = jnp.float32, jnp.bfloat16
+ADAM = optax.adam(1e-3)
+JOINED = parallel.flatten_optimizer(ADAM)  # its moments are a few arrays
 
 
 def time_ms(f, *args, **options):
     return runner.time_ms(lambda: f(*args), jax.block_until_ready, **options)
-
-
-def times(f, program, sets) -> dict:
-    """`ms` is device time; `call_ms` is a call of `program`, the compiled f."""
-    ms, *quartiles = device_ms(repeated(f, sets), sets)
-    return dict(ms=ms, quartiles=quartiles, call_ms=time_ms(program, *sets[0])[0])
 
 
 def repeated(f, sets):
@@ -39,6 +35,14 @@ def repeated(f, sets):
 def device_ms(program, sets, **options):
     """Milliseconds that the GPU takes for one set; `program` is `repeated(f, sets)`."""
     return [t / len(sets) for t in time_ms(program, sets, **options)]
+
+
+def timed_alone(f, draw, count, **options):
+    """A `measure` of a `runner.Case`: the device time of f(*draw(i)) over i = 0 .. count - 1."""
+    program, drawn = repeated(f, [jax.eval_shape(draw, 0)] * count), jax.jit(draw).lower(0).compile()
+    yield
+    ms, *quartiles = device_ms(program, [drawn(i) for i in range(count)], **options)
+    yield dict(ms=ms, quartiles=quartiles)
 
 
 def compiled(f, *args):
@@ -55,12 +59,6 @@ def peak_mb(program):
     return (held + sizes.temp_size_in_bytes) / 1e6
 
 
-def copy_rate(nbytes=2**30):
-    """Bytes read and written per second by x + 1."""
-    x = jax.random.normal(jax.random.key(0), (nbytes // 4,), f32)
-    return 2 * x.nbytes / (time_ms(jax.jit(lambda x: x + 1), x)[0] * 1e-3)
-
-
 def forward_backward(f):
     """A jitted (args, cotangents) -> (outputs, gradients) of f."""
 
@@ -72,25 +70,34 @@ def forward_backward(f):
     return run
 
 
-def training_step(model, read=nn.membrane_mean, *, mesh=None, specs=ALONG_DATA, sums=None, norm=False, prepare=None):
-    """A function (xs, labels) -> metrics that takes one step with Adam: a `compiled_step`, bound to its model and optimizer.
+def step_of(read=nn.membrane_mean, *, meshed=False, sums=None, norm=False, prepare=None):
+    """A training step as a function (model, optimizer, xs, labels) -> metrics.
 
-    `read` makes logits of the outputs. `mesh` and `specs`: the devices, and how xs and labels lie on them. `sums`: the dtype
-    in which gradients are summed. `norm` adds the norm of the gradient to the metrics. `prepare(xs, number of the step)` makes
-    the model's input within the step.
+    `read` makes logits of the outputs. `meshed`: gradients are averaged over devices, and `sums` is the dtype of these sums.
+    `norm` adds the norm of the gradient to the metrics. `prepare(xs, number of the step)` makes the model's input within the step.
     """
-    model.train()
-    adam = optax.adam(1e-3) if mesh is None else parallel.flatten_optimizer(optax.adam(1e-3))
 
-    @training.compiled_step(mesh=mesh, batch=specs)
     def step(model, optimizer, xs, labels):
         xs = prepare(xs, optimizer.step[...]) if prepare else xs
         loss, grads = nnx.value_and_grad(lambda model: cross_entropy(read(model(xs)[0]), labels))(model)
-        grads = grads if mesh is None else parallel.mean_gradients(grads, dtype=sums)
+        grads = parallel.mean_gradients(grads, dtype=sums) if meshed else grads
         optimizer.update(model, grads)
         return dict(loss=loss) | (dict(grad_norm=optax.tree.norm(grads)) if norm else {})
 
-    return partial(step, model, nnx.Optimizer(model, adam, wrt=nnx.Param))
+    return step
+
+
+def with_adam(model, adam=ADAM):
+    """The model and its optimizer: one `adam` for all models, so that a step compiles once."""
+    model.train()
+    return model, nnx.Optimizer(model, adam, wrt=nnx.Param)
+
+
+def training_step(model, read=nn.membrane_mean, *, mesh=None, specs=ALONG_DATA, **options):
+    """`step_of` as a `compiled_step`, bound to its model and optimizer. `mesh` and `specs`: the devices, and how xs and labels
+    lie on them."""
+    step = training.compiled_step(step_of(read, meshed=mesh is not None, **options), mesh=mesh, batch=specs)
+    return partial(step, *with_adam(model, JOINED if mesh else ADAM))
 
 
 def time_step(step, data) -> dict:
@@ -100,13 +107,16 @@ def time_step(step, data) -> dict:
 
 
 def compile_then_time(step, data):
-    """`time_step` in the two halves of a `runner.Case`."""
-    _, row = compiled(step.func, *step.args, *data[0])
-    row |= {name: float(value) for name, value in step(*data[0]).items()}
+    """`time_step` in the two halves of a `runner.Case`. Of K steps in a call it takes the mean of the metrics."""
+    mean = lambda metrics: {name: float(values.mean()) for name, values in metrics.items()}
+    start, row = time.perf_counter(), {}
+    if isinstance(getattr(step, "func", None), training.CompiledStep):
+        row |= dict(peak_mb=peak_mb(step.func.lower(*step.args, *data[0]).compile()))
+    row |= mean(step(*data[0])) | dict(compile_s=time.perf_counter() - start)
     yield
     turn = itertools.cycle([*data[1:], data[0]])
-    call = lambda: step(*next(turn))["loss"]
-    losses = [row["loss"], *(float(call()) for _ in range(5))]
+    call = lambda: step(*next(turn))
+    losses = [row["loss"], *(mean(call())["loss"] for _ in range(5))]
     agree = lambda count: int(multihost_utils.broadcast_one_to_all(count))
     ms, *quartiles = runner.time_ms(call, jax.block_until_ready, seconds=0.07, agree=agree)
     yield row | dict(ms=ms, quartiles=quartiles, losses=losses)
@@ -179,19 +189,19 @@ def pullback(f):
 
 
 def train(loss_of, weights):
-    """(step, state) with step(state, *batch) -> (state, loss): a step of Adam on loss_of(weights, *batch)[0]."""
-    adam = optax.adam(1e-3)
+    """(step, state): step(*state, *batch) returns the next state and the loss, by Adam on loss_of(weights, *batch)[0]."""
 
     @jax.jit
-    def step(state, *batch):
-        weights, moments = state
+    def step(weights, moments, *batch):
         value, gradients = jax.value_and_grad(lambda weights: loss_of(weights, *batch)[0])(weights)
-        updates, moments = adam.update(gradients, moments)
+        updates, moments = ADAM.update(gradients, moments)
         return (optax.apply_updates(weights, updates), moments), value
 
-    return step, (weights, adam.init(weights))
+    return step, (weights, ADAM.init(weights))
 
 
 def measure(f, sets) -> dict:
+    """`ms` is device time; `call_ms` is a call of the compiled f."""
     program = f.lower(*sets[0]).compile()
-    return dict(peak_mb=peak_mb(program)) | times(f, program, sets)
+    ms, *quartiles = device_ms(repeated(f, sets), sets)
+    return dict(peak_mb=peak_mb(program), ms=ms, quartiles=quartiles, call_ms=time_ms(program, *sets[0])[0])
