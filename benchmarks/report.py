@@ -1,4 +1,4 @@
-"""Writes the tables of benchmarks/README.md, and one in README.md, from the rows in results/.
+"""Writes the tables of benchmarks/README.md, and what README.md and the page "Getting started" say, from the rows in results/.
 
     python benchmarks/report.py              write the tables
     python benchmarks/report.py --check      write nothing; fail if a table differs from its rows
@@ -9,6 +9,7 @@ It fails if a row has failed and `EXPECTED` does not list it.
 import sys
 from functools import partial
 from statistics import fmean
+from textwrap import fill
 
 from choices import cells
 from neurons import PAPERS
@@ -51,9 +52,11 @@ PLAIN = {  # the tables that show each row of a file as it is, by `head={format 
     "delay_layers": "layer={case}; longest delay={steps}; computed by={implementation}; dtype={dtype}; ms={ms:.2f}",
     "streaming": "network={case}; called by=`{implementation}`; steps in a call={T}; ms per call={call_ms:.2f}; "
     "99th percentile={late_ms:.2f}; us per step={us_per_step:.0f}",
+    "on_cpu": "library={library}; ms of the shortest step={shortest_ms:.1f}; over snnfuse={over:.2f}; of the median={ms:.0f}",
     "contract": "implementation={implementation}; tests=`{tests}`; passed={passed}; failed={failed}; commit={commit}",
 }
 LAUNCHED = 0.05  # ms; below that, launching the kernels takes much of the time, and it varies
+PAGE = HERE.parent / "notebooks" / "docs" / "pages" / "index.md"
 TABLES = {}  # name: a function that makes the text between the table's markers in benchmarks/README.md
 
 
@@ -423,8 +426,18 @@ def gains():
     return "\n".join(map(line, lines))
 
 
+def cpu():
+    """What "Getting started" says about a CPU."""
+    ours, theirs = rows("on_cpu")
+    said = f"""On a CPU a training step of a network {ours["case"]} with T = {ours["T"]} and a batch of {ours["B"]} takes
+    {ours["shortest_ms"]:.0f} ms, and {theirs["shortest_ms"]:.0f} ms in snnTorch {theirs["version"]} with PyTorch
+    {theirs["torch"].partition("+")[0]}. These are the shortest of {ours["rounds"]} steps of each, in turn, on {ours["cores"]} cores
+    that also did other work ({ours["date"]}, JAX {ours["jax"]})."""
+    return fill(" ".join(said.split()), 120)
+
+
 TABLES |= {file: lambda file=file: table(file, rows(file), PLAIN[file]) for file in PLAIN}
-FILES = {HERE / "README.md": TABLES, HERE.parent / "README.md": dict(gains=gains)}
+FILES = {HERE / "README.md": TABLES, HERE.parent / "README.md": dict(gains=gains), PAGE: dict(cpu=cpu)}
 
 
 def with_tables(path, tables):

@@ -170,6 +170,7 @@ def with_relu(model):
 roll = lambda x, count: jnp.roll(x, count, 1)
 to_numpy = lambda x: np.asarray(x.astype(f32))
 cross_entropy = lambda logits, labels: optax.softmax_cross_entropy_with_integer_labels(logits, labels).mean()
+sync = jax.block_until_ready
 run_once = lambda f, *args: jax.jit(f)(*args)  # without gradients
 
 

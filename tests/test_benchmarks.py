@@ -52,6 +52,7 @@ SMOKE = {  # question: the options that keep it short
     "tune": ["--only", "own neuron"],
     "resnet": ["--only", "relu bfloat16"],
     "peers": ["--libraries", "snnfuse", "--only", "(T500|n512|shd).*pallas"],
+    "on_cpu": ["--libraries", "snnfuse"],
     "largest_T": [],
     "multi_gpu": ["--devices", "1", "--only", "lif-stack.* 8 "],
     "loader": [],
