@@ -17,8 +17,7 @@ the error.
     python benchmarks/peers.py on_cpu             a minute on two CPU cores; rows go to results/on_cpu.jsonl
 
 `on_cpu` compares a training step of a network 784-1000-10 on a CPU. Other work on the machine delays PyTorch's threads more than
-XLA's: the median steps of a busy machine differed by a factor of 2.5 while the shortest took equally long. So `over` compares
-the shortest steps, `shortest_ms`.
+XLA's, so `over` compares the shortest steps, `shortest_ms`.
 
 Every case is checked before it is timed. Its spikes must equal those of `lax.scan` with the same neuron of ours. A single
 LIF layer must also have the same gradient, and an SHD step the same loss. A wrong result gets no time. In every library one
