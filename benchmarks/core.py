@@ -26,17 +26,19 @@ import subprocess
 import sys
 import tempfile
 from functools import cache
+from types import SimpleNamespace
+from typing import NamedTuple
 from unittest import mock
 
 import jax
 import jax.numpy as jnp
 from neurons import NEURONS, PAPERS, SCALE
-from runner import HERE, Case, job, main, question, split
+from runner import HERE, Case, job, main, question, rows, split
 from with_jax import bf16, compiled, device_ms, f32, forward_backward, repeated, time_ms, timed_alone
 
 import snnfuse as sf
 from snnfuse.core.compose import Affine
-from snnfuse.ops import triton, tuning
+from snnfuse.ops import implementations, triton, tuning
 
 CASES = [  # the first ten run by every implementation, the others by scan and "pallas"
     ("lif", 4, 2**23, f32),
@@ -114,6 +116,39 @@ def choice(args):
         where = job(args, i % 2 if T * M > 2**24 else i)  # few processes hold much memory
         key = dict(case=name, T=T, M=M, dtype=jnp.dtype(dtype).name, implementation=implementation)
         yield Case(key, milliseconds, (name, T, M, dtype, implementation), where)
+
+
+class Cell(NamedTuple):
+    """What `choice` measured. `ms`: milliseconds by implementation. `chosen`: what None picks. `over`: its time over that of the fastest."""
+
+    case: str
+    dtype: str
+    T: int
+    M: int
+    ms: dict[str, float]
+    chosen: str
+    over: float
+
+    @property
+    def fastest(self):
+        return min(self.ms, key=self.ms.get)
+
+
+def cells() -> list[Cell]:
+    """The cells in which None's choice was measured, of the GPU of the last row."""
+    found, every = {}, [row for row in rows("choice") if row["status"] == "ok"]
+    for row in every:
+        if row["device"] == every[-1]["device"]:
+            key = row["case"], row["dtype"], row["T"], row["M"]
+            found.setdefault(key, {})[row["implementation"]] = row["ms"]
+    made = []
+    for (case, dtype, T, M), ms in sorted(found.items()):
+        arrays = [leaf for leaf in jax.tree.leaves(NEURONS[case][1]) if isinstance(leaf, jax.Array)]
+        problem = SimpleNamespace(T=T, M=M, param_shapes=[leaf.shape for leaf in arrays])
+        chosen = implementations.preference(problem)[0]
+        if chosen in ms and len(ms) > 1:
+            made.append(Cell(case, dtype, T, M, ms, chosen, ms[chosen] / min(ms.values())))
+    return made
 
 
 @question("flips", implementations=("pallas,mosaic,triton", "which of them"))

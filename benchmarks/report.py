@@ -11,7 +11,7 @@ from functools import partial
 from statistics import fmean
 from textwrap import fill
 
-from choices import cells
+from core import cells
 from neurons import PAPERS
 from runner import HERE, RESULTS, rows
 

@@ -23,6 +23,12 @@ Rows of the case "host" hold `call_ms`: the milliseconds until a call returns, w
 Adam ("joined": 108), each a single number, so that nothing is computed. The other rows are whole training steps. `ms` is wall time of a
 call when calls follow each other, `busy_ms` the time that the GPU works in it. Small networks also take K = `steps` steps
 in a call, and read their data from the device (`DeviceData`).
+
+    python benchmarks/step_calls.py resnet                   Spiking-ResNet-18, T=32, B=100, 3 x 28 x 28; minutes on an H100
+    python benchmarks/step_calls.py resnet --kinds pallas,relu --dtypes bfloat16 --shapes 28,32,dvs --depths 18,34,50
+
+"resnet" is a step of the ResNets for T = 32, on random spikes of rate 0.5, with 8 different batches in turn. Kind "relu" has ReLU
+in place of the neurons. `peak_mb` is what the program of the step holds: parameters, optimizer, batch and temporary arrays.
 """
 
 import functools
@@ -37,7 +43,7 @@ import numpy as np
 from flax import nnx
 from flax.nnx import graphlib
 from runner import Case, each_ms, job, main, question, split
-from with_jax import ADAM, JOINED, compile_then_time, step_of, with_adam, with_relu
+from with_jax import ADAM, JOINED, batches, compile_then_time, resnet, step_of, training_step, with_adam, with_relu
 
 from snnfuse import models, nn, training
 
@@ -54,6 +60,7 @@ SMALL = {
     "shd 700-256-256-20": (100, 256, (700, 256, 256, 20)),
 }  # T, B, N
 T = 4
+IMAGES = {"28": (100, 28), "32": (100, 32), "dvs": (10, 128)}  # B, H = W, of "resnet"
 
 
 @question("step_calls", gpu=False, ways=("compiled_step,nnx.jit", "ways of the networks, as above"))
@@ -208,5 +215,30 @@ def small(name, way, steps, tiny):
     yield from timed(call, [(xs, labels)], steps * B)
 
 
+@question(
+    "resnet",
+    kinds=("pallas,pallas_lean,pallas_fast,scan,relu", "implementation_memory, or relu"),
+    dtypes=("bfloat16,tf32", "of the convolutions"),
+    shapes=("28", f"of {', '.join(IMAGES)}"),
+    depths=("18", "18, 34, 50"),
+    T=("32", "time steps"),
+)
+def resnets(args):
+    kinds, steps = ("scan,relu", "2") if args.tiny else (args.kinds, args.T)
+    options = split(args.shapes), split(args.depths, int), split(args.dtypes), split(steps, int), split(kinds)
+    for shape, depth, dtype, T, kind in itertools.product(*options):
+        B, size = (2, 16) if args.tiny else IMAGES[shape]
+        implementation, _, memory = kind.partition("_")
+        memory = None if kind == "relu" else memory or "packed"
+        key = dict(case=f"spiking-resnet-{depth}", implementation=implementation, memory=memory, dtype=dtype)
+        key |= dict(T=T, B=B, size=size, input="random input")
+        yield Case(key, spiking_resnet, (implementation, depth, dtype, memory, T, B, size), job(args))
+
+
+def spiking_resnet(implementation, depth, dtype, memory, T, B, size):
+    step = training_step(resnet(implementation, depth, dtype, memory))
+    yield from compile_then_time(step, list(batches(T, B, size)))
+
+
 if __name__ == "__main__":
-    main(__doc__, "step_calls")
+    main(__doc__, "step_calls", "resnet")

@@ -24,7 +24,6 @@ for script in (
     "multi_gpu",
     "online",
     "recurrent",
-    "resnet",
     "step_calls",
 ):
     importlib.import_module(script)  # they register their questions
@@ -109,7 +108,7 @@ def test_every_command_has_help():
     help_of = lambda script: subprocess.run(
         [sys.executable, BENCHMARKS / script, "--help"], capture_output=True, text=True
     )
-    assert "--tolerance" in help_of("compare.py").stdout and "--budget" in help_of("resnet.py").stdout
+    assert "--tolerance" in help_of("compare.py").stdout and "--budget" in help_of("core.py").stdout
 
 
 def fails(*args):
