@@ -52,7 +52,7 @@ def case(name, tiny):
 
     shape = TINY[len(CASES[name])] if tiny else CASES[name]
     if "resnet" in name:
-        step, sets = training_step(resnet(None, 18, "bfloat16")), list(batches(*shape, count=1))
+        step, sets = training_step(resnet(None, 18, "bfloat16")), batches(*shape, count=1)
         call = lambda: step(*sets[0])
     else:
         draw = lambda seed: jax.random.normal(jax.random.key(seed), shape).astype(name.split()[-1])

@@ -34,7 +34,7 @@ import jax
 import jax.numpy as jnp
 from neurons import NEURONS, PAPERS, SCALE
 from runner import HERE, Case, job, main, question, rows, split
-from with_jax import bf16, compiled, device_ms, f32, forward_backward, repeated, time_ms, timed_alone
+from with_jax import bf16, compiled, device_ms, f32, forward_backward, largest_error, repeated, time_ms, timed_alone
 
 import snnfuse as sf
 from snnfuse.core.compose import Affine
@@ -276,14 +276,9 @@ def milliseconds(name, T, M, dtype, implementation):
 
 
 def gradient_error(got, want, lanes):
-    """The largest error of a gradient, divided by the largest value of that gradient; of xs, only in those lanes.
-
-    In a lane where a spike differs, another gradient is right.
-    """
-    largest = lambda a: float(jnp.abs(a.astype(f32)).max())
-    (*got, got_xs), (*want, want_xs) = jax.tree.leaves(got), jax.tree.leaves(want)
-    pairs = [*zip(got, want, strict=True), (got_xs * lanes, want_xs * lanes)]
-    return max(largest(a.astype(f32) - b.astype(f32)) / largest(b) for a, b in pairs)
+    """`largest_error` of the gradients; that of xs only in those lanes. Where a spike differs, another gradient is right."""
+    (got, got_xs), (want, want_xs) = got, want
+    return float(largest_error((got, got_xs * lanes), (want, want_xs * lanes)))
 
 
 def differing(name, implementation, shape):

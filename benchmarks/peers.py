@@ -275,7 +275,7 @@ def resnet(task, dtype, library, way):
     if library == "snnfuse":
         implementation, _, memory = way.partition("_")
         step = side.training_step(side.resnet(implementation, 18, dtype, memory))
-        row = dict(version=lib.version) | side.time_step(step, list(side.batches(*task.shape, count=1)))
+        row = dict(version=lib.version) | side.time_step(step, side.batches(*task.shape, count=1))
         return row | dict(call_ms=row["ms"])
     kind = "bfloat16" if dtype == "bfloat16" else "float32"
     step = side.resnet_step(None if way == "relu" else lib.lif(way, kind), dtype, *task.shape)

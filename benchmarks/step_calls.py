@@ -237,7 +237,7 @@ def resnets(args):
 
 def spiking_resnet(implementation, depth, dtype, memory, T, B, size):
     step = training_step(resnet(implementation, depth, dtype, memory))
-    yield from compile_then_time(step, list(batches(T, B, size)))
+    yield from compile_then_time(step, batches(T, B, size))
 
 
 if __name__ == "__main__":

@@ -52,6 +52,12 @@ def compiled(f, *args):
     return program, dict(compile_s=time.perf_counter() - start, peak_mb=peak_mb(program))
 
 
+def largest_error(got, want):
+    """The largest difference of an array of a tree, over the largest value of that array."""
+    error = lambda a, b: jnp.abs(a.astype(f32) - b.astype(f32)).max() / jnp.abs(b.astype(f32)).max()
+    return jnp.stack(jax.tree.leaves(jax.tree.map(error, got, want))).max()
+
+
 def peak_mb(program):
     """The most memory that a compiled program holds on one device: arguments, results and temporary arrays."""
     sizes = program.memory_analysis()
@@ -122,11 +128,14 @@ def compile_then_time(step, data):
     yield row | dict(ms=ms, quartiles=quartiles, losses=losses)
 
 
+def batch(seed, T, B, *shape):
+    """Random spikes of rate 0.5, and labels."""
+    key, label = jax.random.split(jax.random.key(seed))
+    return jax.random.bernoulli(key, 0.5, (T, B, *shape)), jax.random.randint(label, (B,), 0, 10)
+
+
 def batches(T, B, size, count=8):
-    """Random spikes of rate 0.5 and labels."""
-    for i in range(count):
-        key, label = jax.random.split(jax.random.key(i))
-        yield jax.random.bernoulli(key, 0.5, (T, B, size, size, 3)), jax.random.randint(label, (B,), 0, 10)
+    return [batch(i, T, B, size, size, 3) for i in range(count)]
 
 
 def resnet(kind, depth, dtype, memory=None):

@@ -14,18 +14,8 @@ from snnfuse.models import resnet as models
 
 BENCHMARKS = pathlib.Path(__file__).parents[1] / "benchmarks"
 sys.path.append(str(BENCHMARKS))  # last: it has a compare.py, as the tests have
-for script in (
-    "accuracy",
-    "conversion",
-    "core",
-    "delays",
-    "loader",
-    "long_sequences",
-    "multi_gpu",
-    "online",
-    "recurrent",
-    "step_calls",
-):
+SCRIPTS = "accuracy conversion core delays loader long_sequences multi_gpu online recurrent step_calls"
+for script in SCRIPTS.split():
     importlib.import_module(script)  # they register their questions
 figures, peers, runner = map(importlib.import_module, ("figures", "peers", "runner"))
 spec = importlib.util.spec_from_file_location(
