@@ -14,7 +14,7 @@ FOLDER on PYTHONPATH. Each library has a process of its own; libraries.py says h
 Each length runs in a process of its own and gives a row of results/largest_T.jsonl. If it does not fit, the row's status is
 the error.
 
-    python benchmarks/peers.py on_cpu             a minute on two CPU cores; rows go to results/on_cpu.jsonl
+    CUDA_VISIBLE_DEVICES= python benchmarks/peers.py on_cpu        two minutes on two CPU cores; rows go to results/on_cpu.jsonl
 
 `on_cpu` compares a training step of a network 784-1000-10 on a CPU. Other work on the machine delays PyTorch's threads more than
 XLA's, so `over` compares the shortest steps, `shortest_ms`.

@@ -428,7 +428,7 @@ def gains():
 
 def cpu():
     """What "Getting started" says about a CPU."""
-    ours, theirs = rows("on_cpu")
+    ours, theirs = map({r["library"]: r for r in rows("on_cpu")}.get, ("snnfuse", "snntorch"))
     said = f"""On a CPU a training step of a network {ours["case"]} with T = {ours["T"]} and a batch of {ours["B"]} takes
     {ours["shortest_ms"]:.0f} ms, and {theirs["shortest_ms"]:.0f} ms in snnTorch {theirs["version"]} with PyTorch
     {theirs["torch"].partition("+")[0]}. These are the shortest of {ours["rounds"]} steps of each, in turn, on {ours["cores"]} cores

@@ -115,10 +115,10 @@ def time_step(step, data) -> dict:
 def compile_then_time(step, data):
     """`time_step` in the two halves of a `runner.Case`. Of K steps in a call it takes the mean of the metrics."""
     mean = lambda metrics: {name: float(values.mean()) for name, values in metrics.items()}
-    start, row = time.perf_counter(), {}
-    if isinstance(getattr(step, "func", None), training.CompiledStep):
-        row |= dict(peak_mb=peak_mb(step.func.lower(*step.args, *data[0]).compile()))
-    row |= mean(step(*data[0])) | dict(compile_s=time.perf_counter() - start)
+    lowers = isinstance(getattr(step, "func", None), training.CompiledStep)
+    row = compiled(step.func, *step.args, *data[0])[1] if lowers else {}
+    start = time.perf_counter()
+    row = mean(step(*data[0])) | dict(compile_s=time.perf_counter() - start) | row
     yield
     turn = itertools.cycle([*data[1:], data[0]])
     call = lambda: step(*next(turn))
