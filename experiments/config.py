@@ -6,26 +6,95 @@ from typing import Any
 
 import tyro
 
+
+@dataclasses.dataclass(frozen=True, eq=False)  # tyro hashes annotations
+class Needs:
+    """A mark beside an option, made by `needs`: its option has no effect unless one of `others` holds."""
+
+    others: dict[str, tuple]  # name -> the values that will do; none: every value that turns the option on
+
+    def holds(self, part: Any) -> bool:
+        found = {name: _plain(getattr(part, name)) for name in self.others}
+        return any(found[name] in values if values else found[name] for name, values in self.others.items())
+
+    def text(self, prefix: str) -> str:
+        texts = {
+            name: f"{prefix}{name} {_either(values)}" if values else prefix + name
+            for name, values in self.others.items()
+        }
+        return _either(texts.values())
+
+
+def needs(*names: str, **values: Any) -> Needs:
+    """Marks an option that has no effect without another option of the same dataclass; `parse` then refuses it.
+
+        kernel: Annotated[int, needs("channels")] = 8            needs a --channels that is not 0, None, False or empty
+        size: Annotated[int | None, needs(store="events")] = None            needs that value, or one of a tuple of values
+
+    One of several names and values is enough. With several marks an option needs all of them.
+    """
+    several = {name: value if isinstance(value, tuple) else (value,) for name, value in values.items()}
+    return Needs(dict.fromkeys(names, ()) | several)
+
+
+def marks(field: dataclasses.Field) -> list[Needs]:
+    """What an option needs."""
+    return [mark for mark in getattr(field.type, "__metadata__", ()) if isinstance(mark, Needs)]
+
+
 Choices = dict[str, dict[str, Any]]  # key -> name -> the dataclass instance that the name stands for
 
 
 def parse(arguments: list[str], config: Any, choices: Choices, description: str = "") -> Any:
     """`config` with the overrides of `arguments`, `--steps 100 --model.T 8` or `--model.T=8`; the last one of a key counts.
 
-    Raises ValueError for a value that the configuration refuses. Like argparse, tyro prints a message about any other
-    mistake, with the nearest keys, and exits with status 2.
+    Raises ValueError for a value that the configuration refuses, and for an option that has no effect (see `needs`). Like
+    argparse, tyro prints a message about any other mistake, with the nearest keys, and exits with status 2.
     """
     chosen = {key: _chosen(key, arguments, known) for key, known in choices.items()}
     config = dataclasses.replace(config, **{key: value for key, value in chosen.items() if value is not None})
     parts = tuple(type(getattr(config, key)) for key in choices)
     names = "\n".join(f"--{key} is one of {', '.join(known)}" for key, known in choices.items())
-    return tyro.cli(
+    found = tyro.cli(
         type(config)[parts],
         default=config,
         args=arguments,
         description=f"{description}\n{names}",
         use_underscores=True,
     )
+    if not found.resume:  # its options must be those of the run, whatever they are; --mesh may be left out
+        _check_needs(found, config)
+    return found
+
+
+def _check_needs(part, default, prefix="--"):
+    """Raises ValueError for an option that differs from its default and has no effect."""
+    for field in dataclasses.fields(part):
+        value, usual = getattr(part, field.name), getattr(default, field.name)
+        if dataclasses.is_dataclass(value):
+            _check_needs(value, usual, f"{prefix}{field.name}.")
+        for mark in marks(field) if value != usual else ():
+            if not mark.holds(part):
+                given, *others = (_shown(prefix + name, getattr(part, name)) for name in (field.name, *mark.others))
+                raise ValueError(f"{given} needs {mark.text(prefix)}, or it has no effect; got {' and '.join(others)}")
+
+
+def _plain(value):
+    """The name of a model or a data set; other values as they are."""
+    return value.name if dataclasses.is_dataclass(value) else value
+
+
+def _shown(key, value):
+    """An option as it is written on the command line."""
+    if isinstance(value, bool):
+        start, dot, name = key.rpartition("." if "." in key else "--")
+        return key if value else f"{start}{dot}no_{name}"
+    return f"{key} {' '.join(map(str, value)) or '(nothing)' if isinstance(value, tuple) else _plain(value)}"
+
+
+def _either(words):
+    *first, last = map(str, words)
+    return f"{', '.join(first)} or {last}" if first else last
 
 
 def _chosen(key, arguments, known):

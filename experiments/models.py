@@ -10,6 +10,7 @@ from typing import Annotated
 
 import jax.numpy as jnp
 import tyro
+from config import needs
 from flax import nnx
 
 from snnfuse import models, nn
@@ -49,7 +50,7 @@ class ConvNet:
     """time steps"""
     channels: tuple[int, ...] = (32, 64)
     """of each convolution"""
-    kernel: int = 5
+    kernel: Annotated[int, needs("channels")] = 5
     """width of the first convolution, in pixels"""
     hidden: int = 128
     tau: float = 2.0
@@ -104,23 +105,23 @@ class Recurrent:
     """neurons of each layer"""
     channels: int = 0
     """of a convolution over neighbouring bands, with LIF neurons; 0: none"""
-    kernel: int = 8
+    kernel: Annotated[int, needs("channels")] = 8
     """bands that it spans"""
-    recurrent: bool = True
+    recurrent: Annotated[bool, needs("hidden")] = True
     """False: the same network without connections from a layer to itself"""
-    max_delay: int = 0
+    max_delay: Annotated[int, needs("hidden")] = 0
     """longest learned delay of a synapse between layers, in steps; 0: none. Delays need max_delay + 1 times the products"""
-    tau: float = 3.0
+    tau: Annotated[float, needs("hidden")] = 3.0
     """time constant of the membrane at the start, in steps"""
-    tau_adapt: float = 30.0
+    tau_adapt: Annotated[float, needs("hidden")] = 30.0
     """time constant of the threshold at the start"""
-    beta: float = 0.2
+    beta: Annotated[float, needs("hidden")] = 0.2
     """how much a spike raises the threshold"""
-    scale: float = 0.5
+    scale: Annotated[float, needs("recurrent"), needs("hidden")] = 0.5
     """of the recurrent weights at the start, which are orthogonal"""
-    precision: str = "float32"
+    precision: Annotated[str, needs("recurrent"), needs("hidden")] = "float32"
     """of the product with the recurrent weights: float32, bfloat16x2 or bfloat16"""
-    dropout: float = 0.0
+    dropout: Annotated[float, needs("hidden")] = 0.0
     readout: str = "mean"
     """how outputs over time become logits: rate, mean, max or last"""
     implementation: str | None = None
@@ -184,25 +185,25 @@ class TimeConvNet:
     """time steps"""
     channels: tuple[int, ...] = (32, 64, 96)
     """of each convolution"""
-    steps: int = 5
+    steps: Annotated[int, needs("channels")] = 5
     """that a convolution sees"""
-    bands: int = 5
+    bands: Annotated[int, needs("channels")] = 5
     """that a convolution sees, an odd number"""
     hidden: tuple[int, ...] = (256,)
     """neurons of each dense layer"""
-    recurrent: bool = False
+    recurrent: Annotated[bool, needs("hidden")] = False
     """connections from each dense layer to itself"""
-    tau: float = 3.0
+    tau: Annotated[float, needs("channels", "hidden")] = 3.0
     """time constant of the membranes at the start, in steps"""
-    tau_adapt: float = 30.0
+    tau_adapt: Annotated[float, needs("hidden")] = 30.0
     """time constant of the thresholds of dense layers at the start"""
-    beta: float = 0.2
+    beta: Annotated[float, needs("hidden")] = 0.2
     """how much a spike raises the threshold there"""
-    scale: float = 0.5
+    scale: Annotated[float, needs("recurrent")] = 0.5
     """of the recurrent weights at the start, which are orthogonal"""
-    dropout: float = 0.0
+    dropout: Annotated[float, needs("channels", "hidden")] = 0.0
     """of channels and of dense features, one mask for all steps"""
-    precision: str = "float32"
+    precision: Annotated[str, needs("recurrent")] = "float32"
     """of the product with recurrent weights: float32, bfloat16x2 or bfloat16"""
     readout: str = "mean"
     """how outputs over time become logits: rate, mean, max or last"""
@@ -246,21 +247,22 @@ class Network:
     name: Name = ""
     T: int = 4
     """time steps"""
-    tau: float | None = None
+    tau: Annotated[float | None, needs(levels=None)] = None
     """LIF neurons of this time constant, in steps; inf: without a leak. None takes the neurons of snnfuse.models"""
-    reset: str = "hard"
+    reset: Annotated[str, needs("tau")] = "hard"
     """what a spike does to the membrane, with --model.tau: hard sets it to 0, soft subtracts the threshold"""
-    detach: bool = True
+    detach: Annotated[bool, needs("tau")] = True
     """no gradient passes through the reset, with --model.tau"""
-    surrogate: str = "atan"
+    surrogate: Annotated[str, needs("tau")] = "atan"
     """gradient of a spike, with --model.tau: atan, sigmoid, triangle or rectangle, each of area 1"""
-    v_rest: float = 0.0
+    v_rest: Annotated[float, needs("tau", "levels")] = 0.0
     """membrane potential before the first step, and without input, with --model.tau; in thresholds. With --model.levels: what
     is added to an activation before it is rounded down, in levels"""
     scale: float = 1.0
     """of each normalisation at the start; with --model.tau, the deviation of what it gives to a neuron, in thresholds"""
     levels: int | None = None
-    """in place of spikes, activations from 0 to 1 in so many levels: a quantised ReLU, the rate of a neuron over that many steps"""
+    """in place of spikes, activations from 0 to 1 in so many levels: a quantised ReLU, the rate of a neuron over that many steps.
+    To train spiking neurons after such a network, give --first_levels in place of it"""
     policy: str = "bfloat16"
     """number format of activations"""
     memory: str = "packed"
@@ -273,9 +275,6 @@ class Network:
     def __post_init__(self):
         known = dict(readout=READOUTS, surrogate=SURROGATES, reset=RESETS)
         _check(self, policy=nn.PrecisionPolicy, memory=MEMORY, **known)
-        others = dict(surrogate="atan", reset="hard", detach=True) | ({"v_rest": 0.0} if self.levels is None else {})
-        if self.tau is None and (given := [name for name, value in others.items() if getattr(self, name) != value]):
-            raise ValueError(f"--model.{given[0]} needs --model.tau; got {getattr(self, given[0])!r} without it")
         if not self.v_rest < 1:
             raise ValueError(f"--model.v_rest must be less than the threshold, 1; got {self.v_rest}")
         if not 0 < self.scale < inf:
@@ -318,15 +317,13 @@ class Resnet(Network):
     depth: int = 18
     connect: str = "sum"
     stem: str = "imagenet"
-    drop_path: float = 0.0
+    drop_path: Annotated[float, needs(connect="add")] = 0.0
     """rate at which the last block drops its spikes for a whole sample; with --model.connect add"""
 
     def __post_init__(self):
         super().__post_init__()
         _check(self, depth=DEPTHS, connect=("sum", "membrane", *CONNECTIONS), stem=STEMS)
         _check_drop_path(self)
-        if self.drop_path and self.connect != "add":
-            raise ValueError(f"--model.drop_path needs --model.connect add; got {self.connect!r}")
 
     def build(self, shape: tuple[int, ...], classes: int, rngs: nnx.Rngs) -> nn.Sequential:
         make, options = models.spiking_resnet, self.options

@@ -1,14 +1,20 @@
-"""The keys of train.py: what a run does. `model` and `data` have keys of their own."""
+"""The keys of train.py: what a run does. `model` and `data` have keys of their own.
+
+`needs` marks a key that has no effect without another one, here and in the models and data sets.
+"""
 
 import dataclasses
 from dataclasses import dataclass
-from typing import Generic, TypeVar
+from typing import Annotated, Generic, TypeVar
 
 import numpy as np
+from config import needs
 from inputs import DATASETS
-from models import MODELS
+from models import MODELS, Network
 
 CHOICES = {"model": MODELS, "data": DATASETS}
+LIBRARY = tuple(name for name, model in MODELS.items() if isinstance(model, Network))
+LEARNING = tuple(name for name in MODELS if name not in LIBRARY)  # their neurons have parameters that learn
 Model, Data = TypeVar("Model"), TypeVar("Data")
 
 
@@ -29,31 +35,31 @@ class Config(Generic[Model, Data]):
     """adamw, or sgd with Nesterov momentum 0.9"""
     weight_decay: float = 1e-2
     """of weights alone, not of biases, normalisations and neurons; AdamW with 0 is Adam"""
-    first_T: int | None = None
+    first_T: Annotated[int | None, needs("first_steps")] = None
     """time steps of the network in the first --first_steps training steps. None: always --model.T. Evaluations up to step
     --first_steps use this number too; metrics.jsonl calls their result first_accuracy. Sound and signals are cut into this
     many windows, which are then longer"""
-    first_levels: int | None = None
+    first_levels: Annotated[int | None, needs("first_T"), needs(model=LIBRARY)] = None
     """--model.levels in the first --first_steps training steps. With --first_T 1 they train a quantised ReLU network; the spiking
     network then takes over its weights"""
-    first_steps: int = 0
+    first_steps: Annotated[int, needs("first_T")] = 0
     """the number of training steps for which --first_T and --first_levels hold"""
-    second_rate: float | None = None
+    second_rate: Annotated[float | None, needs("first_steps"), needs(schedule="cosine")] = None
     """the learning rate falls to 0 over the first steps, starts again at this part of --learning_rate, and falls to 0 at the last
     step. None: it falls once, over all steps"""
-    neuron_rate: float = 1.0
+    neuron_rate: Annotated[float, needs(model=LEARNING)] = 1.0
     """learning rate of the neurons' parameters, as a multiple of --learning_rate"""
     loss: str = "mean"
     """cross-entropy of the readout (mean), or of the outputs of every time step (tet)"""
     piece: int | None = None
     """time steps of a piece of `nn.Pieces`, for long sequences: the backward pass recomputes one piece at a time. BatchNorm takes
     the statistics of each piece"""
-    truncate: bool = False
+    truncate: Annotated[bool, needs("piece")] = False
     """cut the gradient between pieces: truncated backpropagation through time"""
     update_every: int | None = None
     """truncated backpropagation that changes the weights after every so many time steps (k1), while the states go on; the loss is that
     of these steps. None: once for a batch"""
-    reach: int | None = None
+    reach: Annotated[int | None, needs("update_every")] = None
     """how many time steps the gradient of --update_every goes back (k2), a multiple of that number. None: the same number"""
     label_smoothing: float = 0.0
     """share of each label that is spread over all classes"""
@@ -61,9 +67,9 @@ class Config(Generic[Model, Data]):
     """firing rate, in spikes a step, above which a penalty is added to the loss"""
     rate_lower: float | None = None
     """firing rate below which a penalty is added to the loss"""
-    rate_weight: float = 1.0
+    rate_weight: Annotated[float, needs("rate_lower", "rate_upper")] = 1.0
     """the factor of that penalty"""
-    rate_per: str = "neuron"
+    rate_per: Annotated[str, needs("rate_lower", "rate_upper")] = "neuron"
     """whose rate it is: neuron, channel or layer"""
     rates: bool = False
     """measure the firing rate of each layer at every evaluation, for report.png"""
@@ -83,7 +89,7 @@ class Config(Generic[Model, Data]):
     """stop after the call with this step, as if interrupted, to be resumed; --steps alone shapes the schedule"""
     mesh: str | None = None
     """data=4 trains on 4 devices, each with a quarter of the batch and its own noise"""
-    sync_batch_norm: bool = True
+    sync_batch_norm: Annotated[bool, needs("mesh")] = True
     """normalise with the statistics of the whole batch, not of each device's part"""
     workers: int = 0
     """processes that prepare batches; 0 prepares them in this one"""
@@ -118,15 +124,10 @@ class Config(Generic[Model, Data]):
             raise ValueError(
                 f"--rate_lower must be from 0 to --rate_upper; got {self.rate_lower} and {self.rate_upper}"
             )
-        if (self.rate_weight, self.rate_per) != (1, "neuron") and self.rate_lower is self.rate_upper is None:
-            raise ValueError(
-                f"--rate_weight and --rate_per need --rate_lower or --rate_upper; got {self.rate_weight} and {self.rate_per!r} "
-                "without them"
-            )
         if not 0 <= self.label_smoothing < 1:
             raise ValueError(f"--label_smoothing must be in [0, 1); got {self.label_smoothing}")
-        if self.piece is not None and self.piece < 1 or self.truncate and self.piece is None:
-            raise ValueError(f"--piece must be at least 1, and --truncate needs it; got {self.piece}")
+        if self.piece is not None and self.piece < 1:
+            raise ValueError(f"--piece must be at least 1; got {self.piece}")
         if self.piece is not None and (self.rate_lower, self.rate_upper) != (None, None):
             raise ValueError("--rate_lower and --rate_upper count over the whole sequence: not with --piece")
         self._check_update_every()
@@ -135,33 +136,16 @@ class Config(Generic[Model, Data]):
         for name in ("seed", "workers", "on_device"):
             if getattr(self, name) < 0:
                 raise ValueError(f"--{name} must be at least 0; got {getattr(self, name)}")
-        if (self.first_T is None) != (self.first_steps == 0) or not 0 <= self.first_steps < self.steps:
-            raise ValueError(
-                f"--first_T needs --first_steps, a number below --steps; got {self.first_T} and {self.first_steps}"
-            )
+        if not 0 <= self.first_steps < self.steps:
+            raise ValueError(f"--first_steps must be from 0 to less than --steps, {self.steps}; got {self.first_steps}")
         most = getattr(self.model, "T", np.inf)
         if self.first_T is not None and (not 1 <= self.first_T <= most or self.first_steps % self.log_every):
             raise ValueError(
                 f"--first_T must be from 1 to --model.T, {most}, and --first_steps a multiple of --log_every; "
                 f"got {self.first_T} and {self.first_steps}"
             )
-        if self.second_rate is not None and not (
-            0 < self.second_rate <= 1 and self.first_steps and self.schedule == "cosine"
-        ):
-            raise ValueError(
-                f"--second_rate must be above 0 and at most 1, with --first_steps and --schedule cosine; got {self.second_rate}"
-            )
-        if self.first_levels is not None and (self.first_T is None or not hasattr(self.model, "levels")):
-            raise ValueError(
-                f"--first_levels needs --first_T, and a network of snnfuse.models; got {self.first_levels}, with "
-                f"--first_T {self.first_T} and --model {self.model.name}"
-            )
-        # the model of the first steps has --first_levels, and a tau that waits for the later steps
-        if getattr(self.model, "levels", None) not in (None, self.first_levels) and self.model.tau is not None:
-            raise ValueError(
-                f"--model.levels has no neurons, so it goes without --model.tau; got {self.model.levels} and {self.model.tau}. "
-                "To train spiking neurons after such a network, give --first_levels"
-            )
+        if self.second_rate is not None and not 0 < self.second_rate <= 1:
+            raise ValueError(f"--second_rate must be above 0 and at most 1; got {self.second_rate}")
         first_model(self)  # checks the options of the model
         K = self.steps_per_call
         if K is not None and (K < 1 or self.log_every % K or self.eval_every % K):
@@ -174,9 +158,9 @@ class Config(Generic[Model, Data]):
 
     def _check_update_every(self):
         k1, k2, T = self.update_every, self.reach, self.model.T
-        if k1 is None and k2 is not None or k1 is not None and (k1 < 1 or T % k1):
-            raise ValueError(f"--update_every must divide --model.T, {T}, and --reach needs it; got {k1}")
-        if k2 is not None and (k2 < 1 or k2 % k1):
+        if k1 is not None and (k1 < 1 or T % k1):
+            raise ValueError(f"--update_every must divide --model.T, {T}; got {k1}")
+        if k2 is not None and (k2 < 1 or k2 % (k1 or 1)):
             raise ValueError(f"--reach must be a multiple of --update_every, {k1}; got {k2}")
         others = dict(piece=self.piece, rate_lower=self.rate_lower, rate_upper=self.rate_upper, first_T=self.first_T)
         if k1 is not None and (given := [name for name, value in others.items() if value is not None]):
@@ -185,5 +169,6 @@ class Config(Generic[Model, Data]):
 
 def first_model(config):
     """The model of the first steps."""
-    levels = {} if config.first_levels is None else dict(levels=config.first_levels)
+    has = config.first_levels is not None and hasattr(config.model, "levels")  # the command line refuses other networks
+    levels = dict(levels=config.first_levels) if has else {}
     return config.model if config.first_T is None else dataclasses.replace(config.model, T=config.first_T, **levels)

@@ -218,6 +218,19 @@ def test_unsorted_times_can_be_sorted_and_counted(tmp_path, monkeypatch):
     assert np.array_equal(stored["events"]["t"], events["t"]) and len(stored["events"]["x"]) == 20
 
 
+@pytest.mark.parametrize("on_bad, on_unsorted", [("skip", None), ("raise", "skip"), ("skip", "raise"), ("raise", None)])
+def test_unsorted_times_are_treated_as_bad_samples_unless_it_is_said(tmp_path, monkeypatch, on_bad, on_unsorted):
+    shuffled = {column: values[::-1] for column, values in recording(20, 0, NMNIST).items()}
+    write_nmnist_archives(tmp_path, {"Train/3/00021.bin": write_nmnist(shuffled)})
+    trust(monkeypatch, "nmnist", tmp_path)
+    make = lambda: catalog.prepare("nmnist", tmp_path / "data", manual=tmp_path, on_bad=on_bad, on_unsorted=on_unsorted)
+    if (on_unsorted or on_bad) == "raise":
+        with pytest.raises(ev.Unsorted, match="Train/3/00021.bin"):
+            make()
+    else:
+        assert make().info.splits["train"].num_examples == 19
+
+
 @pytest.mark.parametrize(
     "change, why",
     [

@@ -89,6 +89,18 @@ def test_a_row_of_channels_is_shown_over_time():
         (["show", "synthetic_saccades", "--index", "9"], "has samples 0..1; got 9"),
         (["show", "synthetic_saccades", "--split", "valid"], "has splits"),
         (["info", "shd"], "python -m snnfuse.data prepare shd --download"),
+        (
+            ["prepare", "mnist5k", "--on-unsorted", "sort"],
+            "on_unsorted is for events whose times go back; mnist5k holds",
+        ),
+        (
+            ["prepare", "digits", "--manual", "there"],
+            "manual is the folder of archives, or of your own data; digits needs",
+        ),
+        (
+            ["show", "digits", "-T", "5"],
+            "T is the number of frames of events that a camera saw, and these are none; got 5",
+        ),
         (["prepare", "dvs128_gesture"], "get it from https://ibm.ent.box.com"),
     ],
 )

@@ -14,6 +14,7 @@ from flax import nnx
 from test_ops_kernels import h100
 
 from snnfuse import models, nn
+from snnfuse.models.build import rising
 
 FAMILIES = {  # (a small network, the size of its images, a learning rate)
     "sew_resnet": (partial(models.sew_resnet, 18, stem="cifar"), 8, 3e-3),
@@ -64,6 +65,11 @@ def test_qkformer_has_the_parameters_of_the_authors():
     model = nnx.eval_shape(lambda: models.qkformer(3, 10, rngs=nnx.Rngs(0)))
     biases = sum(6 * width for width in (96, 192, 384, 384))  # of the projection, and of the MLP's 4 width + width
     assert sum(p.size for p in jax.tree.leaves(nnx.state(model, nnx.Param))) == 6_706_234 - biases
+
+
+@pytest.mark.parametrize("blocks, want", [(0, []), (1, [0.7]), (2, [0, 0.7]), (3, [0, 0.35, 0.7])])
+def test_drop_path_of_the_last_block_is_the_rate_itself_also_if_it_is_the_only_one(blocks, want):
+    np.testing.assert_allclose(rising(0.7, blocks), want)
 
 
 def test_drop_path_rises_over_the_blocks():

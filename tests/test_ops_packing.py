@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 
 import snnfuse as sf
 from snnfuse import models, nn, papers
+from snnfuse.core.compose import Connect
 from snnfuse.models import resnet, transformer
 from snnfuse.ops.packing import packed_for
 
@@ -195,15 +196,36 @@ def test_a_sum_or_a_product_of_graded_spikes_is_not_packed(name, packed, connect
     layer = nn.NormSpiking(
         nn.Spiking(neuron, params, out_dtype=packed), nnx.RMSNorm(4, rngs=nnx.Rngs(0)), connect=connect
     )
-    if (name, connect, packed) in [("binary", how, sf.Packed(8)) for how in ("and", "iand")]:
-        words = jnp.full((1, 3, 4), 3 if connect == "and" else 0, jnp.uint8)  # both steps fire
-        np.testing.assert_array_equal(layer(ones, None, ones)[0], words)
+    if name == "binary" and connect != "add":
+        words = layer(ones, None, ones)[0]
+        found = sf.unpack(words, 2, jnp.int32) if packed.graded else sf.unpack(words, 2)
+        np.testing.assert_array_equal(found, np.full((2, 3, 4), connect == "and"))  # both steps fire
         return
     graded = "graded " if name == "ILIF" else ""
     with pytest.raises(
         ValueError, match=f"out_dtype must not be Packed for {graded}spikes that are joined .*{connect}"
     ):
         layer(ones, None, ones)
+
+
+@pytest.mark.parametrize("implementation", ["scan", "interpret"])
+@pytest.mark.parametrize("connect", ["and", "iand"])
+@pytest.mark.parametrize(
+    "packed", [sf.Packed(8), sf.Packed(8, 0, 2), sf.Packed(8, -1, 4), sf.Packed(32, 0, 2)], ids=str
+)
+def test_a_packed_product_of_binary_spikes_has_their_exact_values(packed, connect, implementation):
+    xs, shortcut = (jax.random.bernoulli(jax.random.key(k), 0.5, (10, 3, 4)).astype(jnp.float32) for k in (0, 1))
+    run = lambda **options: sf.unroll(
+        Connect(sf.LIF(), connect), sf.LIFParams(0.0), None, (xs, shortcut), implementation=implementation, **options
+    )[0]
+    want = xs * shortcut if connect == "and" else (1 - xs) * shortcut
+    assert_fires(want)
+    np.testing.assert_array_equal(run(), want)
+    words = run(out_dtype=packed)
+    np.testing.assert_array_equal(sf.unpack(words, 10, jnp.int32, lowest=packed.lowest), want)
+    if packed == sf.Packed(8, 0, 2):  # nothing is 2
+        np.testing.assert_array_equal(words[0], sf.pack(want))
+        assert not words[1].any()
 
 
 def test_bad_words():

@@ -107,8 +107,6 @@ def test_events_are_changed_before_they_become_frames():
         changed, _ = dataclasses.replace(data, **{name: value}).augment(KEY, batch, jnp.zeros((1, 10)))
         made = data.encode(KEY, changed, 4)
         assert 5 < made.sum() <= 100 and not np.array_equal(made, frames[:4]), name
-    with pytest.raises(ValueError, match="--data.shift needs --data.store events; got 'bytes'"):
-        dataclasses.replace(DATASETS["nmnist"], shift=1.0)
     with pytest.raises(ValueError, match="--data.drop must be at least 0, and at most 1; got 2"):
         dataclasses.replace(data, drop=2.0)
 

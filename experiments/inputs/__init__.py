@@ -14,9 +14,10 @@
 """
 
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import Annotated, ClassVar
 
 import numpy as np
+from config import needs
 from jax import Array
 
 from inputs.images import Images
@@ -30,6 +31,9 @@ from snnfuse.data.builders.base import EventSet
 from snnfuse.data.builders.images import ImageSet
 from snnfuse.data.builders.signals import SignalSet
 
+SETS = (*catalog.CATALOG, *catalog.own_names())
+OF_EVENTS = tuple(name for name in SETS if issubclass(catalog.data_set(name), EventSet))
+
 
 @dataclass(frozen=True)
 class Random:
@@ -40,7 +44,7 @@ class Random:
     """the data set"""
     examples: int = 200
     """samples to train on; half as many are held out"""
-    events: int = 4000
+    events: Annotated[int, needs(like=OF_EVENTS)] = 4000
     """events of a recording"""
     note: ClassVar[str] = "random input"
 
@@ -97,7 +101,7 @@ def _default(name):
     return next(kind(name) for data_set, kind in kinds if issubclass(found, data_set))
 
 
-DATASETS = {name: _default(name) for name in (*catalog.CATALOG, *catalog.own_names())} | {
+DATASETS = {name: _default(name) for name in SETS} | {
     "mnist5k": Images("mnist5k", shift=2),
     "mnist": Images("mnist", repeat=3),  # three channels, as in the temporal fusion paper
     "nmnist": Recordings("nmnist", channels=3),  # a third, empty channel, as there

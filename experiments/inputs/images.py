@@ -2,11 +2,12 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import ClassVar
+from typing import Annotated, ClassVar
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from config import needs
 from jax import Array
 
 from inputs.reading import Batch, Labelled, Name, Sources, in_memory, train_and_test
@@ -41,17 +42,17 @@ class Images(Labelled):
     """side of a square, in pixels, that is erased in every training image"""
     rand_augment: int = 0
     """transforms of RandAugment in every training image"""
-    magnitude: float = 0.3
+    magnitude: Annotated[float, needs("rand_augment")] = 0.3
     """their strength, in [0, 1]"""
     mixup: float = 0.0
     """training images are mixed in pairs, by a share drawn from Beta(mixup, mixup)"""
     cutmix: float = 0.0
     """a rectangle of each training image comes from another one; its size is drawn from Beta(cutmix, cutmix)"""
-    normalise: bool = False
+    normalise: Annotated[bool, needs(encoding="direct")] = False
     """channels get mean 0 and deviation 1; with --data.encoding direct"""
-    mean: tuple[float, ...] | None = None
+    mean: Annotated[tuple[float, ...] | None, needs("normalise"), needs("deviation")] = None
     """of each channel, from 0 to 1, with --data.normalise. None: as published, or else that of the training images"""
-    deviation: tuple[float, ...] | None = None
+    deviation: Annotated[tuple[float, ...] | None, needs("mean")] = None
     """the same, the standard deviation"""
     repeat: int = 1
     """copies of the image, each as its own channels with its own noise"""
@@ -67,16 +68,7 @@ class Images(Labelled):
                 raise ValueError(f"--data.{name} must be at least 0, and at most {most:g}; got {value}")
         if not 0 <= self.magnitude <= 1:
             raise ValueError(f"--data.magnitude must be in [0, 1]; got {self.magnitude}")
-        if self.magnitude != 0.3 and not self.rand_augment:
-            raise ValueError(f"--data.magnitude needs --data.rand_augment; got {self.magnitude} without it")
-        if self.normalise and self.encoding != "direct":
-            raise ValueError(f"--data.normalise needs --data.encoding direct; got {self.encoding!r}")
-        if (self.mean is None) != (self.deviation is None) or self.mean is not None and not self.normalise:
-            raise ValueError(
-                f"--data.mean, --data.deviation and --data.normalise go together; got {self.mean}, {self.deviation} and "
-                f"{self.normalise}"
-            )
-        if self.mean is not None and not (
+        if None not in (self.mean, self.deviation) and not (
             len(self.mean) == len(self.deviation) > 0
             and np.isfinite(self.mean + self.deviation).all()
             and min(self.deviation) > 0

@@ -2,11 +2,12 @@
 
 import itertools
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import Annotated, ClassVar
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from config import needs
 from jax import Array
 
 from inputs.reading import Batch, Labelled, Name, Sources, in_memory, train_and_test
@@ -30,25 +31,25 @@ class Recordings(Labelled):
     of counts, in training from events that were changed at random"""
     channels: int | None = None
     """channels of a frame, if more than the sensor has polarities; the others stay empty"""
-    events: int = 8192
+    events: Annotated[int, needs(store="events")] = 8192
     """room for the events of a recording, with --data.store events"""
-    size: int | None = None
+    size: Annotated[int | None, needs(store="events")] = None
     """frames have this many pixels on each side, with --data.store events; None: those of the sensor"""
     hold: bool = False
     """steps after the last frame show it again; without, they are empty"""
     log: bool = False
     """a frame holds ln(1 + count), so that pixels with many events, as of an edge that moves fast, count for less"""
-    shift: float = 0.0
+    shift: Annotated[float, needs(store="events")] = 0.0
     """training recordings move by up to this many pixels of the sensor each way"""
-    flip: bool = False
+    flip: Annotated[bool, needs(store="events")] = False
     """half of the training recordings are mirrored"""
-    scale: float = 0.0
+    scale: Annotated[float, needs(store="events")] = 0.0
     """training recordings become larger or smaller by up to this part"""
-    turn: float = 0.0
+    turn: Annotated[float, needs(store="events")] = 0.0
     """training recordings are turned by up to this many degrees"""
-    drop: float = 0.0
+    drop: Annotated[float, needs(store="events")] = 0.0
     """training recordings lose up to this part of their events"""
-    longer: float | None = None
+    longer: Annotated[float | None, needs(store="events")] = None
     """training on random stretches of two windows that follow one another, up to this part longer than a window, so that motion
     seems faster; for recordings that were cut into windows. None: on the windows themselves"""
 
@@ -69,10 +70,6 @@ class Recordings(Labelled):
             raise ValueError(
                 f"--data.longer must be None or in [0, 1], and for recordings cut into windows; got {self.longer} for {self.name}"
             )
-        changed = [name for name in ("size", "shift", "flip", "scale", "turn", "drop") if getattr(self, name)]
-        changed += ["longer"] * (self.longer is not None)
-        if changed and self.store != "events":
-            raise ValueError(f"--data.{changed[0]} needs --data.store events; got {self.store!r}")
 
     def sources(self) -> Sources:
         train, test = train_and_test(self.name)

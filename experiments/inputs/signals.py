@@ -1,11 +1,12 @@
 """Signals of several channels, such as muscles."""
 
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import Annotated, ClassVar
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from config import needs
 from jax import Array
 
 from inputs.reading import Batch, Labelled, Name, Sources, in_memory, train_and_test
@@ -29,7 +30,7 @@ class Signals(Labelled):
     code: str = "level"
     """level: the log of each window's root mean square; level_crossing: its level crossings; lif: spikes of LIF neurons that the
     root mean square drives"""
-    threshold: float = 0.2
+    threshold: Annotated[float, needs(code="level_crossing")] = 0.2
     """of a level crossing"""
     gain: float = 0.0
     """each channel of a training signal is up to this part stronger or weaker"""

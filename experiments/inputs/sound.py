@@ -1,11 +1,12 @@
 """Recordings of sound."""
 
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import Annotated, ClassVar
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from config import needs
 from jax import Array
 
 from inputs.reading import Batch, Labelled, Name, Sources, in_memory, one_split, train_and_test
@@ -33,13 +34,13 @@ class Audio(Labelled):
     """a recording ends with its own last step: readout, statistics and states leave out the silence after it"""
     fit: bool = False
     """the loud part of a recording takes all time steps, so words of fast and of slow speakers get equally long"""
-    quiet: float = 0.3
+    quiet: Annotated[float, needs("fit")] = 0.3
     """with --data.fit: the loud part is from the first to the last step with a band above this, in [0, 1]"""
     envelope: int = 0
     """keep this many slow cosines of the spectrum of each step, which leaves out the harmonics of the voice; 0: keep all"""
     code: str = "bands"
     """bands: numbers; level_crossing or lif: spikes of them"""
-    threshold: float = 0.1
+    threshold: Annotated[float, needs(code="level_crossing")] = 0.1
     """of a level crossing"""
     shift: float = 0.0
     """training recordings start up to this many seconds earlier or later"""
@@ -51,11 +52,11 @@ class Audio(Labelled):
     """training recordings move up or down by up to this many bands"""
     warp: float = 0.0
     """frequencies of training recordings are multiplied by a factor up to this much above or below 1, as by another throat"""
-    mask_steps: int = 0
+    mask_steps: Annotated[int, needs("masks")] = 0
     """longest stretch of time steps that is hidden in a training recording"""
-    mask_bands: int = 0
+    mask_bands: Annotated[int, needs("masks")] = 0
     """most bands next to each other that are hidden"""
-    masks: int = 1
+    masks: Annotated[int, needs("mask_steps", "mask_bands")] = 1
     """stretches of each kind"""
     noise: float | None = None
     """white noise in training recordings, from 60 decibels below the loudest sample up to this many below; None: none"""

@@ -94,7 +94,11 @@ def main(arguments: list[str] | None = None) -> int:
                 "--window", type=float, metavar="MS", help="cut your own events into samples of this many milliseconds"
             )
             command.add_argument("--on-bad", choices=("raise", "skip"), default="raise")
-            command.add_argument("--on-unsorted", choices=("raise", "sort", "skip"), default="raise")
+            command.add_argument(
+                "--on-unsorted",
+                choices=("raise", "sort", "skip"),
+                help="for events whose times go back; else as --on-bad",
+            )
         if run is _show:
             command.add_argument("--split", default="train")
             command.add_argument("--index", type=int, default=0)
@@ -102,7 +106,7 @@ def main(arguments: list[str] | None = None) -> int:
                 "--count", type=int, default=1, help="a sheet of so many samples, evenly spaced from --index to the end"
             )
             command.add_argument("--out", type=Path, help=".png: a strip of frames; .gif: one after another")
-            command.add_argument("-T", type=int, default=10, help="frames of equal duration")
+            command.add_argument("-T", type=int, help="frames of equal duration, of events; 10 by default")
     options = parser.parse_args(arguments)
     try:
         options.run(options)

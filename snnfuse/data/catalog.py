@@ -170,7 +170,8 @@ def _chosen(name: str, folder: Path, **choices) -> type:
 def builder(name: str, folder: str | os.PathLike | None = None, *, of: type | None = None, **choices):
     """The tfds builder of a name in `CATALOG`, or of the class `of`.
 
-    Choices for broken recordings: on_bad="raise" or "skip"; on_unsorted="raise", "sort" or "skip".
+    Choices for broken recordings: on_bad="raise" or "skip"; on_unsorted, for events whose times go back, "raise", "sort" or
+    "skip", and if it is not given the same as on_bad.
     """
     found = data_set(name) if of is None else of
     for package in ("tensorflow_datasets", "array_record", "importlib_resources"):
@@ -207,8 +208,12 @@ def prepare(
         _check_prepared(name, path, size, rate, window)
         if name not in CATALOG:
             return prepared(name, folder)
+    if manual and name in BUILT_IN:
+        raise ValueError(f"manual is the folder of archives, or of your own data; {name} needs neither")
     manual = Path(manual or data_dir(folder) / "downloads" / "manual")
     found = _chosen(name, manual / name, size=size, rate=rate, window=window)
+    if choices.get("on_unsorted") and not hasattr(found, "SENSOR"):
+        raise ValueError(f"on_unsorted is for events whose times go back; {name} holds no events")
     made = builder(name, folder, of=found, **choices)
     if is_prepared(made):
         return made

@@ -91,8 +91,10 @@ def _traces(signal: np.ndarray, width: int = 800, height: int = 40) -> np.ndarra
     return pictures.reshape(channels * height, -1, 3).repeat(max(1, width // pictures.shape[2]), 1)
 
 
-def _drawn(sample: dict, metadata: dict, T: int, width: int) -> tuple[str, list[np.ndarray]]:
+def _drawn(sample: dict, metadata: dict, T: int | None, width: int) -> tuple[str, list[np.ndarray]]:
     """(what the sample holds, its pictures [H, W, 3]): one, or T of events. An image is about `width` pixels wide."""
+    if T is not None and (metadata.get("sensor") or [1])[0] == 1:
+        raise ValueError(f"T is the number of frames of events that a camera saw, and these are none; got {T}")
     if "image" in sample:
         image, scale = sample["image"], max(1, width // sample["image"].shape[1])
         return "", [np.broadcast_to(image, (*image.shape[:2], 3)).repeat(scale, 0).repeat(scale, 1)]
@@ -107,7 +109,7 @@ def _drawn(sample: dict, metadata: dict, T: int, width: int) -> tuple[str, list[
     text = f", {len(events['t'])} events in {seconds:.3f} s"
     if sensor.height == 1:
         return text, strip(_raster(events, sensor, 350), 2)
-    return text, strip(to_frames(events, sensor, T, split="time"), max(1, 128 // sensor.width))
+    return text, strip(to_frames(events, sensor, 10 if T is None else T, split="time"), max(1, 128 // sensor.width))
 
 
 def _joined(pictures: list[np.ndarray], axis: int) -> np.ndarray:
@@ -119,10 +121,10 @@ def _joined(pictures: list[np.ndarray], axis: int) -> np.ndarray:
     return np.concatenate([part for picture in filled for part in (picture, line)][:-1], axis)
 
 
-def render(name: str, split: str, index: int, out: Path, folder=None, T: int = 10, count: int = 1) -> str:
+def render(name: str, split: str, index: int, out: Path, folder=None, T: int | None = None, count: int = 1) -> str:
     """Write a sample to `out` and return a line about it: an image, a .png strip or a .gif of events, a spectrogram of sound,
-    or the channels of a signal. A `count` above 1 makes a sheet (.png) of as many samples, evenly
-    spaced from `index` to the end of the split.
+    or the channels of a signal. `T` is the number of frames of a camera's events, 10 by default. A `count` above 1 makes a sheet
+    (.png) of as many samples, evenly spaced from `index` to the end of the split.
     """
     Image = require("PIL.Image")
     if count < 1 or count > 1 and out.suffix == ".gif":

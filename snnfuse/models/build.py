@@ -26,10 +26,10 @@ def check_option(name: str, value: Any, known: Sequence) -> None:
 
 
 def rising(rate: float, blocks: int) -> list[float]:
-    """The rate of `drop_path` for each of a network's blocks: 0 for the first one, `rate` for the last one."""
+    """The rate of `drop_path` for each of a network's blocks: 0 for the first one, `rate` for the last one or a single one."""
     if not 0 <= rate < 1:
         raise ValueError(f"drop_path must be in [0, 1); got {rate}")
-    return [rate * i / max(1, blocks - 1) for i in range(blocks)]
+    return [rate * i / (blocks - 1) for i in range(blocks)] if blocks > 1 else [rate] * blocks
 
 
 class Build:

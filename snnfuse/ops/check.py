@@ -232,7 +232,7 @@ def check_packed(neuron, out_dtypes):
     if not isinstance(given, Packed):
         return
     while hasattr(inside, "inner"):
-        if isinstance(inside, Connect) and (inside.how == "add" or given.graded or wanted.graded):
+        if isinstance(inside, Connect) and (inside.how == "add" or wanted.graded):
             raise ValueError(
                 f"out_dtype must not be Packed for {'graded ' if wanted.graded else ''}spikes that are joined with a shortcut by "
                 f"{inside.how!r}, because it would lose their {'sum' if inside.how == 'add' else 'product'}: give a dtype such as "

@@ -22,14 +22,15 @@ class StreamingBuilder(tfds.core.ShardBasedBuilder, skip_registration=True):
     """The tfds builder of a data set. Samples lie on disk in the order of the jobs; the loader shuffles.
 
     `on_bad` says what to do with a sample that is not sound: "raise" the fault, which names the sample, or "skip" it and
-    count it. `on_unsorted` says the same for times that go back, which can also be "sort"ed. `info.metadata` keeps how
-    many samples were skipped and sorted.
+    count it. `on_unsorted` says the same for times that go back, which can also be "sort"ed; None does as `on_bad`.
+    `info.metadata` keeps how many samples were skipped and sorted.
     """
 
     VERSION = tfds.core.Version("1.0.0")
     DATA_SET: type[DataSet]
 
-    def __init__(self, *, on_bad: str = "raise", on_unsorted: str = "raise", **kwargs):
+    def __init__(self, *, on_bad: str = "raise", on_unsorted: str | None = None, **kwargs):
+        on_unsorted = on_bad if on_unsorted is None else on_unsorted
         for name, value, choices in (("on_bad", on_bad, BAD), ("on_unsorted", on_unsorted, UNSORTED)):
             if value not in choices:
                 raise ValueError(f"{name} must be one of {choices}; got {value!r}")
@@ -89,7 +90,7 @@ class StreamingBuilder(tfds.core.ShardBasedBuilder, skip_registration=True):
                 except StopIteration:
                     break
                 except BadSample as fault:
-                    if self.on_bad == "raise" and not (isinstance(fault, Unsorted) and self.on_unsorted == "skip"):
+                    if (self.on_unsorted if isinstance(fault, Unsorted) else self.on_bad) == "raise":
                         raise
                     self._skipped.append(str(fault))
                     continue
