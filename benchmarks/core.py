@@ -34,7 +34,7 @@ import jax
 import jax.numpy as jnp
 from neurons import NEURONS, PAPERS, SCALE
 from runner import HERE, Case, job, main, question, rows, split
-from with_jax import bf16, compiled, device_ms, f32, forward_backward, largest_error, repeated, time_ms, timed_alone
+from with_jax import bf16, compiled, device_ms, device_time, f32, forward_backward, largest_error, repeated, time_ms
 
 import snnfuse as sf
 from snnfuse.core.compose import Affine
@@ -272,7 +272,7 @@ def milliseconds(name, T, M, dtype, implementation):
     """Device time of the forward and the backward pass."""
     spikes, learned = spikes_of(name, implementation)
     draw, count = inputs(name, T, M, dtype, learned, most=2**29)
-    yield from timed_alone(forward_backward(spikes), draw, count, repeats=5, seconds=0.02)
+    yield from device_time(forward_backward(spikes), draw, count, repeats=5, seconds=0.02)
 
 
 def gradient_error(got, want, lanes):

@@ -27,7 +27,7 @@ import optax
 from flax import nnx
 from jax import lax
 from runner import HERE, Case, job, main, question
-from with_jax import bf16, cross_entropy, f32, forward_backward, timed_alone
+from with_jax import bf16, cross_entropy, device_time, f32, forward_backward
 
 from snnfuse import nn
 
@@ -202,7 +202,7 @@ def time_layer(way, layer, longest, shape, dtype):
         xs = jax.random.bernoulli(jax.random.fold_in(of_inputs, i), 0.1, (longest + steps, batch, N)).astype(dtype)
         return (xs, weights), jax.random.normal(jax.random.fold_in(of_outs, i), (steps, batch, N)).astype(dtype)
 
-    yield from timed_alone(forward_backward(way), draw, 3)
+    yield from device_time(forward_backward(way), draw, 3)
 
 
 if __name__ == "__main__":

@@ -139,10 +139,8 @@ def training(name, axes, T, B, how, synchronised, sums, want=None):
         read = partial(parallel.readout, read)
     specs = P(time_axis, data_axis), P(data_axis)
     step = training_step(model, read, mesh=mesh, specs=specs, sums=sums, norm=name == "small-net")
-    draw = jax.jit(
-        partial(inputs, SHAPES[name], T, B), out_shardings=tuple(NamedSharding(mesh, spec) for spec in specs)
-    )
-    data = [draw(i) for i in range(2)]  # made on their devices
+    places = tuple(NamedSharding(mesh, spec) for spec in specs)
+    data = [jax.jit(partial(inputs, SHAPES[name], T, B, seed), out_shardings=places)() for seed in range(2)]
     row = time_step(step, data)
     for key in ("loss", "grad_norm") if want else ():
         if abs(row[key] / want[key] - 1) > 1e-4:

@@ -235,8 +235,8 @@ def in_turn(task, names, rounds, library):
     every = steps_in_turn(task, names, rounds)
     (row, times), (_, first) = every[library], every[names[0]]
     low, ms, high = np.quantile(times, (0.25, 0.5, 0.75)).tolist()
-    row |= dict(ms=ms, quartiles=(low, high), shortest_ms=min(times), over=min(times) / min(first))
-    return row | dict(rounds=rounds, cores=os.cpu_count())
+    found = dict(ms=ms, quartiles=(low, high), shortest_ms=min(times), over=min(times) / min(first), rounds=rounds)
+    return row if "status" in row else row | found | dict(cores=os.cpu_count())
 
 
 @cache

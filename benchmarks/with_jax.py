@@ -37,7 +37,7 @@ def device_ms(program, sets, **options):
     return [t / len(sets) for t in time_ms(program, sets, **options)]
 
 
-def timed_alone(f, draw, count, **options):
+def device_time(f, draw, count, **options):
     """A `measure` of a `runner.Case`: the device time of f(*draw(i)) over i = 0 .. count - 1."""
     program, drawn = repeated(f, [jax.eval_shape(draw, 0)] * count), jax.jit(draw).lower(0).compile()
     yield

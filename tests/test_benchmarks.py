@@ -170,6 +170,14 @@ def test_wrong_spikes_gradients_and_losses_are_found():
     assert "loss" in peers.compare(shd, "float32", dict(spikes=spikes, loss=1.1), want)["status"]
 
 
+def test_a_wrong_step_on_a_cpu_gets_no_time(monkeypatch):
+    task = peers.Task("shd", (2, 3, 784, 16, 10))
+    assert peers.in_turn(task, ("snnfuse",), 1, "snnfuse")["ms"] > 0
+    peers.steps_in_turn.cache_clear()
+    monkeypatch.setattr(peers, "compare", lambda *args: dict(status="wrong: planted"))
+    assert peers.in_turn(task, ("snnfuse",), 1, "snnfuse").keys() == {"version", "status"}
+
+
 @pytest.mark.parametrize("name", ["core", "resnet", "multi_gpu", "peers"])
 def test_no_two_rows_of_a_commit_have_the_same_name(name):
     lines = [json.loads(line) for line in (runner.RESULTS / f"{name}.jsonl").read_text().splitlines()]
