@@ -32,10 +32,7 @@ LAST = 50  # steps: the final loss is their mean
     data=("mnist5k", "a data set that paper.py names"),
     model=("r18", "a model that paper.py names"),
     implementations=("pallas,scan", "one or two"),
-    more=(
-        "",
-        "further arguments of the script; all but --steps and --seed become part of the row's case",
-    ),
+    more=("", "further arguments of the script; all but --steps and --seed become part of the row's case"),
     runs=("", "the folder of the runs; default runs/<data>-<model>-<time>"),
 )
 def accuracy(args):
@@ -72,12 +69,8 @@ def measure(script, arguments, path, curves):
     config, summary = (json.loads((path / name).read_text()) for name in ("config.json", "summary.json"))
     rows = map(json.loads, (path / "metrics.jsonl").read_text().splitlines())
     curves.append(np.array([row["loss"] for row in rows if "loss" in row]))
-    row = dict(
-        input=summary.get("note", "real data"),
-        T=config["model.T"],
-        B=config["batch"],
-        dtype=config.get("model.policy", "float32"),
-    )
+    row = dict(input=summary.get("note", "real data"), T=config["model.T"], B=config["batch"])
+    row |= dict(dtype=config.get("model.policy", "float32"))
     row |= {key: config[key] for key in ("mesh", "seed", "steps") if config[key] is not None}
     row |= {key: summary[key] for key in ("held_out_accuracy", "seconds")}
     row |= dict(final_loss=float(curves[-1][-LAST:].mean()), ms_a_step=1e3 * config["batch"] / summary["samples_per_s"])

@@ -21,7 +21,7 @@ import subprocess
 import sys
 import tempfile
 from concurrent.futures import ProcessPoolExecutor
-from functools import cache
+from functools import cache, partial
 from pathlib import Path
 
 CASES = {  # T and lanes, or T, B and the size of the images
@@ -42,38 +42,26 @@ def start(folder):
         raise ImportError(f"{folder}: this folder's snnfuse was wanted, {snnfuse.__file__} was imported")
 
 
-def lif(T, M, dtype):
-    """A call of forward and backward on several inputs in one program, and the number of them."""
+@cache
+def case(name, tiny):
+    """(a call, compiled, how often it does what is timed), in a worker process."""
     import jax
-    from with_jax import forward_backward
+    from with_jax import batches, forward_backward, repeated, resnet, training_step
 
     import snnfuse as sf
 
-    draw = lambda seed: jax.random.normal(jax.random.key(seed), (T, M)).astype(dtype)
-    sets = [((draw(2 * i) + 0.3,), draw(2 * i + 1)) for i in range(4)]
-    both = forward_backward(lambda x: sf.unroll(sf.LIF(), sf.LIFParams(), None, x)[0])
-    run = jax.jit(lambda sets: [both(*args) for args in sets])
-    return lambda: run(sets), len(sets)
-
-
-def resnet18(T, B, size):
-    """A call of a training step."""
-    from with_jax import batches, resnet, training_step
-
-    step, (batch,) = training_step(resnet(None, 18, "bfloat16")), batches(T, B, size, count=1)
-    return lambda: step(*batch), 1
-
-
-@cache
-def case(name, tiny):
-    """(what is timed, how many calls it makes), in a worker process; compiled."""
-    import jax
-
     shape = TINY[len(CASES[name])] if tiny else CASES[name]
-    call, count = resnet18(*shape) if "resnet" in name else lif(*shape, name.split()[-1])
+    if "resnet" in name:
+        step, sets = training_step(resnet(None, 18, "bfloat16")), batches(*shape, count=1)
+        call = lambda: step(*sets[0])
+    else:
+        draw = lambda seed: jax.random.normal(jax.random.key(seed), shape).astype(name.split()[-1])
+        sets = [((draw(2 * i) + 0.3,), draw(2 * i + 1)) for i in range(4)]
+        both = forward_backward(lambda x: sf.unroll(sf.LIF(), sf.LIFParams(), None, x)[0])
+        call = partial(repeated(both, sets), sets)
     for _ in range(6):
         jax.block_until_ready(call())
-    return call, count
+    return call, len(sets)
 
 
 def time_case(name, tiny):

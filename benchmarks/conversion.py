@@ -16,10 +16,10 @@ from functools import cache
 import jax
 import jax.numpy as jnp
 import numpy as np
-import optax
 from flax import nnx
-from online import digits
+from online import ADAM, digits
 from runner import Case, main, question
+from with_jax import step_of, with_adam
 
 from snnfuse import nn
 from snnfuse.interop.relu import to_snn
@@ -33,10 +33,9 @@ def conversion(args):
     for percentile in (99.0, 99.9, 100.0):
         for left_out in (0.0, 0.25):
             for T in steps:
-                key = dict(
-                    case=f"percentile {percentile:g}", implementation="scan", T=T, note=f"first {left_out:.0%} left out"
-                )
-                yield Case(key | dict(steps=updates), measure, (percentile, left_out, T, steps[-1], updates))
+                key = dict(case=f"percentile {percentile:g}", implementation="scan", T=T, steps=updates)
+                key |= dict(note=f"first {left_out:.0%} left out")
+                yield Case(key, measure, (percentile, left_out, T, steps[-1], updates))
 
 
 @question("few_bits", gpu=False, updates=(600, "training steps of the ReLU network"))
@@ -57,26 +56,13 @@ def train(updates, bits=32, seed=0):
     """The layers of a trained ReLU network; `bits` are those of its weights in training."""
     images, labels = digits()
     rngs = nnx.Rngs(seed)
-    layers = [
-        nnx.Conv(1, 16, (5, 5), 2, rngs=rngs),
-        jax.nn.relu,
-        nnx.Conv(16, 32, (3, 3), 2, rngs=rngs),
-        jax.nn.relu,
-        nn.flatten,
-    ]
-    layers += [nnx.Linear(7 * 7 * 32, 128, rngs=rngs), jax.nn.relu, nnx.Linear(128, 10, rngs=rngs)]
-    model = quantised(layers, bits)
-    optimizer = nnx.Optimizer(model, optax.adam(2e-3), wrt=nnx.Param)
-
-    @nnx.jit
-    def step(model, optimizer, xs, labels):
-        loss = lambda model: optax.softmax_cross_entropy_with_integer_labels(model(xs[None])[0][0], labels).mean()
-        optimizer.update(model, nnx.grad(loss)(model))
-
+    layers = [nnx.Conv(1, 16, (5, 5), 2, rngs=rngs), jax.nn.relu, nnx.Conv(16, 32, (3, 3), 2, rngs=rngs), jax.nn.relu]
+    layers += [nn.flatten, nnx.Linear(7 * 7 * 32, 128, rngs=rngs), jax.nn.relu, nnx.Linear(128, 10, rngs=rngs)]
+    step, objects = nnx.jit(step_of(lambda outs: outs[0])), with_adam(quantised(layers, bits), ADAM)
     rng = np.random.default_rng(seed)
     for _ in range(updates):
         batch = rng.integers(0, 4000, 64)
-        step(model, optimizer, images[batch, :, :, None], labels[batch])
+        step(*objects, images[batch][None, ..., None], labels[batch])
     return layers
 
 

@@ -21,22 +21,24 @@ Blocks are [lanes, warps, chunk, prefetch], for "mosaic" [rows, chunk, stages].
 import itertools
 import os
 import re
+import statistics
 import subprocess
 import sys
 import tempfile
 from functools import cache
+from types import SimpleNamespace
+from typing import NamedTuple
 from unittest import mock
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from neurons import NEURONS, PAPERS, SCALE
-from runner import HERE, Case, job, main, question, split
-from with_jax import bf16, compiled, copy_rate, device_ms, f32, forward_backward, repeated, time_ms
+from runner import HERE, Case, job, main, question, rows, split
+from with_jax import bf16, compiled, device_ms, device_time, f32, forward_backward, largest_error, repeated, time_ms
 
 import snnfuse as sf
 from snnfuse.core.compose import Affine
-from snnfuse.ops import triton, tuning
+from snnfuse.ops import implementations, triton, tuning
 
 CASES = [  # the first ten run by every implementation, the others by scan and "pallas"
     ("lif", 4, 2**23, f32),
@@ -61,12 +63,10 @@ CASES = [  # the first ten run by every implementation, the others by scan and "
     *((name, 100, 2**17, dtype) for name in PAPERS for dtype in (f32, bf16)),
 ]
 EVERYONE = 10
-ONE_OR_TWO_STATES = (
-    "lif",
-    "lif learned",
-    "constant adaptive lif",
-    "adaptive lif",
-)  # of each, the second learns its params
+ONE_STATE, TWO_STATES = (
+    ("lif", "lif learned"),
+    ("constant adaptive lif", "adaptive lif"),
+)  # the second learns its params
 COMPILED = [(16, 2**12), (256, 2**12), (4096, 2**12), (500, 2**13)]
 
 
@@ -99,7 +99,7 @@ def grid():
             names = ("pallas", "triton")
             names += ("scan",) if T <= 4 or exponent == 12 and T in (8, 32, 1000) else ()
             names += ("mosaic",) if exponent >= 20 and T in (1, 2, 4, 8, 32) else ()
-            for name, dtype in itertools.product(ONE_OR_TWO_STATES, (f32, bf16)):
+            for name, dtype in itertools.product(ONE_STATE + TWO_STATES, (f32, bf16)):
                 if T * 2**exponent <= 2**27:
                     yield name, T, 2**exponent, dtype, names
     for T, M, dtype in itertools.product((4, 32), (2**20 + 1, 2**20 + 2), (f32, bf16)):
@@ -116,6 +116,39 @@ def choice(args):
         where = job(args, i % 2 if T * M > 2**24 else i)  # few processes hold much memory
         key = dict(case=name, T=T, M=M, dtype=jnp.dtype(dtype).name, implementation=implementation)
         yield Case(key, milliseconds, (name, T, M, dtype, implementation), where)
+
+
+class Cell(NamedTuple):
+    """What `choice` measured. `ms`: milliseconds by implementation. `chosen`: what None picks. `over`: its time over that of the fastest."""
+
+    case: str
+    dtype: str
+    T: int
+    M: int
+    ms: dict[str, float]
+    chosen: str
+    over: float
+
+    @property
+    def fastest(self):
+        return min(self.ms, key=self.ms.get)
+
+
+def cells() -> list[Cell]:
+    """The cells in which None's choice was measured, of the GPU of the last row."""
+    found, every = {}, [row for row in rows("choice") if row["status"] == "ok"]
+    for row in every:
+        if row["device"] == every[-1]["device"]:
+            key = row["case"], row["dtype"], row["T"], row["M"]
+            found.setdefault(key, {})[row["implementation"]] = row["ms"]
+    made = []
+    for (case, dtype, T, M), ms in sorted(found.items()):
+        arrays = [leaf for leaf in jax.tree.leaves(NEURONS[case][1]) if isinstance(leaf, jax.Array)]
+        problem = SimpleNamespace(T=T, M=M, param_shapes=[leaf.shape for leaf in arrays])
+        chosen = implementations.preference(problem)[0]
+        if chosen in ms and len(ms) > 1:
+            made.append(Cell(case, dtype, T, M, ms, chosen, ms[chosen] / min(ms.values())))
+    return made
 
 
 @question("flips", implementations=("pallas,mosaic,triton", "which of them"))
@@ -144,11 +177,13 @@ def contract(args):
 
 @cache
 def rate(tiny):
-    return float(np.median([copy_rate(2**20 if tiny else 2**30) for _ in range(3)]))
+    """Bytes read and written per second by x + 1."""
+    x, add = jax.random.normal(jax.random.key(0), (2**18 if tiny else 2**28,), f32), jax.jit(lambda x: x + 1)
+    return 2 * x.nbytes / (statistics.median(time_ms(add, x)[0] for _ in range(3)) * 1e-3)
 
 
-def inputs(name, T, M, dtype, most=2**31):
-    """A compiled function that draws inputs and cotangents from a seed, and how often to call it: 8 times at most, and up
+def inputs(name, T, M, dtype, learned=(), most=2**31):
+    """A function that draws (learned, xs) and cotangents from a seed, and how often to call it: 8 times at most, and up
     to `most` bytes of inputs."""
     scale = SCALE.get(name, 1.0)
 
@@ -156,9 +191,9 @@ def inputs(name, T, M, dtype, most=2**31):
     def draw(seed):
         normal = lambda key: jax.random.normal(key, (T, M), f32)
         x, cotangent = map(normal, jax.random.split(jax.random.key(seed)))
-        return (scale * (x + 0.3)).astype(dtype), cotangent.astype(dtype)
+        return (learned, (scale * (x + 0.3)).astype(dtype)), cotangent.astype(dtype)
 
-    return draw.lower(0).compile(), max(1, min(8, most // (T * M * jnp.dtype(dtype).itemsize)))
+    return draw, max(1, min(8, most // (T * M * jnp.dtype(dtype).itemsize)))
 
 
 def arranged(name, xs):
@@ -204,12 +239,12 @@ SCAN = {}  # the last case that scan ran: its results and its milliseconds
 def layer(name, T, M, dtype, implementation, tiny):
     spikes, learned = spikes_of(name, implementation)
     both, forward = forward_backward(spikes), lambda args, cotangent: spikes(*args)
-    draw, count = inputs(name, T, M, dtype)
-    xs = jax.ShapeDtypeStruct((T, M), dtype)
-    program, row = compiled_anew(both, (learned, xs), xs)
-    programs = [repeated(f, [((learned, xs), xs)] * count) for f in (both, forward)]
+    draw, count = inputs(name, T, M, dtype, learned)
+    shapes, drawn = jax.eval_shape(draw, 0), draw.lower(0).compile()
+    program, row = compiled_anew(both, *shapes)
+    programs = [repeated(f, [shapes] * count) for f in (both, forward)]
     yield
-    calls = [((learned, xs), cotangent) for xs, cotangent in map(draw, range(count))]
+    calls = [drawn(i) for i in range(count)]
     got = program(*calls[0])
     ms, *quartiles = device_ms(programs[0], calls)
     brief = dict(repeats=3, seconds=0.02)
@@ -236,24 +271,14 @@ def layer(name, T, M, dtype, implementation, tiny):
 def milliseconds(name, T, M, dtype, implementation):
     """Device time of the forward and the backward pass."""
     spikes, learned = spikes_of(name, implementation)
-    draw, count = inputs(name, T, M, dtype, most=2**29)
-    xs = jax.ShapeDtypeStruct((T, M), dtype)
-    program = repeated(forward_backward(spikes), [((learned, xs), xs)] * count)
-    yield
-    calls = [((learned, xs), cotangent) for xs, cotangent in map(draw, range(count))]
-    ms, *quartiles = device_ms(program, calls, repeats=5, seconds=0.02)
-    yield dict(ms=ms, quartiles=quartiles)
+    draw, count = inputs(name, T, M, dtype, learned, most=2**29)
+    yield from device_time(forward_backward(spikes), draw, count, repeats=5, seconds=0.02)
 
 
 def gradient_error(got, want, lanes):
-    """The largest error of a gradient, divided by the largest value of that gradient; of xs, only in those lanes.
-
-    In a lane where a spike differs, another gradient is right.
-    """
-    largest = lambda a: float(jnp.abs(a.astype(f32)).max())
-    (*got, got_xs), (*want, want_xs) = jax.tree.leaves(got), jax.tree.leaves(want)
-    pairs = [*zip(got, want, strict=True), (got_xs * lanes, want_xs * lanes)]
-    return max(largest(a.astype(f32) - b.astype(f32)) / largest(b) for a, b in pairs)
+    """`largest_error` of the gradients; that of xs only in those lanes. Where a spike differs, another gradient is right."""
+    (got, got_xs), (want, want_xs) = got, want
+    return float(largest_error((got, got_xs * lanes), (want, want_xs * lanes)))
 
 
 def differing(name, implementation, shape):
@@ -267,7 +292,7 @@ def differing(name, implementation, shape):
 
 def fastest_blocks(name, T, M, dtype, implementation, seconds, tiny):
     """The ten fastest block sizes that `snnfuse.autotune` finds, and the slowest."""
-    xs = inputs(name, T, M, dtype)[0](0)[0]
+    (_, xs), _ = inputs(name, T, M, dtype)[0](0)
     with tempfile.TemporaryDirectory() as folder, mock.patch.dict(os.environ, XDG_CACHE_HOME=folder):
         options = dict(implementation=implementation, seconds=0.0 if tiny else seconds)
         timed = sf.autotune(*NEURONS[name], None, arranged(name, xs), **options)

@@ -27,7 +27,7 @@ import optax
 from flax import nnx
 from jax import lax
 from runner import HERE, Case, job, main, question
-from with_jax import bf16, device_ms, f32, repeated
+from with_jax import bf16, cross_entropy, device_time, f32, forward_backward
 
 from snnfuse import nn
 
@@ -35,7 +35,7 @@ sys.path.insert(0, str(HERE.parent / "experiments"))
 NETWORKS = {"neither": (False, False), "delays": (True, False), "recurrence": (False, True), "both": (True, True)}
 SPEAKERS = ("theo", "george", "nicolas", "jackson", "lucas", "yweweler")
 B, T, BANDS = 64, 39, 40
-LEVELS = 63  # of a mel band between 0 and 1, in the file that --write makes
+LEVELS = 63  # of a mel band between 0 and 1, so that the file that --write makes is small
 
 
 @question(
@@ -50,9 +50,7 @@ LEVELS = 63  # of a mel band between 0 and 1, in the file that --write makes
 )
 def delays(args):
     if args.write:
-        made = from_recordings()
-        np.savez_compressed(args.write, **made | dict(xs=np.round(made["xs"] * LEVELS).astype(np.int8)))
-        return
+        return np.savez_compressed(args.write, **from_recordings())
     steps, hidden, seeds = (3, 8, 1) if args.tiny else (args.steps, args.hidden, args.seeds)
     for seed in range(seeds):
         for speaker in SPEAKERS[:1] if args.tiny else SPEAKERS:
@@ -65,7 +63,7 @@ def delays(args):
 
 
 def from_recordings():
-    """The mel bands of all recordings, their digits and their speakers."""
+    """The mel bands of all recordings in 63 levels, their digits and their speakers."""
     from inputs import DATASETS
 
     data = DATASETS["spoken_digits"]
@@ -74,6 +72,7 @@ def from_recordings():
     audio = np.stack([sound(sample, None)["audio"] for sample in every])
     bands = jax.jit(lambda audio: data.encode(None, {"audio": audio}, T))
     xs = np.concatenate([np.asarray(bands(audio[i : i + 500])) for i in range(0, len(audio), 500)], axis=1)
+    xs = np.round(xs * LEVELS).astype(np.int8)
     return dict(xs=xs, labels=[int(s["label"]) for s in every], speakers=[s["speaker"].decode() for s in every])
 
 
@@ -81,23 +80,16 @@ def from_recordings():
 def recordings(where):
     """(bands [T, recordings, BANDS], labels, names of the speakers)."""
     if where == "random":
-        rng = np.random.default_rng(0)
-        made = dict(
-            xs=rng.random((T, 80, BANDS)), labels=np.arange(80) % 10, speakers=np.array(["theo", "jackson"] * 40)
-        )
+        xs = np.random.default_rng(0).integers(0, LEVELS, (T, 80, BANDS))
+        made = dict(xs=xs, labels=np.arange(80) % 10, speakers=["theo", "jackson"] * 40)
     else:
-        made = dict(np.load(where)) if where else from_recordings()
-    scale = LEVELS if made["xs"].dtype == np.int8 else 1
-    return (
-        np.asarray(made["xs"], np.float32) / scale,
-        np.asarray(made["labels"], np.int32),
-        np.asarray(made["speakers"]),
-    )
+        made = np.load(where) if where else from_recordings()
+    return made["xs"] / np.float32(LEVELS), np.asarray(made["labels"], np.int32), np.asarray(made["speakers"])
 
 
 @cache
 def program(network, kind, hidden, longest, steps, count, held):
-    """A compiled function that trains on `count` recordings and returns (accuracy on `held` others, the last 50 losses)."""
+    """A compiled function that trains on `count` recordings and returns (accuracy on `held` others, the mean of the last 50 losses)."""
     import models
 
     delayed, recurrent = NETWORKS[network]
@@ -118,9 +110,7 @@ def program(network, kind, hidden, longest, steps, count, held):
             place = jax.random.randint(chosen, (B,), 0, count)
             by = jax.random.randint(moved, (B,), -1, 2)
             batch = jax.vmap(lambda x, by: jnp.roll(x, by, 0), (1, 0), 1)(xs[:, place], by)
-            loss = lambda model: optax.softmax_cross_entropy_with_integer_labels(
-                nn.membrane_mean(model(batch)[0]), labels[place]
-            ).mean()
+            loss = lambda model: cross_entropy(nn.membrane_mean(model(batch)[0]), labels[place])
             value, grads = nnx.value_and_grad(loss)(model)
             optimizer.update(model, grads)
             return nnx.state((model, optimizer)), value
@@ -157,9 +147,8 @@ def depthwise_convolution(window, taps):
 
 
 def convolution(window, kernel):
-    return lax.conv_general_dilated(
-        window, kernel[::-1].astype(window.dtype), (1,), "VALID", dimension_numbers=ALONG_TIME
-    )
+    kernel = kernel[::-1].astype(window.dtype)
+    return lax.conv_general_dilated(window, kernel, (1,), "VALID", dimension_numbers=ALONG_TIME)
 
 
 def side_by_side(window, kernel):
@@ -208,21 +197,12 @@ def time_layer(way, layer, longest, shape, dtype):
     steps, batch, N = shape
     of_weights, of_inputs, of_outs = jax.random.split(jax.random.key(0), 3)
     weights = jax.random.normal(of_weights, (longest + 1, N) + (N,) * (layer == "DelayedLinear"))
-    draw = lambda i: (
-        jax.random.bernoulli(jax.random.fold_in(of_inputs, i), 0.1, (longest + steps, batch, N)).astype(dtype),
-        weights,
-        jax.random.normal(jax.random.fold_in(of_outs, i), (steps, batch, N)).astype(dtype),
-    )
 
-    def both(xs, weights, cotangent):
-        outs, vjp = jax.vjp(way, xs, weights)
-        return outs, vjp(cotangent)
+    def draw(i):
+        xs = jax.random.bernoulli(jax.random.fold_in(of_inputs, i), 0.1, (longest + steps, batch, N)).astype(dtype)
+        return (xs, weights), jax.random.normal(jax.random.fold_in(of_outs, i), (steps, batch, N)).astype(dtype)
 
-    program = repeated(both, [jax.eval_shape(draw, 0)] * 3)
-    yield
-    sets = [draw(i) for i in range(3)]
-    ms, *quartiles = device_ms(program, sets)
-    yield dict(ms=ms, quartiles=quartiles)
+    yield from device_time(forward_backward(way), draw, 3)
 
 
 if __name__ == "__main__":

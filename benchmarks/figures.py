@@ -7,9 +7,13 @@ import hashlib
 import json
 import sys
 
-from choices import cells
+import matplotlib
+from core import cells
+from matplotlib import pyplot as plt
+from PIL import Image
 from runner import RESULTS, rows
 
+matplotlib.use("Agg")
 OURS, SCAN, OTHER = "#2a6f97", "#bb4430", "#8d99ae"
 NAMES = {"pallas": "fused", "scan": "lax.scan", "relu": "ReLU for neurons"}
 BOTH = (("scan", SCAN), ("pallas", OURS))
@@ -23,21 +27,8 @@ def shown_rows():
     return core, [row for row in steps if row["device"] in baseline]  # all bars are of one GPU
 
 
-def fingerprint(shown):
-    return hashlib.sha256(json.dumps(shown, sort_keys=True).encode()).hexdigest()[:16]
-
-
-def pyplot():
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot as plt
-
-    return plt
-
-
 def layers_and_resnet():
-    plt, (lif, steps) = pyplot(), shown_rows()
+    lif, steps = shown_rows()
     plt.rcParams |= {"axes.spines.top": False, "axes.spines.right": False, "font.size": 9}
     figure, ((over_T, over_lanes), below) = plt.subplots(2, 2, figsize=(10, 7), layout="constrained")
     for name, colour in BOTH:
@@ -73,19 +64,11 @@ def layers_and_resnet():
 
 def choice():
     """A map for each neuron and dtype: the time of None's choice over that of the fastest, whose first letter it shows if they differ."""
-    plt = pyplot()
     found = cells()
     steps, lanes = (sorted({getattr(cell, name) for cell in found}) for name in ("T", "M"))
     names, dtypes = (list(dict.fromkeys(getattr(cell, name) for cell in found)) for name in ("case", "dtype"))
-    figure, grid = plt.subplots(
-        len(dtypes),
-        len(names),
-        figsize=(3.2 * len(names), 6.5),
-        layout="constrained",
-        squeeze=False,
-        sharex=True,
-        sharey=True,
-    )
+    options = dict(layout="constrained", squeeze=False, sharex=True, sharey=True)
+    figure, grid = plt.subplots(len(dtypes), len(names), figsize=(3.2 * len(names), 6.5), **options)
     for dtype, line in zip(dtypes, grid, strict=True):
         for name, ax in zip(names, line, strict=True):
             over = [[float("nan")] * len(lanes) for _ in steps]
@@ -111,16 +94,13 @@ def conversion_rows():
 
 def conversion():
     """Accuracy of the converted network over T, and that of the ReLU network."""
-    plt, shown = pyplot(), conversion_rows()
+    shown = conversion_rows()
     figure, both = plt.subplots(1, 2, figsize=(9, 3.4), layout="constrained", sharey=True)
     for note, ax in zip(dict.fromkeys(row["note"] for row in shown), both, strict=True):
         for case, colour in zip(dict.fromkeys(row["case"] for row in shown), (OURS, SCAN, OTHER), strict=True):
-            mine = [
-                (row["T"], 100 * row["held_out_accuracy"])
-                for row in shown
-                if (row["note"], row["case"]) == (note, case)
-            ]
-            ax.plot(*zip(*sorted(mine), strict=True), "o-", color=colour, label=case)
+            mine = [row for row in shown if (row["note"], row["case"]) == (note, case)]
+            points = sorted((row["T"], 100 * row["held_out_accuracy"]) for row in mine)
+            ax.plot(*zip(*points, strict=True), "o-", color=colour, label=case)
         ax.axhline(100 * shown[0]["relu_accuracy"], color="0.4", lw=0.8, ls="--", label="ReLU network")
         ax.set_xscale("log", base=2)
         ax.set(xlabel="time steps T", title=note.replace("left out", "of the steps left out"))
@@ -140,15 +120,12 @@ FIGURES["conversion.png"] = conversion_rows, conversion
 
 def main(argv):
     if "--help" in argv:
-        print(__doc__)
-        return
+        return print(__doc__)
     for name, (shown, draw) in FIGURES.items():
-        path, mark = RESULTS / name, fingerprint(shown())
+        path, mark = RESULTS / name, hashlib.sha256(json.dumps(shown(), sort_keys=True).encode()).hexdigest()[:16]
         if "--check" not in argv:
             draw().savefig(path, dpi=110, metadata={"Description": mark})
             continue
-        from PIL import Image
-
         with Image.open(path) as image:
             if image.text.get("Description") != mark:
                 sys.exit(f"{name} does not show the rows in benchmarks/results: run python benchmarks/figures.py")

@@ -18,21 +18,22 @@ to the class as a Python number, the median of many calls one after another; `la
 the same call without `nn.Stream`.
 """
 
+import itertools
 import os
-import time
 from math import sqrt
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
-from runner import Case, main, question
-from with_jax import cross_entropy, f32, time_step, training_step
+from runner import Case, each_ms, main, question
+from with_jax import cross_entropy, f32, largest_error, time_step, training_step
 
 from snnfuse import nn
 
 RATE = 0.05  # of the input spikes
 LENGTH = dict(dense=500, convolutional=50)  # the steps of a piece
+BATCH = dict(dense=32, convolutional=16)
 
 
 @question("long_sequences", gpu=False)
@@ -43,9 +44,8 @@ def long_sequences(args):
         runs = [("dense", T, how) for T in (1_000, 10_000, 100_000) for how in ("whole", "pieces")]
         runs += [("convolutional", 1_000, how) for how in ("whole", "pieces")]
         runs += [("dense", 10_000, "scan"), ("dense", 1_000_000, "pieces")]
-        runs += [
-            ("dense", T, "whole") for T in (350_000, 500_000, 700_000, 750_000)
-        ]  # the most on an H100 and on an H200
+        most = (350_000, 500_000, 700_000, 750_000)  # on an H100 and on an H200
+        runs += [("dense", T, "whole") for T in most]
     for case, T, how in runs:
         length = (5 if args.tiny else LENGTH[case]) if how == "pieces" else None
         named = dict(case=case, implementation="scan" if how == "scan" else kind, dtype="float32", T=T)
@@ -57,13 +57,9 @@ def long_sequences(args):
         if length and T <= 1_000:
             yield Case(key | dict(case=f"gradients, {case}"), compare, options, "fresh")
     if not args.tiny:
-        key = dict(
-            case="gradients, convolutional", implementation="scan", dtype="float32", T=1_000, memory="pieces of 50", B=1
-        )
+        key = dict(case="gradients, convolutional", implementation="scan", dtype="float32", T=1_000)
+        key |= dict(memory="pieces of 50", B=1)
         yield Case(key, compare, ("convolutional", "scan", 1_000, 1, 50, False), "fresh")
-
-
-BATCH = dict(dense=32, convolutional=16)
 
 
 def measure(case, implementation, T, B, length, tiny):
@@ -131,11 +127,8 @@ def compare(case, implementation, T, B, length, tiny):
 
     make = lambda length: network(case, implementation, length, tiny, Watched)
     (whole, fired), (pieces, again) = (run(make(length), xs, labels) for length in (None, length))
-    errors = [
-        float(jnp.abs(a - b).max() / jnp.abs(b).max())
-        for a, b in zip(jax.tree.leaves(pieces), jax.tree.leaves(whole), strict=True)
-    ]
-    return dict(firing_rate=float(fired.mean()), flips=int((fired != again).sum()), gradient_error=max(errors))
+    row = dict(firing_rate=float(fired.mean()), flips=int((fired != again).sum()))
+    return row | dict(gradient_error=float(largest_error(*map(jax.tree.leaves, (pieces, whole)))))
 
 
 @question("streaming", gpu=False)
@@ -164,13 +157,10 @@ def latency(case, way, K, tiny):
             decision, state[0] = run(model, xs, state[0])
             return decision
 
-    times = []
-    for i in range(30 if tiny else 1000):
-        start = time.perf_counter()
-        call(pieces[i % 16]).item()
-        times.append((time.perf_counter() - start) * 1e3)
-    call_ms, late_ms = np.quantile(times[10:], (0.5, 0.99))
-    return dict(call_ms=float(call_ms), late_ms=float(late_ms), us_per_step=float(1e3 * call_ms / K))
+    turn = itertools.cycle(pieces)
+    times = each_ms(lambda: call(next(turn)).item(), 30 if tiny else 1000)
+    call_ms, late_ms = np.quantile(times[10:], (0.5, 0.99)).tolist()
+    return dict(call_ms=call_ms, late_ms=late_ms, us_per_step=1e3 * call_ms / K)
 
 
 if __name__ == "__main__":

@@ -24,7 +24,7 @@ from flax import nnx
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 from runner import Case, main, question, split
-from with_jax import resnet, time_ms, time_step, training_step
+from with_jax import batch, resnet, time_ms, time_step, training_step
 
 from snnfuse import models, nn, parallel
 
@@ -139,7 +139,8 @@ def training(name, axes, T, B, how, synchronised, sums, want=None):
         read = partial(parallel.readout, read)
     specs = P(time_axis, data_axis), P(data_axis)
     step = training_step(model, read, mesh=mesh, specs=specs, sums=sums, norm=name == "small-net")
-    data = [batch(i, SHAPES[name], T, B, mesh, specs) for i in range(2)]
+    places = tuple(NamedSharding(mesh, spec) for spec in specs)
+    data = [jax.jit(partial(inputs, SHAPES[name], T, B, seed), out_shardings=places)() for seed in range(2)]
     row = time_step(step, data)
     for key in ("loss", "grad_norm") if want else ():
         if abs(row[key] / want[key] - 1) > 1e-4:
@@ -147,17 +148,10 @@ def training(name, axes, T, B, how, synchronised, sums, want=None):
     return row | dict(samples_per_s=B / row["ms"] * 1e3)
 
 
-def batch(seed, shape, T, B, mesh, specs):
-    """Random (xs, labels), made on their devices: spikes for images, currents for the stack."""
-
-    def draw():
-        keys = jax.random.split(jax.random.key(seed))
-        labels = jax.random.randint(keys[1], (B,), 0, 10)
-        if len(shape) == 1:
-            return jax.random.normal(keys[0], (T, B, *shape)), labels
-        return jax.random.bernoulli(keys[0], 0.5, (T, B, *shape)), labels
-
-    return jax.jit(draw, out_shardings=tuple(NamedSharding(mesh, spec) for spec in specs))()
+def inputs(shape, T, B, seed):
+    """Random (xs, labels): spikes for images, currents for the stack."""
+    xs, labels = batch(seed, T, B, *shape)
+    return (jax.random.normal(jax.random.key(seed), xs.shape) if len(shape) == 1 else xs), labels
 
 
 if __name__ == "__main__":

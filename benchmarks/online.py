@@ -18,7 +18,7 @@ import numpy as np
 import optax
 from flax import nnx
 from runner import Case, main, question
-from with_jax import f32
+from with_jax import f32, with_adam
 
 import snnfuse as sf
 from snnfuse import nn, online, training
@@ -39,11 +39,8 @@ ADAM = optax.adam(2e-3)  # one for all models, so that a rule compiles once
 def cases(args):
     for network, rules in RULES.items():
         for rule in rules:
-            case, T = (
-                "MNIST, convolutional" if network == "convolutional" else f"MNIST by rows, {network}",
-                steps_of(network),
-            )
-            key = dict(case=case, implementation=rule, T=T, B=B, steps=4 if args.tiny else args.steps)
+            case = f"{'MNIST' if network == 'convolutional' else 'MNIST by rows'}, {network}"
+            key = dict(case=case, implementation=rule, T=steps_of(network), B=B, steps=4 if args.tiny else args.steps)
             yield Case(key, accuracy, (network, rule, key["steps"], args.seeds), f"{network} {rule}")
     for T in (28,) if args.tiny else (100, 1_000, 10_000):
         for network, rules in RULES.items():
@@ -86,9 +83,8 @@ def training_step(rule):
     @training.compiled_step
     def step(model, optimizer, xs, labels):
         targets = jax.nn.one_hot(labels, 10)
-        loss = lambda outs: (
-            optax.softmax_cross_entropy(outs, jnp.broadcast_to(targets, outs.shape)).mean(1).sum() / len(xs)
-        )
+        every = lambda outs: optax.softmax_cross_entropy(outs, jnp.broadcast_to(targets, outs.shape))
+        loss = lambda outs: every(outs).mean(1).sum() / len(xs)
         if rule == "bptt":
             value, grads = nnx.value_and_grad(lambda model: loss(model(xs)[0]))(model)
         else:
@@ -97,10 +93,6 @@ def training_step(rule):
         return value
 
     return step
-
-
-def with_adam(model):
-    return model, nnx.Optimizer(model, ADAM, wrt=nnx.Param)
 
 
 @cache
@@ -125,7 +117,7 @@ def accuracy(network, rule, steps, seeds):
     images, labels = digits()
     step, evaluate, found = training_step(rule), nnx.jit(lambda model, xs: model(xs)[0].sum(0)), []
     for seed in range(seeds):
-        model, optimizer = with_adam(build(network, rule, seed))
+        model, optimizer = with_adam(build(network, rule, seed), ADAM)
         rng = np.random.default_rng(seed)
         for _ in range(steps):
             batch = rng.integers(0, 4000, B)
@@ -136,7 +128,7 @@ def accuracy(network, rule, steps, seeds):
 
 
 def memory(network, rule, T):
-    step, objects = training_step(rule), with_adam(build(network, rule, 0))
+    step, objects = training_step(rule), with_adam(build(network, rule, 0), ADAM)
     shape = (T, B, 28, 28, 1) if network == "convolutional" else (T, B, 28)
     xs, labels = jax.ShapeDtypeStruct(shape, f32), jax.ShapeDtypeStruct((B,), jnp.int32)
     sizes = step.lower(*objects, xs, labels).compile().memory_analysis()

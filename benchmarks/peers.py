@@ -14,18 +14,24 @@ FOLDER on PYTHONPATH. Each library has a process of its own; libraries.py says h
 Each length runs in a process of its own and gives a row of results/largest_T.jsonl. If it does not fit, the row's status is
 the error.
 
+    CUDA_VISIBLE_DEVICES= python benchmarks/peers.py on_cpu        two minutes on two CPU cores; rows go to results/on_cpu.jsonl
+
+`on_cpu` compares a training step of a network 784-1000-10 on a CPU. Other work on the machine delays PyTorch's threads more than
+XLA's, so `over` compares the shortest steps, `shortest_ms`.
+
 Every case is checked before it is timed. Its spikes must equal those of `lax.scan` with the same neuron of ours. A single
 LIF layer must also have the same gradient, and an SHD step the same loss. A wrong result gets no time. In every library one
 matrix product covers all time steps; a library that usually multiplies at each step gains from that.
 """
 
 import importlib
+import os
 from dataclasses import dataclass
-from functools import cache
+from functools import cache, partial
 
 import libraries
 import numpy as np
-from runner import Case, main, question, split
+from runner import Case, each_ms, main, question, split
 
 
 @dataclass(frozen=True)
@@ -125,45 +131,32 @@ def linear(side, lif, readout, shape, dtype):
     return dict(spikes=call(weight, x, cotangent)[0]), call, [(weight, side.roll(x, i), cotangent) for i in range(2)]
 
 
-def shd(side, lif, readout, shape, dtype):
-    """A training step in the shapes of SHD, on random input of rate 0.03."""
+def shd(side, layer, readout, shape, dtype, recurrent=False):
+    """A training step in the shapes of SHD, on random input of rate 0.03.
+
+    If the hidden layer is recurrent, its weights are multiples of 2^-10, which TF32 holds exactly.
+    """
     T, B, features, hidden, classes = shape
     rng = np.random.default_rng(0)
     xs = side.array((rng.random((T, B, features), np.float32) < 0.03).astype(np.float32))
     labels = side.array(rng.integers(0, classes, B))
-    draws = normal(2, features, hidden) * np.float32(0.2), normal(3, hidden, classes) * np.float32(0.1)
+    draws = [normal(2, features, hidden) * np.float32(0.15 if recurrent else 0.2)]
+    if recurrent:
+        draws.append(normal(4, hidden, hidden) * np.float32(0.3 * hidden**-0.5))
+        draws = [np.round(1024 * draw) / np.float32(1024) for draw in draws]
+    draws.append(normal(3, hidden, classes) * np.float32(0.1))
 
     def loss_of(weights, xs, labels):
-        spikes = lif(xs @ weights[0])
-        return side.cross_entropy(readout(spikes @ weights[1]).mean(0), labels), spikes
+        spikes = layer(xs @ weights[0], *weights[1:-1])
+        return side.cross_entropy(readout(spikes @ weights[-1]).mean(0), labels), spikes
 
-    weights = [side.array(w) for w in draws]
+    weights = [side.array(draw) for draw in draws]
     loss, spikes = side.run_once(loss_of, weights, xs, labels)
     step, state = side.train(loss_of, weights)
-    return dict(spikes=spikes, loss=float(loss)), step, [(state, side.roll(xs, i), labels) for i in range(2)]
+    return dict(spikes=spikes, loss=float(loss)), step, [(*state, side.roll(xs, i), labels) for i in range(2)]
 
 
-def recurrent(side, layer, readout, shape, dtype):
-    """The same with a recurrent hidden layer. The weights are multiples of 2^-10, which TF32 holds exactly."""
-    T, B, features, hidden, classes = shape
-    near = lambda a: np.round(1024 * a) / np.float32(1024)
-    rng = np.random.default_rng(0)
-    xs = side.array((rng.random((T, B, features), np.float32) < 0.03).astype(np.float32))
-    labels = side.array(rng.integers(0, classes, B))
-    draws = normal(2, features, hidden) * np.float32(0.15), normal(4, hidden, hidden) * np.float32(0.3 * hidden**-0.5)
-    draws = *map(near, draws), normal(3, hidden, classes) * np.float32(0.1)
-
-    def loss_of(weights, xs, labels):
-        spikes = layer(xs @ weights[0], weights[1])
-        return side.cross_entropy(readout(spikes @ weights[2]).mean(0), labels), spikes
-
-    weights = [side.array(w) for w in draws]
-    loss, spikes = side.run_once(loss_of, weights, xs, labels)
-    step, state = side.train(loss_of, weights)
-    return dict(spikes=spikes, loss=float(loss)), step, [(state, side.roll(xs, i), labels) for i in range(2)]
-
-
-KINDS = dict(lif=lif, linear=linear, shd=shd, recurrent=recurrent)
+KINDS = dict(lif=lif, linear=linear, shd=shd, recurrent=partial(shd, recurrent=True))
 
 
 def layer_of(lib, task, way, dtype):
@@ -189,13 +182,18 @@ def stride(task):
 
 
 def measure(task, dtype, library, way, want):
+    row, side, call, sets = compared(task, dtype, library, way, want)
+    return row | ({} if "status" in row else side.measure(call, sets))
+
+
+def compared(task, dtype, library, way, want):
+    """(a row that says how the results differ from the wanted ones, the module that times the library, the call, its inputs)"""
     lib, side = opened(library)
     dtype = "float32" if dtype == "tf32" else dtype
     kind, readout = KINDS[task.kind], lib.readout and lib.readout(way)
     found, call, sets = kind(side, layer_of(lib, task, way, dtype), readout, task.shape, dtype)
     row = compare(task, dtype, {k: v if k == "loss" else side.to_numpy(v) for k, v in found.items()}, want)
-    del found
-    return dict(version=lib.version) | row | ({} if "status" in row else side.measure(call, sets))
+    return dict(version=lib.version) | row, side, call, sets
 
 
 def compare(task, dtype, found, want):
@@ -216,6 +214,42 @@ def compare(task, dtype, found, want):
         if not abs(row["loss"] / want["loss"] - 1) < LOSS_ERROR:
             return row | dict(status=f"wrong: a loss of {row['loss']:.4g}, expected {want['loss']:.4g}")
     return row
+
+
+@question(
+    "on_cpu",
+    gpu=False,
+    libraries=("snnfuse,snntorch", "which of them; the others are compared with the first"),
+    rounds=(300, "steps of each"),
+)
+def on_cpu(args):
+    task = Task("shd", (2, 4, 784, 32, 10) if args.tiny else (25, 64, 784, 1000, 10))
+    T, B, *widths = task.shape
+    names = tuple(split(args.libraries))
+    for library in names:
+        key = dict(case="-".join(map(str, widths)), library=library, dtype="float32", T=T, B=B)
+        yield Case(key, in_turn, (task, names, 3 if args.tiny else args.rounds, library))
+
+
+def in_turn(task, names, rounds, library):
+    every = steps_in_turn(task, names, rounds)
+    (row, times), (_, first) = every[library], every[names[0]]
+    low, ms, high = np.quantile(times, (0.25, 0.5, 0.75)).tolist()
+    found = dict(ms=ms, quartiles=(low, high), shortest_ms=min(times), over=min(times) / min(first), rounds=rounds)
+    return row if "status" in row else row | found | dict(cores=os.cpu_count())
+
+
+@cache
+def steps_in_turn(task, names, rounds):
+    """{library: (a row, the milliseconds of its steps)}. The libraries take turns, so that other work delays all of them."""
+    rows, calls = {}, {}
+    for name in names:
+        _, neuron, (way, *_) = libraries.TABLE[name]
+        way = "scan" if name == "snnfuse" else way
+        rows[name], side, step, (args, _) = compared(task, "float32", name, way, reference(task, "float32", neuron))
+        calls[name] = lambda side=side, step=step, args=args: side.sync(step(*args))
+    every = [{name: each_ms(call, 1)[0] for name, call in calls.items()} for _ in range(rounds + 2)][2:]
+    return {name: (row, [ms[name] for ms in every]) for name, row in rows.items()}
 
 
 @question(
@@ -241,7 +275,7 @@ def resnet(task, dtype, library, way):
     if library == "snnfuse":
         implementation, _, memory = way.partition("_")
         step = side.training_step(side.resnet(implementation, 18, dtype, memory))
-        row = dict(version=lib.version) | side.time_step(step, list(side.batches(*task.shape, count=1)))
+        row = dict(version=lib.version) | side.time_step(step, side.batches(*task.shape, count=1))
         return row | dict(call_ms=row["ms"])
     kind = "bfloat16" if dtype == "bfloat16" else "float32"
     step = side.resnet_step(None if way == "relu" else lib.lif(way, kind), dtype, *task.shape)
@@ -250,4 +284,4 @@ def resnet(task, dtype, library, way):
 
 
 if __name__ == "__main__":
-    main(__doc__, "peers", "largest_T")
+    main(__doc__, "peers", "on_cpu", "largest_T")

@@ -9,14 +9,12 @@ what a vendor's library needs for a layer of this size. `ms` is device time: of 
 CUDA graph. `precision`: how the weight is multiplied. `peak_mb` is the memory that forward and backward hold, with x and d_out.
 """
 
-import itertools
 from functools import partial
 
 import jax
 import jax.numpy as jnp
-import numpy as np
-from runner import Case, main, question
-from with_jax import bf16, compiled, device_ms, f32, repeated
+from runner import Case, job, main, question
+from with_jax import bf16, compiled, device_ms, f32, forward_backward, largest_error, repeated
 
 import snnfuse as sf
 
@@ -30,22 +28,14 @@ NEURONS = {
 
 @question("recurrent")
 def recurrent(args):
-    job = itertools.count()
     for T, B, H in [(8, 4, 32)] if args.tiny else SHAPES:
         key = dict(T=T, B=B, size=H)
-        ways = [("scan", "bfloat16"), ("unroll=8", "bfloat16")]
-        if not args.tiny:
-            ways = [
-                ("triton", "bfloat16"),
-                ("triton", "bfloat16x2"),
-                *([("triton", "float32")] if H <= 512 else []),
-                *ways,
-            ]
+        exact = [] if args.tiny else ["bfloat16", "bfloat16x2", "float32"][: 3 if H <= 512 else 2]
+        ways = [*(("triton", precision) for precision in exact), ("scan", "bfloat16"), ("unroll=8", "bfloat16")]
         for name in NEURONS:
             for way, precision in ways if name == "LIF" else ways[:1]:
                 named = dict(case=name, implementation=way, dtype="bfloat16", note=precision)
-                process = f"job {next(job) % args.jobs}" if args.jobs > 1 else ""
-                yield Case(named | key, measure, (name, way, precision, T, B, H), process)
+                yield Case(named | key, measure, (name, way, precision, T, B, H), job(args))
         if not args.tiny:
             for kind, dtype in (("RNN", "float16"), ("RNN", "tf32"), ("LSTM", "float16")):
                 named = dict(case=f"cuDNN {kind}", library="torch", dtype=dtype)
@@ -57,7 +47,7 @@ def inputs(T, B, H, seed):
     most = min(256, int(512 / H**0.5))
     x = (0.5 * jax.random.normal(keys[0], (T, B, H)) + 0.15).astype(bf16)
     weight = jax.random.randint(keys[1], (H, H), -most, most + 1) / f32(1024)
-    return x, weight, jax.random.normal(keys[2], (T, B, H)).astype(bf16)
+    return (x, weight), jax.random.normal(keys[2], (T, B, H)).astype(bf16)
 
 
 def unrolled(neuron, params, weight, x):
@@ -83,15 +73,12 @@ def layer(name, way, precision, x, weight):
 
 
 def measure(name, way, precision, T, B, H):
-    def both(x, weight, d_out):
-        out, vjp = jax.vjp(partial(layer, name, way, precision), x, weight)
-        return out, vjp(d_out)
-
+    both, reference = (forward_backward(partial(layer, name, how, precision)) for how in (way, "scan"))
     drawn = jax.jit(partial(inputs, T, B, H))
     shapes = jax.eval_shape(drawn, 0)
-    program, row = compiled(jax.jit(both), *shapes)
-    wanted, _ = compiled(jax.jit(partial(reference, name, precision)), *shapes)
-    forward = lambda x, weight, _: layer(name, way, precision, x, weight)
+    program, row = compiled(both, *shapes)
+    wanted, _ = compiled(reference, *shapes)
+    forward = lambda args, _: layer(name, way, precision, *args)
     timed = [repeated(f, [shapes] * SETS) for f in (both, forward)]
     results = jax.eval_shape(both, *shapes)
     agree, _ = compiled(jax.jit(agreement), results, results)
@@ -105,27 +92,18 @@ def measure(name, way, precision, T, B, H):
 
 def agreement(found, wanted):
     (out, gradients), (want, want_gradients) = found, wanted
-    error = lambda a, b: jnp.abs((a - b).astype(f32)).max() / jnp.abs(b.astype(f32)).max()
-    return dict(
-        firing_rate=out.mean(dtype=f32),
-        flips=(out != want).sum(),
-        gradient_error=jnp.maximum(*map(error, gradients, want_gradients)),
-    )
-
-
-def reference(name, precision, x, weight, d_out):
-    out, vjp = jax.vjp(partial(layer, name, "scan", precision), x, weight)
-    return out, vjp(d_out)
+    row = dict(firing_rate=out.mean(dtype=f32), flips=(out != want).sum())
+    return row | dict(gradient_error=largest_error(gradients, want_gradients))
 
 
 def cudnn(kind, dtype, T, B, H):
-    import torch
+    import with_torch
+    from with_torch import ON, torch
 
-    torch.backends.cudnn.allow_tf32 = torch.backends.cuda.matmul.allow_tf32 = True
     kept = torch.float16 if dtype == "float16" else torch.float32
-    rnn = getattr(torch.nn, kind)(H, H).to("cuda", kept)
-    x = torch.randn(T, B, H, device="cuda", dtype=kept, requires_grad=True)
-    d_out = torch.randn(T, B, H, device="cuda", dtype=kept)
+    rnn = getattr(torch.nn, kind)(H, H).to(ON, kept)
+    x = torch.randn(T, B, H, device=ON, dtype=kept, requires_grad=True)
+    d_out = torch.randn(T, B, H, device=ON, dtype=kept)
 
     def run():
         rnn.zero_grad()
@@ -133,19 +111,9 @@ def cudnn(kind, dtype, T, B, H):
         rnn(x)[0].backward(d_out)
 
     run()
-    torch.cuda.synchronize()
+    with_torch.sync()
     yield
-    times = []
-    for _ in range(12):
-        start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
-        start.record()
-        for _ in range(3):
-            run()
-        end.record()
-        torch.cuda.synchronize()
-        times.append(start.elapsed_time(end) / 3)
-    ms, low, high = (float(np.quantile(times[5:], q)) for q in (0.5, 0.25, 0.75))
-    yield dict(ms=ms, quartiles=(low, high))
+    yield with_torch.measure(run, [()])
 
 
 if __name__ == "__main__":

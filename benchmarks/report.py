@@ -1,4 +1,4 @@
-"""Writes the tables of benchmarks/README.md, and one in README.md, from the rows in results/.
+"""Writes the tables of benchmarks/README.md, and what README.md and the page "Getting started" say, from the rows in results/.
 
     python benchmarks/report.py              write the tables
     python benchmarks/report.py --check      write nothing; fail if a table differs from its rows
@@ -6,10 +6,12 @@
 It fails if a row has failed and `EXPECTED` does not list it.
 """
 
-import collections
 import sys
+from functools import partial
+from statistics import fmean
+from textwrap import fill
 
-from choices import cells
+from core import cells
 from neurons import PAPERS
 from runner import HERE, RESULTS, rows
 
@@ -29,57 +31,52 @@ EXPECTED = [  # (results file, fields of the failed row, what a table says in pl
 ]
 NAMES = {"snnfuse": "snnfuse", "spikingjelly": "SpikingJelly", "snntorch": "snnTorch", "norse": "Norse"}
 NAMES |= {"spyx": "Spyx", "jaxpike": "jaxpike", "sparx": "sparx"}
-KINDS = {
+WAYS = {  # an implementation, or what else calls or replaces the neurons, in the order of a table
     "pallas": "fused",
     "triton": "fused, triton",
     "mosaic": "fused, mosaic",
+    "compiled_step": "`compiled_step`",
+    "joined": "`compiled_step`, joined optimizer",
+    "nnx.jit": "`nnx.jit`",
     "scan": "`lax.scan`",
     "relu": "ReLU for neurons",
 }
-COLUMNS = {  # of each table: head={format of a row's fields}
-    "core": "neuron={case}; T={T}; lanes={lanes}; dtype={dtype}; by={by}; `lax.scan` ms={scan:.2f}; fused ms={ms:.3f}; "
-    "speed-up={over_scan:.1f}x; share of the copy rate={of_copy_rate:.2f}; memory of scan={units:.1f}; "
-    "fused={peak_units:.2f}; GPU={gpu}",
-    "papers": "neuron={case}; dtype={dtype}; `lax.scan` ms={scan:.2f}; fused ms={ms:.3f}; speed-up={over_scan:.1f}x; "
-    "share of the copy rate={of_copy_rate:.2f}; memory of scan={units:.1f}; fused={peak_units:.2f}; firing rate={firing_rate:.2f}",
+PLAIN = {  # the tables that show each row of a file as it is, by `head={format of a row's fields}`
     "flips": "input={case}; implementation=`{implementation}`; spikes compared={slots:,}; that differ={differ}",
-    "resnet": "network={case}; input={B} x 3 x {size} x {size}; precision={dtype}; neurons={kind}; memory option={kept}; "
-    "ms per step={ms:.2f}; speed-up={over:.1f}x; peak MB={peak_mb:.0f}; s to compile={compile_s:.0f}; GPU={gpu}",
-    "largest_T": "library={of}; dtype={dtype}; memory option={kept}; T={T:,}; peak GB={gb:.1f}; ms per step={ms:.0f}",
     "accuracy": "run={case}; implementation=`{implementation}`; mesh={mesh}; seed={seed}; steps={steps}; "
     "held-out accuracy={held_out_accuracy:.2%}; final loss={final_loss:.4f}; seconds={seconds:.0f}; remark={note}",
-    "multi_gpu": "case={how}; devices={devices}; mesh={on}; T={T}; batch={B}; ms per step={took}; "
-    "samples/s={samples_per_s:,.0f}; peak MB per device={peak_mb:,.0f}; over one device={over}; predicted ms={predicted}",
-    "recurrent": "layer={case}; T={T}; B={B}; H={size}; run by={how}; precision={exact}; ms={ms:.3g}; forward ms={forward_ms:.3g}; "
-    "us per step={us_per_step:.3g}; peak MB={peak_mb:.0f}; GPU={gpu}",
     "loader": "case={case}; workers={workers}; on the device, ms={resident_ms:.2f}; fed by the loader, ms={fed_ms:.2f}; "
     "ratio={fed_over_resident:.3f}",
-    "choice": "neuron={case}; dtype={dtype}; cells={cells}; within 5 %={near}; above 50 us, within 5 %={large}; slowest choice={worst}",
-    "networks": "network={case}; batch={batch}; called by or neurons={way}; precision={dtype}; ms={ms:.2f}; GPU busy={busy_ms:.2f}; "
-    "ms / busy={wall_over_busy:.2f}; images/s={samples_per_s:,.0f}; peak MB={peak_mb:.0f}; SpikingJelly / this={gain}; GPU={gpu}",
-    "small_networks": "network={case}; T={T}; batch={B}; called by={way}; steps in a call={steps}; us per step={us:.0f}; "
-    "samples/s={samples_per_s:,.0f}; over nnx.jit={gain}; GPU={gpu}",
-    "host": "called by={implementation}; ms until a call returns={call_ms:.2f}; over flat={over:.2f}; machine={where}",
-    "long_sequences": "network={case}; T={T:,}; batch={B}; backward pass={memory}; input MB={inputs_mb:,.0f}; peak MB={peak_mb:,.0f}; "
-    "ms per step={ms:.1f}; spikes that differ={flips}; gradient error={gradient_error:.1e}; GPU={gpu}",
-    "online": "network={network}; rule={implementation}; held-out accuracy={held_out_accuracy:.1%}; of each seed={each}; "
-    "temporary MB, T = 100={mb100:.1f}; T = 1,000={mb1000:.1f}; T = 10,000={mb10000:,.1f}",
-    "delays": "network={network}; all speakers={mean:.1%}; of each seed={each}; theo={theo:.1%}; george={george:.1%}; "
-    "nicolas={nicolas:.1%}; jackson={jackson:.1%}; lucas={lucas:.1%}; yweweler={yweweler:.1%}; seconds of a training={seconds:.2f}",
-    "conversion": "largest rate={case}; outputs={note}; "
-    + "; ".join(f"T = {T}={{T{T}:.1%}}" for T in (4, 8, 16, 32, 64, 128, 256)),
     "few_bits": "weights={case}; rounding={note}; ReLU network, seeds 0 to 2={relu[0]:.1%}, {relu[1]:.1%}, {relu[2]:.1%}; "
     "spiking network, T = 32={spiking[0]:.1%}, {spiking[1]:.1%}, {spiking[2]:.1%}",
     "delay_layers": "layer={case}; longest delay={steps}; computed by={implementation}; dtype={dtype}; ms={ms:.2f}",
     "streaming": "network={case}; called by=`{implementation}`; steps in a call={T}; ms per call={call_ms:.2f}; "
     "99th percentile={late_ms:.2f}; us per step={us_per_step:.0f}",
+    "on_cpu": "library={library}; ms of the shortest step={shortest_ms:.1f}; over snnfuse={over:.2f}; of the median={ms:.0f}",
     "contract": "implementation={implementation}; tests=`{tests}`; passed={passed}; failed={failed}; commit={commit}",
 }
+LAUNCHED = 0.05  # ms; below that, launching the kernels takes much of the time, and it varies
+PAGE = HERE.parent / "notebooks" / "docs" / "pages" / "index.md"
+TABLES = {}  # name: a function that makes the text between the table's markers in benchmarks/README.md
 
 
-card = lambda r: r["device"].split()[1]  # H100 or H200: ratios compare equal cards
+def shows(columns=None, file=None):
+    """Registers a table: a function that returns its rows. Without `columns` the function returns the text itself."""
+
+    def register(make):
+        name = make.__name__
+        TABLES[name] = (lambda: table(file or name, make(), columns)) if columns else make
+        return make
+
+    return register
+
+
+card = lambda r: (
+    r.get("device", "").removeprefix("NVIDIA ").partition(" ")[0]
+)  # H100 or H200: ratios compare equal cards
 digits = lambda ms: f"{ms:#.3g}".rstrip(".")
 power = lambda n: f"2^{n.bit_length() - 1}" if n & (n - 1) == 0 else str(n)
+line = lambda cells: f"| {' | '.join(cells)} |"
 # A row of PyTorch has the field "graph" if no CUDA graph could be captured. Then calls are compared.
 peer_cell = lambda r: f"{'no graph' if 'graph' in r else digits(r['ms'])} / {digits(r['call_ms'])}"
 timed = lambda r: r["call_ms" if "graph" in r else "ms"]
@@ -102,24 +99,29 @@ def unexpected():
             yield f"EXPECTED lists a failure that is not in results/{name}.jsonl: {fields}"
 
 
-def table(file, found, columns=None):
-    """A table of `found` and a line that says where it was measured. The first empty cell of a failed row says why."""
-    columns = (columns or COLUMNS[file]).split("; ")
-    heads, formats = zip(*(column.rsplit("=", 1) for column in columns), strict=True)
-    lines = ["| " + " | ".join(heads) + " |", "|---" * len(heads) + "|"]
+def merged(found, *fields):
+    """One row for each value of the fields. It has the fields of all rows with that value; of equal fields, the last."""
+    rows = {}
+    for r in found:
+        rows.setdefault(tuple(r.get(field) for field in fields), {}).update(r)
+    return list(rows.values())
+
+
+def table(file, found, columns):
+    """A table of `found`, and a line that says where it was measured."""
+    return f"{grid(file, found, columns)}\n\n{where(file, found)}"
+
+
+def grid(file, found, columns):
+    """A table of `found`. The first empty cell of a failed row says why it failed."""
+    heads, formats = zip(*(column.rsplit("=", 1) for column in columns.split("; ")), strict=True)
+    lines = [line(heads), "|---" * len(heads) + "|"]
     for row in found:
-        cells = [_cell(text, row) for text in formats]
+        cells = [_cell(text, row | dict(gpu=card(row))) for text in formats]
         if row.get("status", "ok") != "ok":
             cells[cells.index("")] = expected(file, row) or "failed"
-        lines.append("| " + " | ".join(cells) + " |")
-    return "\n".join(lines) + "\n\n" + where(file, found)
-
-
-def where(file, found):
-    once = lambda key: ", ".join(dict.fromkeys(str(row[key]) for row in found if key in row))
-    versions = "".join(f", {name} {once(key)}" for name, key in (("JAX", "jax"), ("PyTorch", "torch")) if once(key))
-    measured = f"Measured on: {once('device')}{versions}; {once('date')}; commit {once('commit')}."
-    return f"{measured} Rows: [`results/{file}.jsonl`](results/{file}.jsonl)."
+        lines.append(line(cells))
+    return "\n".join(lines)
 
 
 def _cell(text, row):
@@ -129,51 +131,188 @@ def _cell(text, row):
         return ""
 
 
+def where(file, found):
+    once = lambda key: ", ".join(dict.fromkeys(str(row[key]) for row in found if key in row))
+    versions = "".join(f", {name} {once(key)}" for name, key in (("JAX", "jax"), ("PyTorch", "torch")) if once(key))
+    measured = f"Measured on: {once('device')}{versions}; {once('date')}; commit {once('commit')}."
+    return f"{measured} Rows: [`results/{file}.jsonl`](results/{file}.jsonl)."
+
+
 def fused_layers():
     """The rows of fused layers, each with the time and the memory of scan on the same GPU."""
     key = lambda r: (r["case"], r["T"], r["M"], r["dtype"], card(r))
     layers = [r for r in rows("core") if "ms" in r]
     scans = {key(r): r for r in layers if r["implementation"] == "scan"}
     scan = lambda r: dict(scan=scans[key(r)]["ms"], units=scans[key(r)]["peak_units"], lanes=power(r["M"]))
-    named = lambda r: dict(gpu=card(r), by=r["implementation"])
-    fused = [r | scan(r) | named(r) for r in layers if r["implementation"] in ("pallas", "triton") and key(r) in scans]
-    return sorted(fused, key=lambda r: (card(r), r["by"]))
+    fused = [r | scan(r) for r in layers if r["implementation"] in ("pallas", "triton") and key(r) in scans]
+    return sorted(fused, key=lambda r: (card(r), r["implementation"]))
 
 
+FUSED = "`lax.scan` ms={scan:.2f}; fused ms={ms:.3f}; speed-up={over_scan:.1f}x; share of the copy rate={of_copy_rate:.2f}; "
+FUSED += "memory of scan={units:.1f}; fused={peak_units:.2f}"
+
+
+@shows()
 def core():
     copies = [r for r in rows("core") if r["case"] == "copy"]
     copy = " and ".join(f"{r['bytes_per_s'] / 1e12:.2f} TB/s on an {card(r)}" for r in copies)
-    return f"The copy rate was {copy}.\n\n{table('core', [r for r in fused_layers() if r['case'] not in PAPERS])}"
+    columns = "neuron={case}; T={T}; lanes={lanes}; dtype={dtype}; by={implementation}; " + FUSED + "; GPU={gpu}"
+    found = [r for r in fused_layers() if r["case"] not in PAPERS]
+    return f"The copy rate was {copy}.\n\n{table('core', found, columns)}"
 
 
+@shows("neuron={case}; dtype={dtype}; " + FUSED + "; firing rate={firing_rate:.2f}", file="core")
 def papers():
     found = [r for r in fused_layers() if r["case"] in PAPERS]
-    return table("core", sorted(found, key=lambda r: (r["dtype"], PAPERS.index(r["case"]))), COLUMNS["papers"])
+    return sorted(found, key=lambda r: (r["dtype"], PAPERS.index(r["case"])))
 
 
+@shows()
 def compile_time():
-    found, columns = collections.defaultdict(dict), {}
-    for r in rows("core"):
-        if r["case"] == "compile":
-            found[r["implementation"]] |= r | {f"{r['T']} {r['M']}": r["compile_s"]}
-            columns[f"T = {r['T']}, {power(r['M'])} lanes={{{r['T']} {r['M']}:.2f}}"] = None
+    found = [r | {f"{r['T']} {r['M']}": r["compile_s"]} for r in rows("core") if r["case"] == "compile"]
+    columns = dict.fromkeys(f"T = {r['T']}, {power(r['M'])} lanes={{{r['T']} {r['M']}:.2f}}" for r in found)
     columns = "; ".join(["implementation=`{implementation}`", *columns, "first call={first_s:.2f}"])
-    return table("core", found.values(), columns)
+    return table("core", merged(found, "implementation"), columns)
 
 
+@shows()
+def choice():
+    found = []
+    for case, dtype in dict.fromkeys((cell.case, cell.dtype) for cell in cells()):
+        mine = [cell for cell in cells() if (cell.case, cell.dtype) == (case, dtype)]
+        long = [cell for cell in mine if min(cell.ms.values()) >= LAUNCHED]
+        near = lambda some: f"{sum(cell.over <= 1.05 for cell in some)} of {len(some)}"
+        worst = max(long, key=lambda cell: cell.over)
+        says = f"{worst.over:.2f}: {worst.chosen}, not {worst.fastest}, at T = {worst.T}, {power(worst.M)} lanes"
+        says = says if worst.chosen != worst.fastest else "none"
+        found.append(dict(case=case, dtype=dtype, cells=len(mine), near=near(mine), large=near(long), worst=says))
+    columns = "neuron={case}; dtype={dtype}; cells={cells}; within 5 %={near}; above 50 us, within 5 %={large}; "
+    return f"{grid('choice', found, columns + 'slowest choice={worst}')}\n\n{where('choice', rows('choice'))}"
+
+
+@shows(
+    "layer={case}; T={T}; B={B}; H={size}; run by={how}; precision={exact}; ms={ms:.3g}; forward ms={forward_ms:.3g}; "
+    "us per step={us_per_step:.3g}; peak MB={peak_mb:.0f}; GPU={gpu}"
+)
+def recurrent():
+    way = lambda r: r.get("implementation", "PyTorch").replace("triton", "fused").replace("scan", "`lax.scan`")
+    found = [r | dict(how=way(r), exact=r.get("note", r["dtype"])) for r in rows("recurrent")]
+    return sorted(found, key=lambda r: (-r["B"], r["size"], card(r), r["ms"]))
+
+
+@shows(
+    "network={case}; T={T:,}; batch={B}; backward pass={memory}; input MB={inputs_mb:,.0f}; peak MB={peak_mb:,.0f}; "
+    "ms per step={ms:.1f}; spikes that differ={flips}; gradient error={gradient_error:.1e}; GPU={gpu}"
+)
+def long_sequences():
+    """One line for each way to train; if its gradients were compared, that is in the same line."""
+    found = [r | dict(case=r["case"].removeprefix("gradients, ")) for r in rows("long_sequences")]
+    return sorted(
+        merged(found, "case", "T", "B", "memory", "device"), key=lambda r: (r["case"] != "dense", r["T"], r["memory"])
+    )
+
+
+@shows(
+    "network={case}; rule={implementation}; held-out accuracy={held_out_accuracy:.1%}; of each seed={each}; "
+    "temporary MB, T = 100={mb100:.1f}; T = 1,000={mb1000:.1f}; T = 10,000={mb10000:,.1f}"
+)
+def online():
+    """One line for each rule: its accuracy, and the memory of a step for each T."""
+    network = lambda r: dict(case=r["case"].removeprefix("memory, ").removeprefix("MNIST by rows, "))
+    needs = lambda r: {f"mb{r['T']}": r["temporary_mb"]} if "temporary_mb" in r else {}
+    each = lambda r: dict(each=", ".join(f"{a:.1%}" for a in r["accuracies"])) if "accuracies" in r else {}
+    found = [r | network(r) | needs(r) | each(r) for r in reversed(rows("online"))]
+    return [r for r in merged(found, "case", "implementation") if "accuracies" in r][::-1]
+
+
+@shows(
+    "network={network}; all speakers={mean:.1%}; of each seed={each}; theo={theo:.1%}; george={george:.1%}; "
+    "nicolas={nicolas:.1%}; jackson={jackson:.1%}; lucas={lucas:.1%}; yweweler={yweweler:.1%}; seconds of a training={seconds:.2f}"
+)
+def delays():
+    """One line for each network: its accuracy on the speaker held out, the mean of the seeds."""
+    found = [r | dict(network=r["case"].split(", ")[0], speaker=r["case"].split()[1]) for r in rows("delays")]
+    mean = lambda field, **only: fmean(r[field] for r in found if only.items() <= r.items())
+    lines = []
+    for row in merged(found, "network"):
+        of = partial(mean, "held_out_accuracy", network=row["network"])
+        row |= {r["speaker"]: of(speaker=r["speaker"]) for r in found} | dict(mean=of())
+        row |= dict(seconds=mean("seconds", network=row["network"]))
+        lines.append(row | dict(each=", ".join(f"{of(seed=seed):.1%}" for seed in sorted({r["seed"] for r in found}))))
+    return lines
+
+
+@shows(
+    "largest rate={case}; outputs={note}; " + "; ".join(f"T = {T}={{T{T}:.1%}}" for T in (4, 8, 16, 32, 64, 128, 256))
+)
+def conversion():
+    """One line for each percentile: the accuracy at each T."""
+    found = [r | {f"T{r['T']}": r["held_out_accuracy"]} for r in rows("conversion")]
+    return merged(found, "case", "note")
+
+
+@shows(
+    "network={case}; input={B} x 3 x {size} x {size}; precision={dtype}; neurons={kind}; memory option={kept}; "
+    "ms per step={ms:.2f}; speed-up={over:.1f}x; peak MB={peak_mb:.0f}; s to compile={compile_s:.0f}; GPU={gpu}"
+)
 def resnet():
     key = lambda r: (r["size"], r["case"], r["dtype"], r["device"])
     found = sorted(rows("resnet"), key=key)
     scans = {key(r): r["ms"] for r in found if r["implementation"] == "scan"}
     faster = lambda r: dict(over=scans[key(r)] / r["ms"]) if r["implementation"] == "pallas" and key(r) in scans else {}
-    named = lambda r: dict(kind=KINDS[r["implementation"]], kept=r["memory"] or "", gpu=card(r))
-    return table("resnet", [r | faster(r) | named(r) for r in found])
+    return [r | faster(r) | dict(kind=WAYS[r["implementation"]], kept=r["memory"] or "") for r in found]
 
 
+@shows(
+    "network={case}; batch={B} x 3 x {size} x {size}; called by or neurons={way}; precision={dtype}; ms={ms:.2f}; "
+    "GPU busy={busy_ms:.2f}; ms / busy={wall_over_busy:.2f}; images/s={samples_per_s:,.0f}; peak MB={peak_mb:.0f}; "
+    "SpikingJelly / this={gain}; GPU={gpu}",
+    file="step_calls",
+)
+def networks():
+    """The networks at T = 4. The gain is over the fastest way of SpikingJelly on the same GPU."""
+    found = [r for r in rows("step_calls") if "size" in r]
+    network = lambda r: (card(r), r["case"])
+    theirs = [r for r in found if r["implementation"].startswith("spikingjelly")]
+    theirs = {network(r): r["ms"] for r in sorted(theirs, key=lambda r: -r["ms"])}
+    gain = lambda r: f"{theirs[network(r)] / r['ms']:.1f}x" if network(r) in theirs else ""
+    theirs_way = lambda way: ", ".join(["SpikingJelly", *way.replace("_", " ").split(" ", 1)[1:]])
+    named = lambda r: dict(way=WAYS.get(r["implementation"]) or theirs_way(r["implementation"]), gain=gain(r))
+    order = {way: i for i, way in enumerate(WAYS)}
+    found.sort(key=lambda r: (*network(r), order.get(r["implementation"], len(order)), r["ms"]))
+    return [r | named(r) for r in found]
+
+
+@shows(
+    "network={case}; T={T}; batch={B}; called by=`{way}`; steps in a call={steps}; us per step={us:.0f}; "
+    "samples/s={samples_per_s:,.0f}; over nnx.jit={gain:.1f}x; GPU={gpu}",
+    file="step_calls",
+)
+def small_networks():
+    found = sorted((r for r in rows("step_calls") if "steps" in r), key=lambda r: (r["case"], card(r)))
+    before = {(card(r), r["case"]): r["samples_per_s"] for r in found if r["implementation"] == "nnx.jit"}
+    gain = lambda r: r["samples_per_s"] / before[card(r), r["case"]] if (card(r), r["case"]) in before else None
+    way = lambda r: "scan" if r["steps"] > 1 else r["implementation"]
+    way_of = lambda r: "scan`, `DeviceData" if r["implementation"] == "DeviceData" else way(r)
+    return [r | dict(way=way_of(r), us=1e3 * r["ms"] / r["steps"], gain=gain(r)) for r in found]
+
+
+@shows(
+    "called by={implementation}; ms until a call returns={call_ms:.2f}; over flat={over:.2f}; machine={machine}",
+    file="step_calls",
+)
+def host():
+    found = [r for r in rows("step_calls") if r["case"] == "host"]
+    flat = {r["device"]: r["call_ms"] for r in found if r["implementation"] == "flat"}
+    machine = lambda r: "a CPU alone" if r["device"] == "cpu" else f"with an {card(r)}"
+    return [r | dict(over=r["call_ms"] / flat[r["device"]], machine=machine(r)) for r in found]
+
+
+@shows("library={of}; dtype={dtype}; memory option={kept}; T={T:,}; peak GB={gb:.1f}; ms per step={ms:.0f}")
 def largest_T():
     found = sorted(rows("largest_T"), key=lambda r: (r["library"], r.get("memory") or "", -r["T"]))
     named = lambda r: dict(of=NAMES[r["library"]], kept=r.get("memory") or "-", gb=r.get("peak_mb", 0) / 1e3 or "")
-    return table("largest_T", [r | named(r) for r in found])
+    return [r | named(r) for r in found]
 
 
 def best(case, dtype):
@@ -184,6 +323,7 @@ def best(case, dtype):
     return fastest.pop("snnfuse"), fastest
 
 
+@shows()
 def peers():
     found = []
     for case, dtype in dict.fromkeys((r["case"], r["dtype"]) for r in rows("peers")):
@@ -196,7 +336,7 @@ def peers():
     used = ", ".join(dict.fromkeys(f"{r['library']} {r['version']}" for r in measured))
     differ = max(r["flips"] / r["slots"] for r in measured if "slots" in r)
     said = f"At most {differ:.3%} of a library's spikes differ. Versions: {used}. {where('peers', measured)}"
-    return f"{table('peers', found, columns).partition(chr(10) * 2)[0]}\n\n{said}"
+    return f"{grid('peers', found, columns)}\n\n{said}"
 
 
 def verdict(ours, others):
@@ -230,6 +370,7 @@ def predicted(r):
     return f"{digits(ms)} ({ms / r['ms'] - 1:+.0%})"
 
 
+@shows()
 def multi_gpu():
     steps = [r for r in rows("multi_gpu") if "mesh" in r]
     steps.sort(key=lambda r: (r["case"], "time" in r["mesh"], r["T"], r["devices"], r.get("note", "")))
@@ -250,7 +391,9 @@ def multi_gpu():
     sent = lambda case: sorted((r["bytes"], digits(r["ms"])) for r in rows("multi_gpu") if r["case"] == case)
     ends = {case: (sent(case)[0][1], sent(case)[-1][1]) for case in ("all-reduce", "hand-over")}
     ways = [f"{case} of 1 KB takes {small} ms, of 256 MB {large} ms" for case, (small, large) in ends.items()]
-    return f"Between two devices, as called, an {'; a '.join(ways)}.\n\n{table('multi_gpu', found)}"
+    columns = "case={how}; devices={devices}; mesh={on}; T={T}; batch={B}; ms per step={took}; samples/s={samples_per_s:,.0f}; "
+    columns += "peak MB per device={peak_mb:,.0f}; over one device={over}; predicted ms={predicted}"
+    return f"Between two devices, as called, an {'; a '.join(ways)}.\n\n{table('multi_gpu', found, columns)}"
 
 
 GAINS = [  # what a user gains, beside the best other library: words, and the case and dtype among the peers
@@ -280,154 +423,21 @@ def gains():
     what = "longest sequence that trains on one GPU, the same network"
     found.append((what, f"{T[0]:,} steps", f"{T[1]:,} steps (SpikingJelly)", f"{T[0] / T[1]:.1f}x longer"))
     lines = [("on one H100", "snnfuse", "best other library", "gain"), ("---",) * 4, *found]
-    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
+    return "\n".join(map(line, lines))
 
 
-LAUNCHED = 0.05  # ms; below that, launching the kernels takes much of the time, and it varies
+def cpu():
+    """What "Getting started" says about a CPU."""
+    ours, theirs = map({r["library"]: r for r in rows("on_cpu")}.get, ("snnfuse", "snntorch"))
+    said = f"""On a CPU a training step of a network {ours["case"]} with T = {ours["T"]} and a batch of {ours["B"]} takes
+    {ours["shortest_ms"]:.0f} ms, and {theirs["shortest_ms"]:.0f} ms in snnTorch {theirs["version"]} with PyTorch
+    {theirs["torch"].partition("+")[0]}. These are the shortest of {ours["rounds"]} steps of each, in turn, on {ours["cores"]} cores
+    that also did other work ({ours["date"]}, JAX {ours["jax"]})."""
+    return fill(" ".join(said.split()), 120)
 
 
-WAYS = {"compiled_step": "`compiled_step`", "joined": "`compiled_step`, joined optimizer", "nnx.jit": "`nnx.jit`"}
-WAYS |= {"scan": "`lax.scan`", "relu": "ReLU for neurons"}
-
-
-def networks():
-    """The networks at T = 4. The gain is over the fastest way of SpikingJelly on the same GPU."""
-    found = [r for r in rows("step_calls") if "size" in r]
-    network = lambda r: (card(r), r["case"])
-    theirs = {}
-    for r in found:
-        if r["implementation"].startswith("spikingjelly"):
-            theirs[network(r)] = min(r["ms"], theirs.get(network(r), r["ms"]))
-    gain = lambda r: f"{theirs[network(r)] / r['ms']:.1f}x" if network(r) in theirs else ""
-    theirs_way = lambda way: ", ".join(["SpikingJelly", *way.replace("_", " ").split(" ", 1)[1:]])
-    named = lambda r: dict(
-        way=WAYS.get(r["implementation"]) or theirs_way(r["implementation"]), gpu=card(r), gain=gain(r)
-    )
-    order = {way: i for i, way in enumerate(WAYS)}
-    found.sort(key=lambda r: (*network(r), order.get(r["implementation"], len(order)), r["ms"]))
-    size = lambda r: dict(batch=f"{r['B']} x 3 x {r['size']} x {r['size']}")
-    return table("step_calls", [r | named(r) | size(r) for r in found], COLUMNS["networks"])
-
-
-def small_networks():
-    found = [r for r in rows("step_calls") if "steps" in r]
-    before = {(card(r), r["case"]): r["samples_per_s"] for r in found if r["implementation"] == "nnx.jit"}
-    made = []
-    for r in sorted(found, key=lambda r: (r["case"], card(r))):
-        gain = f"{r['samples_per_s'] / before[card(r), r['case']]:.1f}x" if (card(r), r["case"]) in before else ""
-        way = (
-            "`scan`, `DeviceData`"
-            if r["implementation"] == "DeviceData"
-            else "`scan`"
-            if r["steps"] > 1
-            else f"`{r['implementation']}`"
-        )
-        made.append(r | dict(way=way, us=1e3 * r["ms"] / r["steps"], gain=gain, gpu=card(r)))
-    return table("step_calls", made, COLUMNS["small_networks"])
-
-
-def host():
-    found = [r for r in rows("step_calls") if r["case"] == "host"]
-    flat = {r["device"]: r["call_ms"] for r in found if r["implementation"] == "flat"}
-    where = lambda r: "a CPU alone" if r["device"] == "cpu" else f"with an {card(r)}"
-    return table(
-        "step_calls", [r | dict(over=r["call_ms"] / flat[r["device"]], where=where(r)) for r in found], COLUMNS["host"]
-    )
-
-
-def choice():
-    found = []
-    for case, dtype in dict.fromkeys((cell.case, cell.dtype) for cell in cells()):
-        mine = [cell for cell in cells() if (cell.case, cell.dtype) == (case, dtype)]
-        long = [cell for cell in mine if min(cell.ms.values()) >= LAUNCHED]
-        near = lambda some: f"{sum(cell.over <= 1.05 for cell in some)} of {len(some)}"
-        worst = max(long, key=lambda cell: cell.over)
-        says = f"{worst.over:.2f}: {worst.chosen}, not {worst.fastest}, at T = {worst.T}, {power(worst.M)} lanes"
-        says = says if worst.chosen != worst.fastest else "none"
-        found.append(dict(case=case, dtype=dtype, cells=len(mine), near=near(mine), large=near(long), worst=says))
-    body, _ = table("choice", found).split("\n\n")
-    return f"{body}\n\n{where('choice', rows('choice'))}"
-
-
-def recurrent():
-    way = lambda r: r.get("implementation", "PyTorch").replace("triton", "fused").replace("scan", "`lax.scan`")
-    named = lambda r: dict(how=way(r), exact=r.get("note", r["dtype"]), gpu=card(r))
-    found = [r | named(r) for r in rows("recurrent")]
-    return table("recurrent", sorted(found, key=lambda r: (-r["B"], r["size"], r["gpu"], r["ms"])))
-
-
-def online():
-    """One line for each rule: its accuracy, and the memory of a step for each T."""
-    found, memory = [], {}
-    for r in rows("online"):
-        if r["case"].startswith("memory"):
-            key = r["case"].removeprefix("memory, "), r["implementation"]
-            memory.setdefault(key, {})[f"mb{r['T']}"] = r["temporary_mb"]
-    for r in rows("online"):
-        if not r["case"].startswith("memory"):
-            network = r["case"].rpartition(", ")[2]
-            named = dict(network=network, each=", ".join(f"{a:.1%}" for a in r["accuracies"]))
-            found.append(r | named | memory.get((network, r["implementation"]), {}))
-    return table("online", found)
-
-
-def conversion():
-    """One line for each percentile: the accuracy at each T."""
-    lines = {}
-    for r in rows("conversion"):
-        lines.setdefault((r["case"], r["note"]), dict(r))[f"T{r['T']}"] = r["held_out_accuracy"]
-    return table("conversion", list(lines.values()))
-
-
-def delays():
-    """One line for each network: its accuracy on the speaker held out, the mean of the seeds."""
-    found = rows("delays")
-    lines, mean = [], lambda values: sum(values) / len(values)
-    for network in dict.fromkeys(r["case"].split(", ")[0] for r in found):
-        own = [r | dict(speaker=r["case"].split()[1]) for r in found if r["case"].startswith(f"{network}, ")]
-        of = lambda **fields: mean([r["held_out_accuracy"] for r in own if fields.items() <= r.items()])  # noqa: B023
-        line = own[0] | dict(network=network, mean=of(), seconds=mean([r["seconds"] for r in own]))
-        line |= {r["speaker"]: of(speaker=r["speaker"]) for r in own}
-        lines.append(line | dict(each=", ".join(f"{of(seed=seed):.1%}" for seed in sorted({r["seed"] for r in own}))))
-    return table("delays", lines)
-
-
-def long_sequences():
-    """One line for each way to train; if its gradients were compared, that is in the same line."""
-    lines = {}
-    for r in rows("long_sequences"):
-        name, gpu = r["case"].removeprefix("gradients, "), r["device"].removeprefix("NVIDIA ").split()[0]
-        line = lines.setdefault((name, r["T"], r["B"], r["memory"], gpu), {})
-        line |= r | dict(case=name, gpu=gpu)
-    return table("long_sequences", sorted(lines.values(), key=lambda r: (r["case"] != "dense", r["T"], r["memory"])))
-
-
-TABLES = {
-    file: lambda file=file: table(file, rows(file))
-    for file in ("flips", "accuracy", "loader", "contract", "streaming", "delay_layers", "few_bits")
-}
-TABLES |= {
-    make.__name__: make
-    for make in (
-        core,
-        long_sequences,
-        online,
-        delays,
-        conversion,
-        papers,
-        compile_time,
-        choice,
-        recurrent,
-        resnet,
-        networks,
-        small_networks,
-        host,
-        largest_T,
-        peers,
-        multi_gpu,
-    )
-}
-FILES = {HERE / "README.md": TABLES, HERE.parent / "README.md": dict(gains=gains)}
+TABLES |= {file: lambda file=file: table(file, rows(file), PLAIN[file]) for file in PLAIN}
+FILES = {HERE / "README.md": TABLES, HERE.parent / "README.md": dict(gains=gains), PAGE: dict(cpu=cpu)}
 
 
 def with_tables(path, tables):

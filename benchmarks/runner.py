@@ -113,6 +113,17 @@ def time_ms(call, wait, *, repeats=7, seconds=0.05, agree=int):
     return tuple(samples[len(samples) * i // 4] for i in (2, 1, 3))
 
 
+def each_ms(call, count, then=lambda result: None):
+    """Milliseconds until `call()` returns, of `count` calls; then(result) runs after each one, outside of the time."""
+    times = []
+    for _ in range(count):
+        start = time.perf_counter()
+        result = call()
+        times.append((time.perf_counter() - start) * 1e3)
+        then(result)
+    return times
+
+
 def record(path, row):
     """Adds date and commit to a row, prints it, and appends it to `path` if there is one."""
     row |= dict(date=datetime.date.today().isoformat(), commit=_commit()[0], dirty=_commit()[1])
@@ -165,7 +176,7 @@ def in_halves(measure, args):
     facts = dict(device="cpu", python=platform.python_version())
     if jax := sys.modules.get("jax"):
         facts |= dict(device=jax.devices()[0].device_kind, jax=jax.__version__)
-    elif torch := sys.modules.get("torch"):
+    if torch := sys.modules.get("torch"):
         facts |= dict(torch=torch.__version__)
         facts |= dict(device=torch.cuda.get_device_name()) if torch.cuda.is_available() else {}
     yield row | facts
@@ -260,7 +271,6 @@ def main(doc: str, *names: str, argv=None, here=False) -> list[dict]:
     parser.add_argument("--budget", type=float, default=float("inf"), help="seconds after which no further case starts")
     parser.add_argument("--out", type=pathlib.Path, help="append the rows to this file instead")
     parser.add_argument("--jobs", type=int, default=1, help="so many processes compile at once, then time in turn")
-    parser.add_argument("--wait", type=pathlib.Path, help="with --jobs: time when this file exists; compile until then")
     for option, (default, text) in options.items():
         parser.add_argument(f"--{option}", type=type(default), default=default, help=f"{text} (default: {default!r})")
     args = parser.parse_args(argv)
@@ -273,13 +283,9 @@ def main(doc: str, *names: str, argv=None, here=False) -> list[dict]:
     chosen = [case for case in cases(args) if re.search(args.only, case.name)]
     chosen = [case for case in chosen if not any(case.key.items() <= row.items() for row in done)]
     if args.jobs > 1 and not args.list:
-        half, alone = left() / 2, (lambda: args.wait is None or args.wait.exists())
-        until = (lambda: left() < half) if args.wait is None else alone
-        late = runner.compile([case for case in chosen if case.process], until)
+        half = left() / 2
+        late = runner.compile([case for case in chosen if case.process], until=lambda: left() < half)
         print(f"{len(runner.ready)} of {len(chosen)} cases compiled in {time.perf_counter() - start:.0f} s", flush=True)
-        while not alone():
-            time.sleep(0.2)
-        start = start if args.wait is None else time.perf_counter()  # the budget is for the GPU
     for case in chosen:
         if args.list or left() < 0 or case in late:
             print(case.name if args.list else f"not run, its time was over: {case.name}")

@@ -23,25 +23,29 @@ Rows of the case "host" hold `call_ms`: the milliseconds until a call returns, w
 Adam ("joined": 108), each a single number, so that nothing is computed. The other rows are whole training steps. `ms` is wall time of a
 call when calls follow each other, `busy_ms` the time that the GPU works in it. Small networks also take K = `steps` steps
 in a call, and read their data from the device (`DeviceData`).
+
+    python benchmarks/step_calls.py resnet                   Spiking-ResNet-18, T=32, B=100, 3 x 28 x 28; minutes on an H100
+    python benchmarks/step_calls.py resnet --kinds pallas,relu --dtypes bfloat16 --shapes 28,32,dvs --depths 18,34,50
+
+"resnet" is a step of the ResNets for T = 32, on random spikes of rate 0.5, with 8 different batches in turn. Kind "relu" has ReLU
+in place of the neurons. `peak_mb` is what the program of the step holds: parameters, optimizer, batch and temporary arrays.
 """
 
 import functools
 import glob
+import itertools
 import statistics
 import tempfile
-import time
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-import optax
-import runner
 from flax import nnx
 from flax.nnx import graphlib
-from runner import Case, job, main, question, split
-from with_jax import peak_mb, with_relu
+from runner import Case, each_ms, job, main, question, split
+from with_jax import ADAM, JOINED, batches, compile_then_time, resnet, step_of, training_step, with_adam, with_relu
 
-from snnfuse import models, nn, parallel, training
+from snnfuse import models, nn, training
 
 WAYS = ("compiled_step", "joined", "flat", "cached_partial", "nnx.jit")
 WORKLOADS = {  # B, size, classes, how to build: the four of SpikingJelly's model zoo, T = 4, and one that is not in it
@@ -56,12 +60,10 @@ SMALL = {
     "shd 700-256-256-20": (100, 256, (700, 256, 256, 20)),
 }  # T, B, N
 T = 4
+IMAGES = {"28": (100, 28), "32": (100, 32), "dvs": (10, 128)}  # B, H = W, of "resnet"
 
 
-NETWORKS = (*WAYS, "scan", "relu", "spikingjelly")
-
-
-@question("step_calls", gpu=False, ways=("compiled_step,nnx.jit", f"ways of the networks, of {', '.join(NETWORKS)}"))
+@question("step_calls", gpu=False, ways=("compiled_step,nnx.jit", "ways of the networks, as above"))
 def cases(args):
     for way in WAYS:
         yield Case(dict(case="host", implementation=way), host, (way, 3 if args.tiny else 200))
@@ -115,14 +117,9 @@ def bind(way, step, objects):
     return call
 
 
-def with_adam(model, way=""):
-    model.train()
-    adam = parallel.flatten_optimizer(optax.adam(1e-3)) if way == "joined" else optax.adam(1e-3)
-    return model, nnx.Optimizer(model, adam, wrt=nnx.Param)
-
-
 def host(way, calls):
-    objects = with_adam(models.sew_resnet(18, 3, 10, stem="cifar", rngs=nnx.Rngs(0)), way)
+    model = models.sew_resnet(18, 3, 10, stem="cifar", rngs=nnx.Rngs(0))
+    objects = with_adam(model, JOINED if way == "joined" else ADAM)
     variables = lambda objects: graphlib.flatten(objects, graph=True)[1].leaves
     for variable in variables(objects):
         variable.set_raw_value(jnp.zeros((), variable.get_raw_value().dtype))
@@ -132,52 +129,20 @@ def host(way, calls):
             variable.set_raw_value(variable.get_raw_value() + 1)
         return x.sum()
 
-    call, x, times = bind(way, step, objects), jnp.ones(8), []
-    call(x)
-    for _ in range(calls):
-        start = time.perf_counter()
-        out = call(x)
-        times.append((time.perf_counter() - start) * 1e3)
-        out.block_until_ready()
-    quartiles = statistics.quantiles(times, n=4)
-    return dict(call_ms=quartiles[1], call_quartiles=(quartiles[0], quartiles[2]), variables=len(variables(objects)))
+    call, x = bind(way, step, objects), jnp.ones(8)
+    low, call_ms, high = statistics.quantiles(each_ms(lambda: call(x), calls, jax.block_until_ready)[1:], n=4)
+    return dict(call_ms=call_ms, call_quartiles=(low, high), variables=len(variables(objects)))
 
 
-def training_step(read):
-    def step(model, optimizer, xs, labels):
-        def loss_of(model):
-            logits = read(model(xs)[0])
-            return optax.softmax_cross_entropy_with_integer_labels(logits, labels).mean()
-
-        loss, grads = nnx.value_and_grad(loss_of)(model)
-        optimizer.update(model, grads)
-        return loss
-
-    return step
-
-
-def timed(call, batches, samples):
-    """Wall and busy milliseconds of a call, over batches in turn. With `compiled_step` also the memory of its program.
-
-    In the two halves of a `runner.Case`.
-    """
-    start = time.perf_counter()
-    call(*batches[0]).block_until_ready()
-    row = dict(compile_s=time.perf_counter() - start)
-    if isinstance(getattr(call, "func", None), training.CompiledStep):
-        row |= dict(peak_mb=peak_mb(call.func.lower(*call.args, *batches[0]).compile()))
-    turn = [0]
-
-    def next_call():
-        turn[0] += 1
-        return call(*batches[turn[0] % len(batches)])
-
-    yield
-    ms, *quartiles = runner.time_ms(next_call, jax.block_until_ready, repeats=5, seconds=0.2)
-    row |= dict(ms=ms, quartiles=quartiles, samples_per_s=samples / ms * 1e3)
+def timed(call, data, samples):
+    """`compile_then_time`, and the busy milliseconds of a call, which takes so many samples."""
+    halves = compile_then_time(call, data)
+    yield next(halves)
+    row = next(halves)
+    row |= dict(samples_per_s=samples / row["ms"] * 1e3)
     if jax.default_backend() == "gpu":
-        busy = busy_ms(next_call)
-        row |= dict(busy_ms=busy, wall_over_busy=ms / busy)
+        busy = busy_ms(lambda: call(*data[0]))
+        row |= dict(busy_ms=busy, wall_over_busy=row["ms"] / busy)
     yield row
 
 
@@ -201,14 +166,12 @@ def workload(name, way, tiny):
     model = build(in_features=3, classes=classes, policy="bfloat16", rngs=nnx.Rngs(0), **options)
     model = with_relu(model) if way == "relu" else model
     way = "compiled_step" if way in ("scan", "relu") else way
-
-    def step(model, optimizer, images, labels):
-        xs = jnp.broadcast_to(images, (T, *images.shape)).astype(jnp.bfloat16)
-        return training_step(lambda outs: outs.mean(0))(model, optimizer, xs, labels)
-
+    over_time = lambda images, _: jnp.broadcast_to(images, (T, *images.shape)).astype(jnp.bfloat16)
+    step = step_of(lambda outs: outs.mean(0), prepare=over_time)
     keys = jax.random.split(jax.random.key(0), 4)
     batches = [(jax.random.normal(key, (B, size, size, 3)), jnp.arange(B) % classes) for key in keys]
-    yield from timed(bind(way, step, with_adam(model, way)), batches, B)
+    objects = with_adam(model, JOINED if way == "joined" else ADAM)
+    yield from timed(bind(way, step, objects), batches, B)
 
 
 def by_spikingjelly(name, way, tiny):
@@ -222,7 +185,7 @@ def by_spikingjelly(name, way, tiny):
     with_torch.sync()
     yield
     row = with_torch.measure(step, [()], no_graph="" if "graph" in way else "called as its users call it")
-    yield row | dict(samples_per_s=B / row["ms"] * 1e3, version=version, torch=with_torch.torch.__version__)
+    yield row | dict(samples_per_s=B / row["ms"] * 1e3, version=version)
 
 
 def small(name, way, steps, tiny):
@@ -230,34 +193,52 @@ def small(name, way, steps, tiny):
     T, B, widths = SMALL[name]
     T, B = (2, 4) if tiny else (T, B)
     rngs = nnx.Rngs(0)
-    layers = [
-        layer
-        for n, m in zip(widths, widths[1:], strict=False)
-        for layer in (nnx.Linear(n, m, rngs=rngs), nn.LIF(tau=2.0))
-    ]
-    objects = with_adam(nn.Sequential(*layers[:-1], nn.LI(tau=2.0)))
-    rng = np.random.default_rng(0)
-    train = training_step(nn.membrane_mean)
+    pairs = [(nnx.Linear(n, m, rngs=rngs), nn.LIF(tau=2.0)) for n, m in itertools.pairwise(widths)]
+    objects = with_adam(nn.Sequential(*[*itertools.chain(*pairs)][:-1], nn.LI(tau=2.0)))
+    rng, train = np.random.default_rng(0), step_of()
     if way == "DeviceData":
         images = rng.integers(0, 256, (40 * B, widths[0]), dtype=np.uint8)
         data = training.DeviceData((images, rng.integers(0, widths[-1], 40 * B)), B)
 
         def step(model, optimizer, data):
             (images, labels), key = data.next()
-            rate = images / jnp.float32(255)
-            return train(
-                model, optimizer, jax.random.bernoulli(key, rate, (T, *rate.shape)).astype(jnp.float32), labels
-            )
+            xs = jax.random.bernoulli(key, images / jnp.float32(255), (T, *images.shape)).astype(jnp.float32)
+            return train(model, optimizer, xs, labels)
 
         call = functools.partial(training.compiled_step(step).scan, *objects, data, steps=steps)
         yield from timed(call, [()], steps * B)
         return
-    shape = (steps, T, B, widths[0]) if steps > 1 else (T, B, widths[0])
-    xs = jnp.asarray(rng.random(shape) < 0.1, jnp.float32)
-    labels = jnp.asarray(rng.integers(0, widths[-1], (steps, B) if steps > 1 else B))
+    first = (steps,) if steps > 1 else ()
+    xs = jnp.asarray(rng.random((*first, T, B, widths[0])) < 0.1, jnp.float32)
+    labels = jnp.asarray(rng.integers(0, widths[-1], (*first, B)))
     call = functools.partial(training.compiled_step(train).scan, *objects) if steps > 1 else bind(way, train, objects)
     yield from timed(call, [(xs, labels)], steps * B)
 
 
+@question(
+    "resnet",
+    kinds=("pallas,pallas_lean,pallas_fast,scan,relu", "implementation_memory, or relu"),
+    dtypes=("bfloat16,tf32", "of the convolutions"),
+    shapes=("28", f"of {', '.join(IMAGES)}"),
+    depths=("18", "18, 34, 50"),
+    T=("32", "time steps"),
+)
+def resnets(args):
+    kinds, steps = ("scan,relu", "2") if args.tiny else (args.kinds, args.T)
+    options = split(args.shapes), split(args.depths, int), split(args.dtypes), split(steps, int), split(kinds)
+    for shape, depth, dtype, T, kind in itertools.product(*options):
+        B, size = (2, 16) if args.tiny else IMAGES[shape]
+        implementation, _, memory = kind.partition("_")
+        memory = None if kind == "relu" else memory or "packed"
+        key = dict(case=f"spiking-resnet-{depth}", implementation=implementation, memory=memory, dtype=dtype)
+        key |= dict(T=T, B=B, size=size, input="random input")
+        yield Case(key, spiking_resnet, (implementation, depth, dtype, memory, T, B, size), job(args))
+
+
+def spiking_resnet(implementation, depth, dtype, memory, T, B, size):
+    step = training_step(resnet(implementation, depth, dtype, memory))
+    yield from compile_then_time(step, batches(T, B, size))
+
+
 if __name__ == "__main__":
-    main(__doc__, "step_calls")
+    main(__doc__, "step_calls", "resnet")

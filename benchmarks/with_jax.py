@@ -16,16 +16,12 @@ from snnfuse import models, nn, parallel, training
 from snnfuse.parallel.step import ALONG_DATA
 
 f32, bf16 = jnp.float32, jnp.bfloat16
+ADAM = optax.adam(1e-3)
+JOINED = parallel.flatten_optimizer(ADAM)  # its moments are a few arrays
 
 
 def time_ms(f, *args, **options):
     return runner.time_ms(lambda: f(*args), jax.block_until_ready, **options)
-
-
-def times(f, program, sets) -> dict:
-    """`ms` is device time; `call_ms` is a call of `program`, the compiled f."""
-    ms, *quartiles = device_ms(repeated(f, sets), sets)
-    return dict(ms=ms, quartiles=quartiles, call_ms=time_ms(program, *sets[0])[0])
 
 
 def repeated(f, sets):
@@ -41,6 +37,14 @@ def device_ms(program, sets, **options):
     return [t / len(sets) for t in time_ms(program, sets, **options)]
 
 
+def device_time(f, draw, count, **options):
+    """A `measure` of a `runner.Case`: the device time of f(*draw(i)) over i = 0 .. count - 1."""
+    program, drawn = repeated(f, [jax.eval_shape(draw, 0)] * count), jax.jit(draw).lower(0).compile()
+    yield
+    ms, *quartiles = device_ms(program, [drawn(i) for i in range(count)], **options)
+    yield dict(ms=ms, quartiles=quartiles)
+
+
 def compiled(f, *args):
     """(the jitted f, compiled; a row with the seconds that this took and the memory that the program holds)"""
     start = time.perf_counter()
@@ -48,17 +52,17 @@ def compiled(f, *args):
     return program, dict(compile_s=time.perf_counter() - start, peak_mb=peak_mb(program))
 
 
+def largest_error(got, want):
+    """The largest difference of an array of a tree, over the largest value of that array."""
+    error = lambda a, b: jnp.abs(a.astype(f32) - b.astype(f32)).max() / jnp.abs(b.astype(f32)).max()
+    return jnp.stack(jax.tree.leaves(jax.tree.map(error, got, want))).max()
+
+
 def peak_mb(program):
     """The most memory that a compiled program holds on one device: arguments, results and temporary arrays."""
     sizes = program.memory_analysis()
     held = sizes.argument_size_in_bytes + sizes.output_size_in_bytes - sizes.alias_size_in_bytes
     return (held + sizes.temp_size_in_bytes) / 1e6
-
-
-def copy_rate(nbytes=2**30):
-    """Bytes read and written per second by x + 1."""
-    x = jax.random.normal(jax.random.key(0), (nbytes // 4,), f32)
-    return 2 * x.nbytes / (time_ms(jax.jit(lambda x: x + 1), x)[0] * 1e-3)
 
 
 def forward_backward(f):
@@ -72,25 +76,34 @@ def forward_backward(f):
     return run
 
 
-def training_step(model, read=nn.membrane_mean, *, mesh=None, specs=ALONG_DATA, sums=None, norm=False, prepare=None):
-    """A function (xs, labels) -> metrics that takes one step with Adam: a `compiled_step`, bound to its model and optimizer.
+def step_of(read=nn.membrane_mean, *, meshed=False, sums=None, norm=False, prepare=None):
+    """A training step as a function (model, optimizer, xs, labels) -> metrics.
 
-    `read` makes logits of the outputs. `mesh` and `specs`: the devices, and how xs and labels lie on them. `sums`: the dtype
-    in which gradients are summed. `norm` adds the norm of the gradient to the metrics. `prepare(xs, number of the step)` makes
-    the model's input within the step.
+    `read` makes logits of the outputs. `meshed`: gradients are averaged over devices, and `sums` is the dtype of these sums.
+    `norm` adds the norm of the gradient to the metrics. `prepare(xs, number of the step)` makes the model's input within the step.
     """
-    model.train()
-    adam = optax.adam(1e-3) if mesh is None else parallel.flatten_optimizer(optax.adam(1e-3))
 
-    @training.compiled_step(mesh=mesh, batch=specs)
     def step(model, optimizer, xs, labels):
         xs = prepare(xs, optimizer.step[...]) if prepare else xs
         loss, grads = nnx.value_and_grad(lambda model: cross_entropy(read(model(xs)[0]), labels))(model)
-        grads = grads if mesh is None else parallel.mean_gradients(grads, dtype=sums)
+        grads = parallel.mean_gradients(grads, dtype=sums) if meshed else grads
         optimizer.update(model, grads)
         return dict(loss=loss) | (dict(grad_norm=optax.tree.norm(grads)) if norm else {})
 
-    return partial(step, model, nnx.Optimizer(model, adam, wrt=nnx.Param))
+    return step
+
+
+def with_adam(model, adam=ADAM):
+    """The model and its optimizer: one `adam` for all models, so that a step compiles once."""
+    model.train()
+    return model, nnx.Optimizer(model, adam, wrt=nnx.Param)
+
+
+def training_step(model, read=nn.membrane_mean, *, mesh=None, specs=ALONG_DATA, **options):
+    """`step_of` as a `compiled_step`, bound to its model and optimizer. `mesh` and `specs`: the devices, and how xs and labels
+    lie on them."""
+    step = training.compiled_step(step_of(read, meshed=mesh is not None, **options), mesh=mesh, batch=specs)
+    return partial(step, *with_adam(model, JOINED if mesh else ADAM))
 
 
 def time_step(step, data) -> dict:
@@ -100,23 +113,29 @@ def time_step(step, data) -> dict:
 
 
 def compile_then_time(step, data):
-    """`time_step` in the two halves of a `runner.Case`."""
-    _, row = compiled(step.func, *step.args, *data[0])
-    row |= {name: float(value) for name, value in step(*data[0]).items()}
+    """`time_step` in the two halves of a `runner.Case`. Of K steps in a call it takes the mean of the metrics."""
+    mean = lambda metrics: {name: float(values.mean()) for name, values in metrics.items()}
+    lowers = isinstance(getattr(step, "func", None), training.CompiledStep)
+    row = compiled(step.func, *step.args, *data[0])[1] if lowers else {}
+    start = time.perf_counter()
+    row = mean(step(*data[0])) | dict(compile_s=time.perf_counter() - start) | row
     yield
     turn = itertools.cycle([*data[1:], data[0]])
-    call = lambda: step(*next(turn))["loss"]
-    losses = [row["loss"], *(float(call()) for _ in range(5))]
+    call = lambda: step(*next(turn))
+    losses = [row["loss"], *(mean(call())["loss"] for _ in range(5))]
     agree = lambda count: int(multihost_utils.broadcast_one_to_all(count))
     ms, *quartiles = runner.time_ms(call, jax.block_until_ready, seconds=0.07, agree=agree)
     yield row | dict(ms=ms, quartiles=quartiles, losses=losses)
 
 
+def batch(seed, T, B, *shape):
+    """Random spikes of rate 0.5, and labels."""
+    key, label = jax.random.split(jax.random.key(seed))
+    return jax.random.bernoulli(key, 0.5, (T, B, *shape)), jax.random.randint(label, (B,), 0, 10)
+
+
 def batches(T, B, size, count=8):
-    """Random spikes of rate 0.5 and labels."""
-    for i in range(count):
-        key, label = jax.random.split(jax.random.key(i))
-        yield jax.random.bernoulli(key, 0.5, (T, B, size, size, 3)), jax.random.randint(label, (B,), 0, 10)
+    return [batch(i, T, B, size, size, 3) for i in range(count)]
 
 
 def resnet(kind, depth, dtype, memory=None):
@@ -160,6 +179,7 @@ def with_relu(model):
 roll = lambda x, count: jnp.roll(x, count, 1)
 to_numpy = lambda x: np.asarray(x.astype(f32))
 cross_entropy = lambda logits, labels: optax.softmax_cross_entropy_with_integer_labels(logits, labels).mean()
+sync = jax.block_until_ready
 run_once = lambda f, *args: jax.jit(f)(*args)  # without gradients
 
 
@@ -179,19 +199,19 @@ def pullback(f):
 
 
 def train(loss_of, weights):
-    """(step, state) with step(state, *batch) -> (state, loss): a step of Adam on loss_of(weights, *batch)[0]."""
-    adam = optax.adam(1e-3)
+    """(step, state): step(*state, *batch) returns the next state and the loss, by Adam on loss_of(weights, *batch)[0]."""
 
     @jax.jit
-    def step(state, *batch):
-        weights, moments = state
+    def step(weights, moments, *batch):
         value, gradients = jax.value_and_grad(lambda weights: loss_of(weights, *batch)[0])(weights)
-        updates, moments = adam.update(gradients, moments)
+        updates, moments = ADAM.update(gradients, moments)
         return (optax.apply_updates(weights, updates), moments), value
 
-    return step, (weights, adam.init(weights))
+    return step, (weights, ADAM.init(weights))
 
 
 def measure(f, sets) -> dict:
+    """`ms` is device time; `call_ms` is a call of the compiled f."""
     program = f.lower(*sets[0]).compile()
-    return dict(peak_mb=peak_mb(program)) | times(f, program, sets)
+    ms, *quartiles = device_ms(repeated(f, sets), sets)
+    return dict(peak_mb=peak_mb(program), ms=ms, quartiles=quartiles, call_ms=time_ms(program, *sets[0])[0])

@@ -35,19 +35,24 @@ def pullback(f):
     return run
 
 
+def adam_step(weights, loss_of):
+    """A function of a batch that takes one step of Adam on loss_of(*batch), and returns the loss."""
+    adam = torch.optim.Adam(weights, 1e-3, fused=True, capturable=CUDA)
+
+    def step(*batch):
+        adam.zero_grad(set_to_none=True)
+        loss = loss_of(*batch)
+        loss.backward()
+        adam.step()
+        return loss.detach()
+
+    return step
+
+
 def train(loss_of, weights):
     for weight in weights:
         weight.requires_grad_()
-    adam = torch.optim.Adam(weights, 1e-3, fused=True, capturable=CUDA)
-
-    def step(state, *batch):
-        adam.zero_grad(set_to_none=True)
-        loss = loss_of(weights, *batch)[0]
-        loss.backward()
-        adam.step()
-        return state, loss.detach()
-
-    return step, None
+    return adam_step(weights, lambda *batch: loss_of(weights, *batch)[0]), ()
 
 
 def run_once(f, *args):
@@ -129,18 +134,13 @@ def resnet_step(lif, dtype, T, B, size):
     net = net.to(ON, memory_format=torch.channels_last)
     xs = (torch.rand(T * B, 3, size, size, device=ON) < 0.5).float().contiguous(memory_format=torch.channels_last)
     labels = torch.randint(0, 10, (B,), device=ON)
-    adam = torch.optim.Adam(net.parameters(), 1e-3, fused=True, capturable=CUDA)
 
-    def step():
-        adam.zero_grad(set_to_none=True)
+    def loss_of():
         with torch.autocast(ON.type, torch.bfloat16, enabled=dtype == "bfloat16"):
             logits = net(xs).view(T, B, -1).mean(0)
-        loss = F.cross_entropy(logits.float(), labels)
-        loss.backward()
-        adam.step()
-        return loss.detach()
+        return F.cross_entropy(logits.float(), labels)
 
-    return step
+    return adam_step(net.parameters(), loss_of)
 
 
 def zoo_step(name, way, T, B, size, classes):
@@ -178,21 +178,13 @@ def zoo_step(name, way, T, B, size, classes):
     layout = torch.channels_last if "channels_last" in way else torch.contiguous_format
     net = net.to(ON, memory_format=layout)
     run = torch.compile(net) if "compiled" in way else net
-    images, labels = (
-        torch.randn(B, 3, size, size, device=ON).contiguous(memory_format=layout),
-        torch.arange(B) % classes,
-    )
-    labels, adam = labels.to(ON), torch.optim.Adam(net.parameters(), 1e-3, fused=CUDA, capturable=CUDA)
+    images = torch.randn(B, 3, size, size, device=ON).contiguous(memory_format=layout)
+    labels = (torch.arange(B) % classes).to(ON)
 
-    def step():
-        adam.zero_grad(set_to_none=True)
+    def loss_of():
         functional.reset_net(net)
         with torch.autocast(ON.type, torch.bfloat16, enabled="bfloat16" in way):
             outs = run(images if name == "spikformer-4-384" else images.expand(T, *images.shape))
-        outs = (outs if outs.ndim == 2 else outs.mean(0)).float()
-        loss = F.cross_entropy(outs, labels)
-        loss.backward()
-        adam.step()
-        return loss.detach()
+        return F.cross_entropy((outs if outs.ndim == 2 else outs.mean(0)).float(), labels)
 
-    return step
+    return adam_step(net.parameters(), loss_of)

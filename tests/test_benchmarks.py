@@ -14,19 +14,8 @@ from snnfuse.models import resnet as models
 
 BENCHMARKS = pathlib.Path(__file__).parents[1] / "benchmarks"
 sys.path.append(str(BENCHMARKS))  # last: it has a compare.py, as the tests have
-for script in (
-    "accuracy",
-    "conversion",
-    "core",
-    "delays",
-    "loader",
-    "long_sequences",
-    "multi_gpu",
-    "online",
-    "recurrent",
-    "resnet",
-    "step_calls",
-):
+SCRIPTS = "accuracy conversion core delays loader long_sequences multi_gpu online recurrent step_calls"
+for script in SCRIPTS.split():
     importlib.import_module(script)  # they register their questions
 figures, peers, runner = map(importlib.import_module, ("figures", "peers", "runner"))
 spec = importlib.util.spec_from_file_location(
@@ -52,6 +41,7 @@ SMOKE = {  # question: the options that keep it short
     "tune": ["--only", "own neuron"],
     "resnet": ["--only", "relu bfloat16"],
     "peers": ["--libraries", "snnfuse", "--only", "(T500|n512|shd).*pallas"],
+    "on_cpu": ["--libraries", "snnfuse"],
     "largest_T": [],
     "multi_gpu": ["--devices", "1", "--only", "lif-stack.* 8 "],
     "loader": [],
@@ -108,7 +98,7 @@ def test_every_command_has_help():
     help_of = lambda script: subprocess.run(
         [sys.executable, BENCHMARKS / script, "--help"], capture_output=True, text=True
     )
-    assert "--tolerance" in help_of("compare.py").stdout and "--budget" in help_of("resnet.py").stdout
+    assert "--tolerance" in help_of("compare.py").stdout and "--budget" in help_of("core.py").stdout
 
 
 def fails(*args):
@@ -178,6 +168,14 @@ def test_wrong_spikes_gradients_and_losses_are_found():
     assert "gradient" in compare(spikes, 1.1 * gradient)["status"]
     shd, want = peers.Task("shd", (4, 1024)), dict(spikes=want["spikes"], loss=1.0)
     assert "loss" in peers.compare(shd, "float32", dict(spikes=spikes, loss=1.1), want)["status"]
+
+
+def test_a_wrong_step_on_a_cpu_gets_no_time(monkeypatch):
+    task = peers.Task("shd", (2, 3, 784, 16, 10))
+    assert peers.in_turn(task, ("snnfuse",), 1, "snnfuse")["ms"] > 0
+    peers.steps_in_turn.cache_clear()
+    monkeypatch.setattr(peers, "compare", lambda *args: dict(status="wrong: planted"))
+    assert peers.in_turn(task, ("snnfuse",), 1, "snnfuse").keys() == {"version", "status"}
 
 
 @pytest.mark.parametrize("name", ["core", "resnet", "multi_gpu", "peers"])

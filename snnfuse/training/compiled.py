@@ -9,14 +9,14 @@ that takes 14 ms or more on the host, twice what the GPU needs for the step. A c
 Each later call reads the variables' arrays, hands them over as donated buffers, and puts the new arrays into the same
 variables. So the objects are never out of date. An array that someone else holds as well, as after
 `best = nnx.clone(model)`, is copied and not donated: what was taken from a model stays as it was.
+
+This file holds what happens in each call. `program.py` holds the function that is traced and compiled once.
 """
 
 import functools
-import inspect
 import itertools
 import operator
 import sys
-import warnings
 import weakref
 from collections import deque
 from collections.abc import Callable
@@ -26,19 +26,19 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 from flax.nnx import graphlib
-from jax import lax
 from jax.extend.core import get_opaque_trace_state
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from snnfuse import parallel
 from snnfuse.core.neuron import PyTree
-from snnfuse.parallel.step import ALONG_DATA, data_axes
+from snnfuse.parallel.step import ALONG_DATA
+from snnfuse.training.program import Program
 
 # The array of a Variable, past the checks of `Variable.__setattr__`: 0.1 in place of 0.6 microseconds for each array.
 _array_of = operator.attrgetter("_raw_value")
 _set_array = nnx.Variable._raw_value.__set__
 
-
+_TOP = get_opaque_trace_state(convention="nnx")
 ALONE = max(map(sys.getrefcount, [object()])) + 1  # references to an array that only a list and its variable hold
 CHECK_EVERY = 64  # calls; by then the flag's copy has long arrived and reading it does not wait
 
@@ -80,7 +80,7 @@ class CompiledStep:
         functools.update_wrapper(self, step)
         self.step, self.mesh, self.batch, self.check_finite = step, mesh, batch, check_finite
         self.name = getattr(step, "__name__", "step")
-        self.programs: dict[graphlib.GraphDef, _Program] = {}
+        self.programs: dict[graphlib.GraphDef, Program] = {}
         self.bindings: dict[tuple[int, ...], _Binding] = {}  # by the ids of the objects
         self.num_objects = 0  # in the last call
 
@@ -137,8 +137,14 @@ class CompiledStep:
         graphdef, flat = graphlib.flatten(objects, graph=True)
         program = self.programs.get(graphdef)
         if program is None:
-            program = self.programs[graphdef] = _Program(self, objects, graphdef, flat)
+            program = self.programs[graphdef] = Program(self, objects, graphdef, flat)
         return _Binding(self, objects, program, flat.leaves, key, before)
+
+
+_DELETED = (
+    "{name} lost its array: {step} gives the arrays to the device, and a step that failed gave none back (or other code "
+    "donated them). Restore the objects from a checkpoint"
+)
 
 
 class _Binding:
@@ -178,7 +184,7 @@ class _Binding:
         try:
             new, self.flag, out = run(arrays, self.constants, self.flag, args, kwargs)
         except Exception as error:
-            self.program.explain_deleted(arrays, error)
+            self._explain_deleted(arrays, error)
             raise
         deque(map(_set_array, self.variables, new), maxlen=0)
         self.arrays = new
@@ -192,7 +198,7 @@ class _Binding:
         if not all(map(operator.is_, arrays, self.arrays)):  # some come from elsewhere
             commit = any(getattr(x, "committed", False) for x in [*arrays, *jax.tree.leaves((args, kwargs))])
             arrays = [
-                now if now is last else self.program.place(now, name, commit)
+                now if now is last else self._place(now, name, commit)
                 for now, last, name in zip(arrays, self.arrays, self.program.names, strict=True)
             ]
             arrays = _without_shared_buffers(arrays)
@@ -201,6 +207,30 @@ class _Binding:
             references = list(map(sys.getrefcount, arrays))
             arrays = [jnp.copy(x) if n > ALONE else x for x, n in zip(arrays, references, strict=True)]
         return arrays
+
+    def _explain_deleted(self, arrays, error):
+        for name, array in zip(self.program.names, arrays, strict=True):
+            if array.is_deleted():
+                raise RuntimeError(_DELETED.format(name=name, step=self.step.name)) from error
+
+    def _place(self, array, name, commit):
+        """A jax.Array for one that comes from elsewhere, on the mesh if there is one.
+
+        Results are committed to their device if an argument is. Were the first step's arrays not, the second would compile
+        again.
+        """
+        mesh = self.step.mesh
+        if isinstance(array, jax.Array):
+            if array.is_deleted():
+                raise RuntimeError(_DELETED.format(name=name, step=self.step.name))
+            on_mesh = mesh and isinstance(array.sharding, NamedSharding)  # one device may be a mesh, too
+            if array.committed and not mesh or on_mesh and array.sharding.device_set == set(mesh.devices.flat):
+                return array
+        if mesh:
+            return parallel.shard(jnp.array(array, copy=True), mesh)
+        if not isinstance(array, jax.Array):
+            array = jnp.array(array)
+        return jax.device_put(array, array.sharding, may_alias=False) if commit else array
 
     def _check_late(self, steps):
         self.calls += steps
@@ -222,207 +252,6 @@ class _Binding:
         )
 
 
-class _Program:
-    """The compiled function of all objects of one structure."""
-
-    def __init__(self, step, objects, graphdef, flat):
-        self.step, self.graphdef, self.paths = weakref.proxy(step), graphdef, flat.paths
-        self.parameters = list(inspect.signature(step.step).parameters)
-        self.is_variable = [isinstance(leaf, nnx.Variable) for leaf in flat.leaves]
-        self.kinds = [(leaf.var_type, leaf.get_metadata()) for leaf in flat.leaves if isinstance(leaf, nnx.Variable)]
-        self.names = [self._name(p) for p, is_variable in zip(flat.paths, self.is_variable, strict=True) if is_variable]
-        self.num_objects = len(objects)
-        self.floats, self.signatures, self.scans = [], {}, {}
-        for name, leaf in zip(map(self._name, flat.paths), flat.leaves, strict=True):
-            if isinstance(leaf, nnx.Variable) and not _is_array(leaf.get_raw_value()):
-                raise TypeError(f"{name} must hold one array; got a {type(leaf.get_raw_value()).__name__}")
-        if step.mesh:
-            _check_metrics(objects)
-
-        def one(*args):
-            self._note("", *args)
-            return self._step(*args)
-
-        one.__name__ = one.__qualname__ = step.name
-        self.one = jax.jit(one, donate_argnums=0)
-
-    def many(self, steps: int):
-        if steps not in self.scans:
-
-            def many(arrays, constants, flag, args, kwargs):
-                self._note(".scan", arrays, constants, flag, args, kwargs)
-
-                def body(carry, batch):
-                    arrays, flag, out = self._step(carry[0], constants, carry[1], *batch)
-                    return (arrays, flag), out
-
-                (arrays, flag), outs = lax.scan(body, (arrays, flag), (args, kwargs), length=steps)
-                return arrays, flag, outs
-
-            many.__name__ = many.__qualname__ = f"{self.step.name}_scan"
-            self.scans[steps] = jax.jit(many, donate_argnums=0)
-        return self.scans[steps]
-
-    # ---- what is traced
-
-    def _step(self, arrays, constants, flag, args, kwargs):
-        run, mesh = self._on_one_device, self.step.mesh
-        state = [kind.from_metadata(a, metadata) for a, (kind, metadata) in zip(arrays, self.kinds, strict=True)]
-        if mesh:
-            specs = self._specs(args), jax.tree.map(self._default_spec, kwargs)
-            run = parallel.data_parallel(run, mesh, batch=(*specs, [PartitionSpec()] * len(constants)))
-        state, out = run(state, (args, kwargs, constants))
-        return [v.get_raw_value() for v in state], self._raise_flag(flag, out), out
-
-    def _on_one_device(self, state, batch):
-        args, kwargs, constants = batch
-        if self.step.mesh:
-            own = lambda x: parallel.fold_key(x, data_axes()) if _is_key(x) and not x.ndim else x
-            args, kwargs = jax.tree.map(own, (args, kwargs))
-        self._refuse((args, kwargs), _is_nnx, "takes nnx objects first, and other arguments without them; got")
-        before, constants_left = iter(state), iter(constants)
-        leaves = [next(before) if is_variable else next(constants_left) for is_variable in self.is_variable]
-        arrays = [v.get_raw_value() for v in state]
-        objects = graphlib.unflatten(self.graphdef, leaves)
-        attributes = self._attributes(objects)
-        out = self.step.step(*objects, *args, **kwargs)
-        self._refuse(out, graphlib.is_graph_node, "must return arrays, for its objects change in place; it returned")
-        _, flat = graphlib.flatten(objects, graph=True)
-        self._check_structure(flat, leaves, constants)
-        self._check_attributes(attributes, self._attributes(objects))
-        new = [leaf for leaf in flat.leaves if isinstance(leaf, nnx.Variable)]
-        for name, was, now in zip(self.names, arrays, new, strict=True):
-            if (a := _describe(was)) != (b := _describe(now.get_raw_value())):
-                raise TypeError(f"{self.step.name} may not change the shape or dtype of {name}: it was {a}, and is {b}")
-        return new, out
-
-    def _default_spec(self, x):
-        return self.step.batch if np.ndim(x) else PartitionSpec()
-
-    def _specs(self, args):
-        batch = self.step.batch
-        if isinstance(batch, PartitionSpec):
-            return jax.tree.map(self._default_spec, args)
-        if len(batch) != len(args):
-            raise ValueError(
-                f"batch must have a PartitionSpec for each of the {len(args)} arguments after the objects; got {batch}"
-            )
-        return tuple(batch)
-
-    def _raise_flag(self, flag, out):
-        if not self.step.check_finite:
-            return flag
-        floats = [
-            (p, x)
-            for p, x in jax.tree_util.tree_leaves_with_path(out)
-            if jnp.issubdtype(jnp.result_type(x), jnp.floating)
-        ]
-        if not floats:
-            raise ValueError(
-                f"check_finite needs a float, such as the loss, that {self.step.name} returns; it returns none"
-            )
-        self.floats = [f"its result{jax.tree_util.keystr(p)}" if p else "its result" for p, _ in floats]
-        bad = jnp.stack([~jnp.isfinite(x).all() for _, x in floats])
-        bits = sum(jnp.where(b, 1 << i, 0) for i, b in enumerate(bad[:31]))
-        count, first, which = flag
-        is_first = (first < 0) & bad.any()
-        first, which = jnp.where(is_first, count, first), jnp.where(is_first, bits, which)
-        return jnp.stack([count + 1, first, which]).astype(jnp.int32)
-
-    # ---- errors and notes
-
-    def _name(self, path):
-        first, *rest = path
-        name = self.parameters[first] if first < len(self.parameters) else f"argument {first}"
-        return name + "".join(f"[{key}]" if isinstance(key, int) else f".{key}" for key in rest)
-
-    def _note(self, kind, arrays, constants, flag, args, kwargs):
-        """Say which argument has a new shape when the function is compiled once more."""
-        names = self.parameters[self.num_objects :]
-        rest = {names[i] if i < len(names) else f"argument {i}": arg for i, arg in enumerate(args)} | kwargs
-        now = {
-            name + jax.tree_util.keystr(path): "weak " * getattr(leaf, "weak_type", False) + _describe(leaf)
-            for name, tree in rest.items()
-            for path, leaf in jax.tree_util.tree_leaves_with_path(tree)
-        } | dict(zip(self.names, map(_describe, arrays), strict=True))
-        before, self.signatures[kind] = self.signatures.get(kind), now
-        if before is not None:
-            changed = [
-                f"{name} was {before.get(name, 'absent')} and is {now.get(name, 'absent')}"
-                for name in sorted(before.keys() | now.keys())
-                if before.get(name) != now.get(name)
-            ]
-            what = "; ".join(changed[:3]) or "a variable has another weak type, or an array another sharding"
-            warnings.warn(f"{self.step.name}{kind} is compiled again: {what}", stacklevel=2)
-
-    def _refuse(self, tree, is_wrong, what):
-        for leaf in jax.tree.leaves(tree, is_leaf=is_wrong):
-            if is_wrong(leaf):
-                raise TypeError(f"{self.step.name} {what} a {type(leaf).__name__}")
-
-    def _check_structure(self, flat, leaves, constants):
-        now, was = dict(zip(flat.paths, flat.leaves, strict=True)), dict(zip(self.paths, leaves, strict=True))
-        for path in was.keys() ^ now.keys():
-            verb = "remove" if path in was else "add"
-            raise ValueError(f"{self.step.name} may not {verb} a variable: it did {verb} {self._name(path)}")
-        for path, leaf in now.items():
-            if type(leaf) is not type(was[path]) and isinstance(leaf, nnx.Variable):
-                a, b = type(was[path]).__name__, type(leaf).__name__
-                raise ValueError(
-                    f"{self.step.name} may not change the kind of {self._name(path)}: it was a {a}, is a {b}"
-                )
-            if not isinstance(leaf, nnx.Variable) and leaf is not was[path]:
-                raise ValueError(
-                    f"{self.step.name} changed {self._name(path)}, which is an array and no nnx.Variable: "
-                    "only variables carry over to the next step"
-                )
-
-    def _attributes(self, objects):
-        return {
-            path: value
-            for path, value in graphlib.iter_graph(objects, graph=True)
-            if path
-            and not str(path[-1]).startswith("_pytree__")
-            and not (
-                graphlib.is_node(value) or isinstance(value, nnx.Variable) or isinstance(value, jax.Array | np.ndarray)
-            )
-        }
-
-    def _check_attributes(self, before, after):
-        for path in before.keys() | after.keys():
-            was, now = before.get(path), after.get(path)
-            if was is now or isinstance(was, bool) and isinstance(now, bool) or bool(was == now):
-                continue
-            raise ValueError(
-                f"{self.step.name} changed {self._name(path)} from {was!r} to {now!r}: only variables carry over to the "
-                "next step; make it an nnx.Variable"
-            )
-
-    def explain_deleted(self, arrays, error):
-        for name, array in zip(self.names, arrays, strict=True):
-            if array.is_deleted():
-                raise RuntimeError(_DELETED.format(name=name, step=self.step.name)) from error
-
-    def place(self, array, name, commit):
-        """A jax.Array for one that comes from elsewhere, on the mesh if there is one.
-
-        Results are committed to their device if an argument is. Were the first step's arrays not, the second would compile
-        again.
-        """
-        mesh = self.step.mesh
-        if isinstance(array, jax.Array):
-            if array.is_deleted():
-                raise RuntimeError(_DELETED.format(name=name, step=self.step.name))
-            on_mesh = mesh and isinstance(array.sharding, NamedSharding)  # one device may be a mesh, too
-            if array.committed and not mesh or on_mesh and array.sharding.device_set == set(mesh.devices.flat):
-                return array
-        if mesh:
-            return parallel.shard(jnp.array(array, copy=True), mesh)
-        if not isinstance(array, jax.Array):
-            array = jnp.array(array)
-        return jax.device_put(array, array.sharding, may_alias=False) if commit else array
-
-
 def _without_shared_buffers(arrays):
     """The arrays, with a copy of each one whose buffer an earlier one has, since no buffer can be donated twice.
 
@@ -434,29 +263,6 @@ def _without_shared_buffers(arrays):
         out.append(jnp.copy(array) if buffer in seen else array)
         seen |= {buffer} - {None}
     return out
-
-
-_DELETED = (
-    "{name} lost its array: {step} gives the arrays to the device, and a step that failed gave none back (or other code "
-    "donated them). Restore the objects from a checkpoint"
-)
-_TOP = get_opaque_trace_state(convention="nnx")
-
-
-def _is_nnx(x) -> bool:
-    return graphlib.is_graph_node(x) or isinstance(x, nnx.Variable)
-
-
-def _is_key(x) -> bool:
-    return jnp.issubdtype(jnp.result_type(x), jax.dtypes.prng_key)
-
-
-def _is_array(x) -> bool:
-    return isinstance(x, jax.Array | np.ndarray | np.generic | int | float | complex)
-
-
-def _describe(x) -> str:
-    return f"{jnp.result_type(x).name}{list(np.shape(x))}"
 
 
 def _new_flag(arrays):
@@ -480,11 +286,3 @@ def _contents(objects) -> list:
         elif graphlib.is_graph_node(node) and not isinstance(node, nnx.Variable):
             views.append(vars(node).values())
     return views
-
-
-def _check_metrics(objects):
-    for _, node in graphlib.iter_graph(objects, graph=True):
-        if isinstance(node, nnx.Metric) and not isinstance(node, nnx.metrics.Average | nnx.MultiMetric):
-            raise NotImplementedError(
-                f"over a mesh only sums add up, as in nnx.metrics.Average; got a {type(node).__name__}"
-            )
