@@ -153,7 +153,8 @@ def _loop(run, config, fixed, first, objects, step, lower, K, test_source, start
     )  # calls that the device works on while metrics of earlier ones are written
     bar = tqdm(total=config.steps, initial=start, unit="step", mininterval=0.5 if sys.stderr.isatty() else 5)
     if start < config.steps:
-        kept = f" (programs are kept in {cache})" if (cache := jax.config.jax_compilation_cache_dir) else ""
+        cache = jax.config.jax_enable_compilation_cache and jax.config.jax_compilation_cache_dir
+        kept = f" (programs are kept in {cache})" if cache else ""
         bar.write(f"compiling the first step{kept}", sys.stdout)
         sys.stdout.flush()
     # The first program trains while the others compile, one after another: XLA times kernels on the device while it compiles, and

@@ -1,6 +1,6 @@
+import gc
 import os
 from importlib.metadata import version
-from pathlib import Path
 
 # On a CPU, compiling takes most of the tests' time. XLA compiles twice as fast without its optimisations, and before JAX 0.11
 # again twice as fast or more without the fusion emitters. The flags must be set before JAX starts; child processes inherit them.
@@ -13,10 +13,11 @@ if os.environ.get("JAX_PLATFORMS") == "cpu":
     if version("jaxlib") < "0.11":
         flags.append("--xla_cpu_use_fusion_emitters=false")
     os.environ["XLA_FLAGS"] = " ".join([os.environ.get("XLA_FLAGS", ""), *flags])
-    # All workers and child processes share compiled programs, and so does the next run.
-    os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(Path(__file__).parents[1] / ".pytest_cache" / "xla"))
-    os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0"
-    os.environ["JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES"] = "-1"
+    # Writing and finding compiled programs takes as long as compiling these small ones.
+    os.environ["JAX_ENABLE_COMPILATION_CACHE"] = "false"
+    os.environ["JAX_INCLUDE_FULL_TRACEBACKS_IN_LOCATIONS"] = "false"
+    os.environ["OPENBLAS_NUM_THREADS"] = "1"  # its threads wait in a loop
+    os.environ["NUMBA_DISABLE_JIT"] = "1"  # librosa, which one test compares with, would compile for 14 s
 
 import faster  # noqa: F401
 import jax
@@ -39,3 +40,9 @@ def strict():
     """JAX refuses rank and dtype promotion. core, ops and nn must work without either."""
     with jax.numpy_rank_promotion("raise"), jax.numpy_dtype_promotion("strict"):
         yield
+
+
+def pytest_sessionfinish():
+    """Pytest then looks for garbage five times, in case a destructor raises. Of what is alive now, once is enough."""
+    gc.collect()
+    gc.freeze()

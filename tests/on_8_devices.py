@@ -20,7 +20,7 @@ from flax import nnx
 from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 from small_network import CLASSES, B, T, images, network, train_step
-from test_train import TINY, rows, train
+from test_train import TINY, rows, train, without_pictures
 
 import snnfuse as sf
 from snnfuse import nn, papers, parallel, training
@@ -633,7 +633,7 @@ def test_a_metric_that_does_not_add_up_over_a_mesh_is_refused():
 @pytest.mark.filterwarnings("default")  # Orbax has its own
 def test_the_experiment_trains_on_a_mesh_as_on_one_device(tmp_path, monkeypatch):
     """Without noise the losses equal those of one device. A checkpoint can be resumed on another mesh, or without a mesh."""
-    monkeypatch.setattr(train.report, "draw", lambda *_: "no picture")
+    without_pictures(monkeypatch)
     data = dataclasses.replace(TINY.data, encoding="direct", shift=0)
     config = dataclasses.replace(TINY, data=data, steps=6, eval_every=3, out=str(tmp_path))
     losses = lambda name: [row.get("loss", row.get("eval_loss")) for row in rows(tmp_path / name)]

@@ -146,7 +146,8 @@ def compared(tmp_path_factory):
         assert script == "paper"
         if "--name=1-scan" in arguments:
             with pytest.MonkeyPatch.context() as patch:
-                patch.setattr(train.report, "draw", lambda path, *_: path)  # the other is drawn
+                for name in ("draw", "draw_mistakes"):  # the other run is drawn
+                    patch.setattr(train.report, name, lambda path, *_: path)
                 return paper.main(arguments)
         with contextlib.redirect_stdout(said), contextlib.redirect_stderr(said):
             assert paper.main([*arguments, "--stop_at=2"]) == 1

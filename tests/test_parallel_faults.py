@@ -14,7 +14,7 @@ from pathlib import Path
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from test_train import TINY, rows, train  # the smallest experiment, how its rows are read, and the path to both
+from test_train import TINY, rows, train, without_pictures  # the smallest experiment, and the path to it
 
 # isort: split
 from checkpoints import Checkpoints, NotSaved
@@ -34,14 +34,16 @@ HERE = Path(__file__).parent
 @pytest.fixture(autouse=True)
 def nothing_left_behind():
     """Orbax's remains of a damaged checkpoint warn when they are collected. Collect them here, where warnings are allowed."""
+    gc.freeze()  # what was there before is not searched
     yield
     gc.collect()
+    gc.unfreeze()
 
 
 @pytest.fixture(autouse=True, scope="module")
 def no_picture():
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(train.report, "draw", lambda *_: "no picture")
+        without_pictures(patch)
         yield
 
 

@@ -71,10 +71,15 @@ def prepared(tmp_path_factory):
         yield
 
 
+def without_pictures(patch):
+    for name in ("draw", "draw_mistakes"):
+        patch.setattr(train.report, name, lambda *_: "no picture")
+
+
 @pytest.fixture(autouse=True)
 def undrawn(whole, monkeypatch):
-    """Only the first run draws its picture: that compiles a longer network than training does."""
-    monkeypatch.setattr(train.report, "draw", lambda *_: "no picture")
+    """Only the first run draws its pictures: that takes longer than training."""
+    without_pictures(monkeypatch)
 
 
 def whole_test(data) -> dict:
@@ -127,9 +132,10 @@ def test_the_trained_network_fires(whole):
         assert_fires(spikes)
 
 
-def test_the_picture_is_drawn(whole):
+@pytest.mark.parametrize("name", ["report", "mistakes"])
+def test_the_pictures_are_drawn(whole, name):
     """Every panel has ink, in more than one colour."""
-    picture = matplotlib.image.imread(whole[0] / "report.png")[..., :3]
+    picture = matplotlib.image.imread(whole[0] / f"{name}.png")[..., :3]
     height, width, _ = picture.shape
     assert height > 600 and width > 1000
     for top in (0, height // 2):
@@ -584,9 +590,14 @@ def test_an_interrupt_while_packages_are_imported_is_a_line(script, tmp_path):
     assert (run.returncode, run.stdout, run.stderr.strip()) == (130, "", train.interrupt.MESSAGE)
 
 
-def test_tests_write_to_no_cache_of_the_user():
-    home = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
-    assert not Path(jax.config.jax_compilation_cache_dir).is_relative_to(home)
+def test_compiled_programs_are_kept_in_the_users_cache_but_not_those_of_tests(tmp_path, monkeypatch):
+    assert not jax.config.jax_enable_compilation_cache and jax.config.jax_compilation_cache_dir is None
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    try:
+        train.keep_compiled()
+        assert jax.config.jax_compilation_cache_dir == str(tmp_path / "snnfuse" / "compiled")
+    finally:
+        jax.config.update("jax_compilation_cache_dir", None)
 
 
 def test_own_data_without_a_test_split_are_refused(tmp_path, monkeypatch):

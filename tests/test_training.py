@@ -238,12 +238,14 @@ def test_lower_gives_the_program_of_the_calls_and_takes_no_step(mesh, compiles):
 
 
 def test_what_a_model_was_called_with_is_let_go():
+    gc.freeze()  # what was there before is not searched
     xs, labels = batches(1)
     compiled, ours = training.compiled_step(step), objects()
     compiled(*ours, xs[0], labels[0])
     gone = weakref.ref(ours[0]), weakref.ref(ours[0].head)
     del ours
     gc.collect()
+    gc.unfreeze()
     assert gone[0]() is None and gone[1]() is None and not compiled.bindings
 
 
