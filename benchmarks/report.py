@@ -72,9 +72,8 @@ def shows(columns=None, file=None):
     return register
 
 
-card = lambda r: (
-    r.get("device", "").removeprefix("NVIDIA ").partition(" ")[0]
-)  # H100 or H200: ratios compare equal cards
+# H100 or H200: ratios compare equal cards
+card = lambda r: r.get("device", "").removeprefix("NVIDIA ").partition(" ")[0]
 digits = lambda ms: f"{ms:#.3g}".rstrip(".")
 power = lambda n: f"2^{n.bit_length() - 1}" if n & (n - 1) == 0 else str(n)
 line = lambda cells: f"| {' | '.join(cells)} |"
@@ -433,7 +432,8 @@ def cpu():
     said = f"""On a CPU a training step of a network {ours["case"]} with T = {ours["T"]} and a batch of {ours["B"]} takes
     {ours["ms"]:.0f} ms, and {theirs["ms"]:.0f} ms in snnTorch {theirs["version"]} with PyTorch
     {theirs["torch"].partition("+")[0]}. In both, one matrix product covers
-    all time steps. These are medians of {ours["rounds"]} steps of each, in turn, on {ours["cores"]} cores ({ours["date"]}, JAX {ours["jax"]})."""
+    all time steps. These are medians of {ours["rounds"]} steps of each, in turn, on {ours["cores"]} cores; the
+    shortest steps took {ours["shortest_ms"]:.0f} and {theirs["shortest_ms"]:.0f} ms ({ours["date"]}, JAX {ours["jax"]})."""
     return fill(" ".join(said.split()), 120)
 
 

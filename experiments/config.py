@@ -2,6 +2,7 @@
 
 import dataclasses
 import difflib
+import typing
 from typing import Any
 
 import tyro
@@ -11,11 +12,13 @@ import tyro
 class Needs:
     """A mark beside an option, made by `needs`: its option has no effect unless one of `others` holds."""
 
-    others: dict[str, tuple]  # name -> the values that will do; none: every value that turns the option on
+    others: dict[str, tuple]  # name -> the values that will do; an empty tuple: any value that turns the option on
 
     def holds(self, part: Any) -> bool:
         found = {name: _plain(getattr(part, name)) for name in self.others}
-        return any(found[name] in values if values else found[name] for name, values in self.others.items())
+        return any(
+            found[name] in values if values else _is_on(part, name, found[name]) for name, values in self.others.items()
+        )
 
     def text(self, prefix: str) -> str:
         texts = {
@@ -25,13 +28,21 @@ class Needs:
         return _either(texts.values())
 
 
+def _is_on(part, name, value):
+    """Whether a value turns its option on. Zero does if the option is off by None, such as `rate_upper`."""
+    (kind,) = (field.type for field in dataclasses.fields(part) if field.name == name)
+    off_is_none = type(None) in typing.get_args(typing.get_args(kind)[0] if hasattr(kind, "__metadata__") else kind)
+    return value is not None if off_is_none else bool(value)
+
+
 def needs(*names: str, **values: Any) -> Needs:
     """Marks an option that has no effect without another option of the same dataclass; `parse` then refuses it.
 
         kernel: Annotated[int, needs("channels")] = 8            needs a --channels that is not 0, None, False or empty
         size: Annotated[int | None, needs(store="events")] = None            needs that value, or one of a tuple of values
 
-    One of several names and values is enough. With several marks an option needs all of them.
+    One of several names and values is enough. With several marks an option needs all of them. An object made in Python is not
+    checked, nor is a command line with `--resume`.
     """
     several = {name: value if isinstance(value, tuple) else (value,) for name, value in values.items()}
     return Needs(dict.fromkeys(names, ()) | several)

@@ -109,7 +109,7 @@ def cifar10():
 
     50 epochs train a quantised ReLU network (--first_levels), 6 more the spiking network that takes over its weights. On an H200,
     one seed: 93.9 % after 120 s with the fused kernels, 94.1 % after 120 s with `--model.implementation scan`. The quantised network
-    had 94.4 and 94.3 %. Most of the time is compiling and the first network, which has one time step.
+    had 94.4 and 94.3 %.
     """
     return _cifar10_levels_first(50, 6, *MEMBRANE)
 
@@ -273,7 +273,7 @@ def speech_commands_wide():
 
 
 def table() -> str:
-    """Every recipe with the newest result of each seed, from benchmarks/results. One by scan counts if a seed has no other."""
+    """Every recipe with the newest result of each seed, from benchmarks/results. A result by scan is shown only for a seed without another result."""
     path = RESULTS / "accuracy.jsonl"
     rows = [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
     lines = []

@@ -12,7 +12,7 @@ The runs of the temporal fusion paper are in paper.py. On a GPU the same command
 A run is a directory, runs/<name>:
 
     config.json          the configuration              metrics.jsonl   a row a step and a row an evaluation
-    checkpoints/         Orbax, the last two            tensorboard/    their means over --log_every steps
+    checkpoints/         Orbax, the last two            tensorboard/    their means over about --log_every steps
     summary.json         how it ended                   report.png      curves, spikes and membranes
     mistakes.png         confusions, worst mistakes, energy; with --rates the firing rates of layers over training
 
@@ -148,9 +148,8 @@ def _move(old, new):
 
 def _loop(run, config, fixed, first, objects, step, lower, K, test_source, start):
     meter, size = Meter(run, config.batch), _eval_batch(config)
-    ahead = min(
-        12, -(-config.log_every // (2 * K))
-    )  # calls that the device works on while metrics of earlier ones are written
+    # calls that the device works on while the metrics of earlier ones are written
+    ahead = min(12, -(-config.log_every // (2 * K)))
     bar = tqdm(total=config.steps, initial=start, unit="step", mininterval=0.5 if sys.stderr.isatty() else 5)
     if start < config.steps:
         cache = jax.config.jax_enable_compilation_cache and jax.config.jax_compilation_cache_dir
@@ -181,8 +180,9 @@ def _loop(run, config, fixed, first, objects, step, lower, K, test_source, start
             evaluating = now % config.eval_every == 0 or now in (config.first_steps, config.steps)
             if first is not objects and (evaluating or stopping or now == config.first_steps):
                 _move(trained(before), objects)
-            if now % config.log_every == 0 or evaluating or stopping:
-                bar.set_postfix(meter.write(0 if evaluating or stopping else ahead), refresh=False)
+            due = now % config.log_every == 0 or evaluating or stopping
+            if due and (said := meter.write(0 if evaluating or stopping else ahead)):
+                bar.set_postfix(said, refresh=False)
             if evaluating:
                 kind = "eval" if now > config.first_steps else "first"
                 if ("eval", kind == "eval") in compiling:
@@ -210,7 +210,7 @@ def _loop(run, config, fixed, first, objects, step, lower, K, test_source, start
 
 
 def _eval_batch(config):
-    """That of the training steps if it is large, for XLA then finds the convolutions that it has timed before."""
+    """Samples in a call. The batch of training if that is larger: XLA has already timed its convolutions."""
     return max(config.batch, min(250, 10 * config.batch))
 
 

@@ -15,6 +15,7 @@ if os.environ.get("JAX_PLATFORMS") == "cpu":
     os.environ["XLA_FLAGS"] = " ".join([os.environ.get("XLA_FLAGS", ""), *flags])
     # Writing and finding compiled programs takes as long as compiling these small ones.
     os.environ["JAX_ENABLE_COMPILATION_CACHE"] = "false"
+    os.environ.pop("JAX_COMPILATION_CACHE_DIR", None)
     os.environ["JAX_INCLUDE_FULL_TRACEBACKS_IN_LOCATIONS"] = "false"
     os.environ["OPENBLAS_NUM_THREADS"] = "1"  # its threads wait in a loop
     os.environ["NUMBA_DISABLE_JIT"] = "1"  # librosa, which one test compares with, would compile for 14 s
@@ -43,6 +44,6 @@ def strict():
 
 
 def pytest_sessionfinish():
-    """Pytest then looks for garbage five times, in case a destructor raises. Of what is alive now, once is enough."""
+    """Pytest then searches for garbage five times. We search once, and what is alive then is not searched again."""
     gc.collect()
     gc.freeze()

@@ -99,7 +99,7 @@ def test_a_row_of_channels_is_shown_over_time():
         ),
         (
             ["show", "digits", "-T", "5"],
-            "T is the number of frames of events that a camera saw, and these are none; got 5",
+            "T is the number of frames of events that a camera saw, and this set has no such events; got 5",
         ),
         (["prepare", "dvs128_gesture"], "get it from https://ibm.ent.box.com"),
     ],

@@ -229,8 +229,11 @@ def test_the_command_prepares_and_draws_a_folder(tmp_path, capsys):
     with pytest.raises(SystemExit):
         main(["prepare", "shapes", "--manual", str(tmp_path), "--size", "4x", *common])
     assert "--size: must be a number of pixels, such as 64, or 64x48; got '4x'" in capsys.readouterr().err
-    assert main(["prepare", "shapes", "--manual", str(tmp_path), "--size", "10x12", *common]) == 0
+    prepare = ["prepare", "shapes", "--manual", str(tmp_path), "--size", "10x12", *common]
+    assert main(prepare) == 0
     assert "test 4, train 6" in capsys.readouterr().out
+    assert main([*prepare, "--on-unsorted", "sort"]) == 1  # they are prepared already
+    assert "on_unsorted is for events whose times go back; shapes holds no events" in capsys.readouterr().err
     assert main(["show", "shapes", "--split", "test", "--index", "2", "--out", str(tmp_path / "a.png"), *common]) == 0
     assert "shapes/test[2]: cube" in capsys.readouterr().out
     with Image.open(tmp_path / "a.png") as shown:

@@ -644,6 +644,13 @@ def test_models_that_cannot_be_written(layers, shape, message):
         interop.to_nir(nn.Sequential(*layers), shape)
 
 
+@pytest.mark.parametrize("features, shape", [(5, (3,)), (1, (4, 4, 3))])
+def test_a_batchnorm_of_other_features_is_named(features, shape):
+    layers = nn.Sequential(nnx.BatchNorm(features, rngs=nnx.Rngs(0)), nn.IF())
+    with pytest.raises(ValueError, match=rf"layer 0 \(BatchNorm\), which has {features} features; got .* is given"):
+        interop.to_nir(layers, shape)
+
+
 @pytest.mark.parametrize(
     "layers, sources, where",
     [

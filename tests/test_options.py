@@ -39,7 +39,7 @@ TRAINING = [  # the option, what it needs in words, options without what it need
     ("--truncate", "--piece", "", "--piece 2"),
     ("--reach 4", "--update_every", "", "--update_every 2"),
     ("--rate_weight 2", "--rate_lower or --rate_upper", "", "--rate_lower 0.1", "--rate_upper 0.1"),
-    ("--rate_per layer", "--rate_lower or --rate_upper", "", "--rate_lower 0.1", "--rate_upper 0.1"),
+    ("--rate_per layer", "--rate_lower or --rate_upper", "", "--rate_lower 0.1", "--rate_upper 0"),
     ("--no_sync_batch_norm", "--mesh", "", "--mesh data=2"),
 ]
 NETWORK = [
@@ -199,7 +199,14 @@ def test_a_value_of_zero_or_nothing_does_not_turn_an_option_on():
         a: object
         b: str = "x"
 
+        c: float | None = None
+
     assert [needs("a").holds(Part(a)) for a in (None, 0, 0.0, False, (), "", 1, (2,), "y")] == [False] * 6 + [True] * 3
+    assert [needs("c").holds(Part(0, c=c)) for c in (None, 0.0, 1.0)] == [
+        False,
+        True,
+        True,
+    ]  # None turns it off, zero does not
     assert needs("a", b="x").holds(Part(None)) and not needs("a", b=("y", "z")).holds(Part(None))
     assert needs(a=None).holds(Part(None)) and not needs(a=None).holds(Part(1))
     assert needs("a", b=("x", "y", "z")).text("--") == "--a or --b x, y or z"

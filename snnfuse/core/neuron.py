@@ -20,6 +20,8 @@ class Neuron(Protocol):
     `step` must treat every lane alike: it may not reduce, reorder or index over *B or N, and may not depend on a shape.
     The leaves that it gets are float32 whatever the dtype of the sequences (float64 if the inputs are float64).
 
+    Neurons that are equal must do the same: what JAX has traced for one is used for the other.
+
     `step` returns the state first because it is the body of a `lax.scan`; `unroll` and the modules return the outputs
     first because that is what their callers want.
     """

@@ -97,7 +97,7 @@ def main(arguments: list[str] | None = None) -> int:
             command.add_argument(
                 "--on-unsorted",
                 choices=("raise", "sort", "skip"),
-                help="for events whose times go back; else as --on-bad",
+                help="for events whose times go back; default: the value of --on-bad",
             )
         if run is _show:
             command.add_argument("--split", default="train")

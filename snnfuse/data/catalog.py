@@ -66,7 +66,7 @@ def data_set(name: str) -> type:
 def _own_prepared(name: str, path: Path) -> type:
     """The class of your own data that are prepared in `path`."""
     features = json.loads((path / "features.json").read_text())["featuresDict"]["features"]
-    told = json.loads((path / "metadata.json").read_text()) if (path / "metadata.json").exists() else {}
+    told = _told(path)
     parts = {"name": name, "LABELS": tuple((path / "label.labels.txt").read_text().splitlines())}
     own = lambda module, kind, **more: type(name, (getattr(import_module(_HERE + module), kind),), parts | more)
     if "audio" in features:
@@ -207,13 +207,13 @@ def prepare(
     if path := prepared_in(name, folder):
         _check_prepared(name, path, size, rate, window)
         if name not in CATALOG:
+            _check_on_unsorted(name, choices, "sensor" in _told(path))
             return prepared(name, folder)
     if manual and name in BUILT_IN:
         raise ValueError(f"manual is the folder of archives, or of your own data; {name} needs neither")
     manual = Path(manual or data_dir(folder) / "downloads" / "manual")
     found = _chosen(name, manual / name, size=size, rate=rate, window=window)
-    if choices.get("on_unsorted") and not hasattr(found, "SENSOR"):
-        raise ValueError(f"on_unsorted is for events whose times go back; {name} holds no events")
+    _check_on_unsorted(name, choices, hasattr(found, "SENSOR"))
     made = builder(name, folder, of=found, **choices)
     if is_prepared(made):
         return made
@@ -234,9 +234,20 @@ def prepare(
     return made
 
 
+def _check_on_unsorted(name: str, choices: dict, holds_events: bool) -> None:
+    if choices.get("on_unsorted") and not holds_events:
+        raise ValueError(f"on_unsorted is for events whose times go back; {name} holds no events")
+
+
+def _told(path: Path) -> dict:
+    """What the builder of prepared data has written about them."""
+    told = path / "metadata.json"
+    return json.loads(told.read_text()) if told.exists() else {}
+
+
 def _check_prepared(name: str, path: Path, size, rate, window) -> None:
     """Raises ValueError if data that are prepared already are not what is asked for."""
-    told = json.loads((path / "metadata.json").read_text()) if (path / "metadata.json").exists() else {}
+    told = _told(path)
     own_events = "sensor" in told and name not in CATALOG
     pixels = _shape(path)[:2] or own_events and tuple(told["sensor"][:2])
     length = own_events and (told["window"] / 1000 if "window" in told else "None")
@@ -252,7 +263,7 @@ def _check_prepared(name: str, path: Path, size, rate, window) -> None:
 
 def sound_rate(path: Path) -> int | None:
     """Samples a second of the sound that is prepared in `path`; None for other data."""
-    told = json.loads((path / "metadata.json").read_text()) if (path / "metadata.json").exists() else {}
+    told = _told(path)
     return int(told["rate"]) if "rate" in told else None
 
 

@@ -94,7 +94,9 @@ def _traces(signal: np.ndarray, width: int = 800, height: int = 40) -> np.ndarra
 def _drawn(sample: dict, metadata: dict, T: int | None, width: int) -> tuple[str, list[np.ndarray]]:
     """(what the sample holds, its pictures [H, W, 3]): one, or T of events. An image is about `width` pixels wide."""
     if T is not None and (metadata.get("sensor") or [1])[0] == 1:
-        raise ValueError(f"T is the number of frames of events that a camera saw, and these are none; got {T}")
+        raise ValueError(
+            f"T is the number of frames of events that a camera saw, and this set has no such events; got {T}"
+        )
     if "image" in sample:
         image, scale = sample["image"], max(1, width // sample["image"].shape[1])
         return "", [np.broadcast_to(image, (*image.shape[:2], 3)).repeat(scale, 0).repeat(scale, 1)]

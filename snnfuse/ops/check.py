@@ -118,7 +118,8 @@ def check_params(params, shape):
     return tuple(arrays), tree, tuple(constants)
 
 
-@partial(jax.jit, static_argnums=(0, 1))  # never run, as `_trees` below
+# Never run, as `_trees` below.
+@partial(jax.jit, static_argnums=(0, 1))
 def _first_state(neuron, shape):
     return neuron.init_state(shape)
 
@@ -168,9 +169,8 @@ def _constants(closed, shape):
     return tuple(values)
 
 
-@partial(
-    jax.jit, static_argnums=0
-)  # never run: `eval_shape` and `trace` of a jitted function look at equal arguments once
+# Never run: `eval_shape` and `trace` of a jitted function look at equal arguments once.
+@partial(jax.jit, static_argnums=0)
 def _trees(step, params, state, x):
     return step.trees(params, state, x)
 
@@ -211,7 +211,7 @@ def check_step(step, params, xs, shape, dtype):
 def warn_without_gradient(step, num_params, num_xs, rank, dtype):
     """Warn if no output of a step has a gradient, as when it compares `v >= threshold` and does not call `snnfuse.spike`.
 
-    The cache makes it one warning for each step. One lane is enough to see it.
+    The cache makes it one warning for each step, rank and dtype. One lane is enough to see it.
     """
     leaves = lambda n: (jax.ShapeDtypeStruct((1,) * rank, dtype),) * n
 
