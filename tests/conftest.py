@@ -18,7 +18,6 @@ if os.environ.get("JAX_PLATFORMS") == "cpu":
     os.environ.pop("JAX_COMPILATION_CACHE_DIR", None)
     os.environ["JAX_INCLUDE_FULL_TRACEBACKS_IN_LOCATIONS"] = "false"
     os.environ["OPENBLAS_NUM_THREADS"] = "1"  # its threads wait in a loop
-    os.environ["NUMBA_DISABLE_JIT"] = "1"  # librosa, which one test compares with, would compile for 14 s
 
 import faster  # noqa: F401
 import jax
