@@ -49,7 +49,7 @@ def needs(*names: str, **values: Any) -> Needs:
 
 
 def marks(field: dataclasses.Field) -> list[Needs]:
-    """What an option needs."""
+    """The marks of an option, in the order in which they stand beside it."""
     return [mark for mark in getattr(field.type, "__metadata__", ()) if isinstance(mark, Needs)]
 
 

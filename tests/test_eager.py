@@ -103,10 +103,17 @@ class Told(sf.LIF):
 TRACED = []
 
 
-@pytest.mark.parametrize("implementation", ["scan", "interpret"])
-def test_an_equal_call_traces_nothing(implementation):
+@pytest.mark.parametrize("i, name", [*enumerate(["scan", "interpret", "recurrent", "gradient", "explain"])])
+def test_an_equal_call_traces_nothing(i, name):
     """Its checks do not either: they took most of the time of a call."""
-    call = lambda: sf.unroll(Told(), sf.LIFParams(), None, xs, implementation=implementation)
+    told = Told(sf.HardReset(0.01 * i))  # another neuron for each call: the first one is traced
+    run = lambda xs, **options: sf.unroll(told, sf.LIFParams(), None, xs, **options)[0]
+    calls = {
+        "recurrent": lambda: sf.unroll_recurrent(told, sf.LIFParams(), None, xs, weight),
+        "gradient": lambda: jax.grad(lambda xs: run(xs).sum())(xs),
+        "explain": lambda: sf.explain(told, sf.LIFParams(), None, xs),
+    }
+    call = calls.get(name, lambda: run(xs, implementation=name))
     TRACED.clear()
     call()
     assert "step" in TRACED

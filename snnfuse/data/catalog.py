@@ -240,7 +240,7 @@ def _check_on_unsorted(name: str, choices: dict, holds_events: bool) -> None:
 
 
 def _told(path: Path) -> dict:
-    """What the builder of prepared data has written about them."""
+    """The metadata of prepared data, which their builder wrote; empty if it wrote none."""
     told = path / "metadata.json"
     return json.loads(told.read_text()) if told.exists() else {}
 

@@ -28,7 +28,8 @@ def to_nir(model: nn.Temporal, input_shape: Sequence[int], dialect: Dialect = NI
       model: a `snnfuse.nn.Sequential`, `Graph`, `snnfuse.models.Residual` ("sum", "add") or `MembraneResidual`, nested at will, of
         Linear and Conv (of nnx, 1d and 2d, and of snnfuse.nn), IF, LIF, ParametricLIF, CubaLIF, LI, Recurrent, NormSpiking,
         `snnfuse.nn.flatten` and `mean_pool`, partial(nnx.avg_pool, ...), the layers of this package, and BatchNorm. If only a
-        BatchNorm follows a Conv or Linear, their weights take it in; elsewhere it is a node of its own: a convolution of 1 x 1, or for vectors a diagonal matrix.
+        BatchNorm follows a Conv or Linear, their weights take it in. Elsewhere it is a node of its own: a convolution of 1 x 1, or
+        for vectors a diagonal matrix.
       input_shape: of one sample in one step, channels last: (H, W, C), (L, C) or (N,).
       dialect: of who is to read it. Its reset must be that of the model.
 
