@@ -52,11 +52,11 @@ SGD = "--optimizer=sgd --learning_rate=0.1 --weight_decay=5e-4 --label_smoothing
 
 @recipe
 def mnist():
-    """MNIST, the Spiking-ResNet-18 of the temporal fusion paper, T = 32: thirty epochs. Not measured.
+    """MNIST, the Spiking-ResNet-18 of the temporal fusion paper, T = 32: 99.5 %.
 
     paper.py mnist r18 is the same network with the paper's recipe, five epochs of Adam: 98.03 %. Here images are moved by up to
     2 pixels, scaled and turned at random, the learning rate falls to 0, and an average of the weights is evaluated. The first
-    21 epochs take 8 steps. Ten epochs of 32 steps, with moved images only, reached 99.37 %.
+    21 of 30 epochs take 8 steps. One seed. Ten epochs of 32 steps, with moved images only, reached 99.37 %.
     """
     adam = "--learning_rate=2e-3 --weight_decay=5e-2 --label_smoothing=0.1 --average=0.999".split()
     changes = "--data.shift=2 --data.scale=0.1 --data.turn=10".split()
