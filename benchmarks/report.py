@@ -23,7 +23,6 @@ EXPECTED = [  # (results file, fields of the failed row, what a table says in pl
     ("largest_T", dict(library="snnfuse", memory="lean", T=9920), AUTOTUNER),
     ("largest_T", dict(library="snnfuse", memory="packed", T=4928), "out of memory"),
     ("largest_T", dict(library="spikingjelly", T=1900), "out of memory"),
-    ("long_sequences", dict(T=550000, memory="whole", device="NVIDIA H200"), "out of memory"),
     ("multi_gpu", dict(case="lif-stack", T=16384, devices=1), "out of memory"),
     ("peers", dict(library="spikingjelly", implementation="native"), "needs a build from source"),
     ("peers", dict(library="spikingjelly", implementation="storage", dtype="bfloat16"), "wrong gradient"),
