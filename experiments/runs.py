@@ -74,16 +74,17 @@ class Run:
 class Meter:
     """Metrics of steps that may still be running. They are fetched and written together, while the device works on later steps."""
 
-    def __init__(self, run: Run, batch: int):
-        self.run, self.batch = run, batch
+    def __init__(self, run: Run):
+        self.run = run
         self.restart()
 
     def restart(self):
         self.pending, self.since = [], time.perf_counter()
 
-    def add(self, step: int, metrics: dict):
-        """The metrics of a call whose first step is `step`: scalars, or arrays with one value a step."""
+    def add(self, step: int, metrics: dict, batch: int):
+        """The metrics of a call whose first step is `step`, of `batch` samples each: scalars, or arrays with one value a step."""
         self.pending.append((step, metrics))
+        self.batch = batch
 
     def write(self, running: int = 0) -> dict[str, str]:
         """Write what is pending but the last `running` calls, whose steps may still run. Returns what the progress bar shows.

@@ -47,6 +47,9 @@ class Config(Generic[Model, Data]):
     second_rate: Annotated[float | None, needs("first_steps"), needs(schedule="cosine")] = None
     """the learning rate falls to 0 over the first steps, starts again at this part of --learning_rate, and falls to 0 at the last
     step. None: it falls once, over all steps"""
+    second_batch: Annotated[int | None, needs("first_steps")] = None
+    """--batch after the first steps. If it is --batch times --first_T / --model.T, convolutions have the shapes that they had in the
+    first steps, and XLA does not time them again. None: --batch"""
     neuron_rate: Annotated[float, needs(model=LEARNING)] = 1.0
     """learning rate of the neurons' parameters, as a multiple of --learning_rate"""
     loss: str = "mean"
@@ -144,6 +147,8 @@ class Config(Generic[Model, Data]):
                 f"--first_T must be from 1 to --model.T, {most}, and --first_steps a multiple of --log_every; "
                 f"got {self.first_T} and {self.first_steps}"
             )
+        if self.second_batch is not None and self.second_batch < 1:
+            raise ValueError(f"--second_batch must be at least 1; got {self.second_batch}")
         if self.second_rate is not None and not 0 < self.second_rate <= 1:
             raise ValueError(f"--second_rate must be above 0 and at most 1; got {self.second_rate}")
         first_model(self)  # checks the options of the model
@@ -165,6 +170,13 @@ class Config(Generic[Model, Data]):
         others = dict(piece=self.piece, rate_lower=self.rate_lower, rate_upper=self.rate_upper, first_T=self.first_T)
         if k1 is not None and (given := [name for name, value in others.items() if value is not None]):
             raise ValueError(f"--update_every goes without --{given[0]}; got {others[given[0]]}")
+
+
+def at_step(config, step):
+    """The configuration of the training step after `step`: with --first_T the first steps have another model than the later ones."""
+    if step < config.first_steps:
+        return dataclasses.replace(config, model=first_model(config))
+    return dataclasses.replace(config, batch=config.second_batch or config.batch)
 
 
 def first_model(config):

@@ -250,6 +250,9 @@ def mesh_of(config):
         raise Stopped(f"--mesh {config.mesh}: {e}") from e
     if mesh.axis_names != ("data",):
         raise Stopped(f"--mesh must be data=N, the only axis this experiment has; got {config.mesh}")
-    if config.batch % mesh.size:
-        raise Stopped(f"--batch must be a multiple of the {mesh.size} devices of --mesh; got {config.batch}")
+    for name in ("batch", "second_batch"):
+        if (getattr(config, name) or 0) % mesh.size:
+            raise Stopped(
+                f"--{name} must be a multiple of the {mesh.size} devices of --mesh; got {getattr(config, name)}"
+            )
     return mesh

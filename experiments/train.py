@@ -40,7 +40,7 @@ import numpy as np
 import report
 from flax import nnx
 from runs import NOT_COMPARED, Meter, Run, Stopped, keep_compiled
-from settings import CHOICES, Config, first_model
+from settings import CHOICES, Config, at_step
 from steps import axes_of, create, evaluate, in_order, lower_eval, mesh_of, predict, train_step, train_step_from_host
 from tqdm import tqdm
 
@@ -79,22 +79,30 @@ def _batches(config, fixed, source, start):
         data = training.DeviceData(stored, config.batch, seed=config.seed)
         data.position[...] = jnp.int32(start)
 
+        def step_at(at):
+            now = at_step(fixed, at)
+            data.batch = now.batch
+            return train_step(now)
+
         def on_device(objects, at, K):
-            step = train_step(_at(fixed, at))
+            step = step_at(at)
             return step(*objects, data) if K == 1 else step.scan(*objects, data, steps=K)
 
-        return on_device, lambda objects, at: train_step(_at(fixed, at)).lower(*objects, data)
+        return on_device, lambda objects, at: step_at(at).lower(*objects, data)
     if (config.steps_per_call or 1) > 1:
         raise Stopped("--steps_per_call above 1 needs the training samples on the device: see --on_device")
-    options = dict(seed=config.seed, start=start, workers=config.workers, device=False if config.mesh else None)
-    batches = iter(load(source, config.data.example(), batch=config.batch, **options))
-    step = lambda at: train_step_from_host(_at(fixed, at), tuple(first))
-    return lambda objects, at, K: step(at)(*objects, next(batches), np.int32(at + 1)), None
+    options = dict(seed=config.seed, workers=config.workers, device=False if config.mesh else None)
 
+    def batches():
+        for begin, end in ((start, config.first_steps), (max(start, config.first_steps), config.steps)):
+            if begin < end:
+                size = at_step(config, begin).batch
+                loaded = load(source, config.data.example(), batch=size, start=begin, **options)
+                yield from itertools.islice(loaded, end - begin)
 
-def _at(config, step):
-    """The configuration of the training step after `step`: fewer time steps at first, if --first_T says so."""
-    return dataclasses.replace(config, model=first_model(config)) if step < config.first_steps else config
+    drawn = batches()
+    step = lambda at: train_step_from_host(at_step(fixed, at), tuple(first))
+    return lambda objects, at, K: step(at)(*objects, next(drawn), np.int32(at + 1)), None
 
 
 def _steps_per_call(config, size, on_device):
@@ -113,8 +121,11 @@ def train(config: Config) -> dict:
     try:
         if config.data.note:
             print(f"{run.path}: {config.data.note}")
-        if config.batch > len(train_source):
-            raise Stopped(f"--batch must be at most the {len(train_source)} training samples; got {config.batch}")
+        for name in ("batch", "second_batch"):
+            if (getattr(config, name) or 0) > len(train_source):
+                raise Stopped(
+                    f"--{name} must be at most the {len(train_source)} training samples; got {getattr(config, name)}"
+                )
         mesh = mesh_of(config)
         unused = [f for f in dataclasses.fields(config) if f.name in NOT_COMPARED and f.name != "mesh"]
         fixed = dataclasses.replace(config, **{f.name: f.default for f in unused})  # steps are compiled for this
@@ -127,7 +138,7 @@ def train(config: Config) -> dict:
         start = run.start(*objects)
         first = objects
         if config.first_levels is not None and start < config.first_steps:
-            first = create(_at(fixed, start), shape, config.data.classes)
+            first = create(at_step(fixed, start), shape, config.data.classes)
             _move(objects, first)
         size = sum(x.size for x in jax.tree.leaves(nnx.state(objects[0], nnx.Param)))
         print(f"{run.path}: {size:,} parameters, steps {start + 1} to {config.steps}, {jax.devices()[0].device_kind}")
@@ -147,7 +158,7 @@ def _move(old, new):
 
 
 def _loop(run, config, fixed, first, objects, step, lower, K, test_source, start):
-    meter, size = Meter(run, config.batch), _eval_batch(config)
+    meter = Meter(run)
     # calls that the device works on while the metrics of earlier ones are written
     ahead = min(12, -(-config.log_every // (2 * K)))
     bar = tqdm(total=config.steps, initial=start, unit="step", mininterval=0.5 if sys.stderr.isatty() else 5)
@@ -166,7 +177,8 @@ def _loop(run, config, fixed, first, objects, step, lower, K, test_source, start
             for at in dict.fromkeys([start, max(start, config.first_steps)]):
                 compiling[at] = pool.submit(lower(trained(at), at).compile)
             for at in dict.fromkeys([*([start] if start < config.first_steps else []), config.first_steps]):
-                lowered = lower_eval(_at(fixed, at), _evaluated(trained(at)), test_source, size)
+                now = at_step(fixed, at)
+                lowered = lower_eval(now, _evaluated(trained(at)), test_source, _eval_batch(now))
                 compiling["eval", at >= config.first_steps] = pool.submit(lowered.compile)
         # after a resume the first call may be shorter, so that calls end at multiples of K, where logging and evaluation fall
         ends = [*range(start - start % K + K, config.steps, K), config.steps] if start < config.steps else []
@@ -174,7 +186,8 @@ def _loop(run, config, fixed, first, objects, step, lower, K, test_source, start
             if before in compiling:
                 compiling.pop(before).result()
                 bar.write(f"compiled after {time.perf_counter() - began:.0f} s", sys.stdout)
-            meter.add(before + 1, step(trained(before), before, now - before))
+            used = at_step(fixed, before)
+            meter.add(before + 1, step(trained(before), before, now - before), used.batch)
             bar.update(now - before)
             stopping = now < config.steps and (before < (config.stop_at or 0) <= now or interrupted())
             evaluating = now % config.eval_every == 0 or now in (config.first_steps, config.steps)
@@ -187,7 +200,7 @@ def _loop(run, config, fixed, first, objects, step, lower, K, test_source, start
                 kind = "eval" if now > config.first_steps else "first"
                 if ("eval", kind == "eval") in compiling:
                     compiling.pop(("eval", kind == "eval")).result()
-                row = evaluate(_at(fixed, before), _evaluated(trained(before)), test_source, size)
+                row = evaluate(used, _evaluated(trained(before)), test_source, _eval_batch(used))
                 run.record([(now, {f"{kind}_{name}": value for name, value in row.items()})])
                 bar.write(
                     f"step {now:5d}   held out: loss {row['loss']:.4f}, accuracy {row['accuracy']:.2%}"
@@ -220,7 +233,7 @@ def _evaluated(objects):
 
 
 def _finish(run, config, fixed, objects, examples, test_source, seconds):
-    model = _evaluated(objects)
+    model, last = _evaluated(objects), at_step(fixed, config.steps)
     run.save(config.steps, *objects)
     rows = run.rows()
     evals = [row for row in rows if "eval_accuracy" in row]
@@ -231,7 +244,7 @@ def _finish(run, config, fixed, objects, examples, test_source, seconds):
         "best_held_out_accuracy": max(row["eval_accuracy"] for row in evals),
         "held_out_loss": evals[-1]["eval_loss"],
         "steps": config.steps,
-        "epochs": config.steps * config.batch / examples,
+        "epochs": (config.first_steps * config.batch + (config.steps - config.first_steps) * last.batch) / examples,
         "seconds": seconds,
         "samples_per_s": float(np.median(speeds)),
         "checkpoint": run.saved(),
@@ -240,7 +253,7 @@ def _finish(run, config, fixed, objects, examples, test_source, seconds):
     written()  # before the figures, which take a while
     model.eval()
     summary["report"] = str(report.draw(run.path / "report.png", rows, config, model, test_source))
-    predicted = predict(fixed, model, test_source, _eval_batch(config))
+    predicted = predict(last, model, test_source, _eval_batch(last))
     summary["mistakes"] = str(
         report.draw_mistakes(run.path / "mistakes.png", rows, config, model, test_source, *predicted)
     )

@@ -29,6 +29,7 @@ TRAINING = [  # the option, what it needs in words, options without what it need
         *(f"--model {name} --model.memory fast {FIRST}" for name in ("resnet", "vgg", "spikformer", "qkformer")),
     ),
     ("--second_rate 0.1", "--first_steps", "", FIRST),
+    ("--second_batch 8", "--first_steps", "", FIRST),
     ("--second_rate 0.1", "--schedule cosine", f"--schedule constant {FIRST}", FIRST),
     (
         "--neuron_rate 0.5",

@@ -25,6 +25,7 @@ sys.path.insert(0, str(Path(__file__).parent.parent / "experiments"))
 
 import config as configuration
 import runs
+import steps
 import train
 from inputs import DATASETS, Images
 from inputs.images import STATISTICS
@@ -215,6 +216,29 @@ def test_the_first_steps_may_have_fewer_time_steps(on_device, tmp_path):
     assert len(losses("both")) == 20 and abs(losses("both")[10] / losses("one")[10] - 1) > 1e-3
 
 
+@pytest.mark.parametrize("on_device", [0, 1])
+def test_the_later_steps_may_have_smaller_batches(on_device, tmp_path, monkeypatch):
+    """They take as many samples as they say, and a resumed run takes the same ones, wherever it stopped."""
+    taken, update = [], steps._update
+    spy = lambda config, objects, key, batch: taken.append(len(batch["label"])) or update(config, objects, key, batch)
+    monkeypatch.setattr(steps, "_update", spy)
+    dense = dataclasses.replace(TINY.model, channels=())
+    config = dataclasses.replace(
+        TINY, model=dense, out=str(tmp_path), steps=20, eval_every=10, on_device=on_device, seed=7
+    )
+    losses = lambda name: [row["loss"] for row in rows(tmp_path / name) if "loss" in row]
+    both = dataclasses.replace(config, name="both", first_T=1, first_steps=10, second_batch=4)
+    for stop in (5, 15):
+        with pytest.raises(train.Stopped, match=f"stopped after step {stop}"):
+            train.train(dataclasses.replace(both, stop_at=stop, resume=stop > 5))
+    train.train(dataclasses.replace(both, resume=True))
+    assert taken == [TINY.batch, 4]  # each is traced once
+    summary = train.train(dataclasses.replace(both, name="whole"))
+    np.testing.assert_allclose(losses("both"), losses("whole"), rtol=1e-5)
+    assert len(losses("whole")) == 20
+    assert summary["epochs"] == 10 * (TINY.batch + 4) / len(config.data.sources()[0])
+
+
 def test_the_first_steps_may_train_a_quantised_relu_network(tmp_path, monkeypatch):
     """They are those of a run of that network alone, the spiking network goes on from its weights, and a resumed run too."""
     monkeypatch.setitem(STAGES, 11, ((4,),))  # compiles in a second
@@ -293,11 +317,11 @@ def test_nan_stops_and_is_not_saved(tmp_path):
 def test_metrics_are_written_while_later_steps_run_and_a_bad_one_loses_none_before_it(tmp_path):
     run = runs.Run(dict(out=str(tmp_path), name="meter", resume=False))
     run.start(nnx.Linear(1, 1, rngs=nnx.Rngs(0)))
-    meter = runs.Meter(run, batch=2)
+    meter = runs.Meter(run)
     metrics = lambda *losses: dict(loss=jnp.asarray(losses), accuracy=jnp.zeros(len(losses)))
     assert meter.write(running=2) == {}
     for first, losses in [(1, (1.0, 3.0)), (3, (5.0, 7.0)), (5, (9.0, np.nan))]:
-        meter.add(first, metrics(*losses))
+        meter.add(first, metrics(*losses), 2)
     assert meter.write(running=2)["loss"] == "2.000"
     assert [row["step"] for row in run.rows()] == [1, 2]
     with pytest.raises(runs.Stopped, match="loss is nan at step 6"):
@@ -534,6 +558,7 @@ def test_an_update_after_every_k1_time_steps():
         (("--first_T", "1", "--first_steps", "400"), "--first_steps must be from 0 to less than --steps, 400; got 400"),
         (("--first_T", "1", "--first_steps", "15"), "--first_steps a multiple of --log_every; got 1 and 15"),
         (("--first_T", "99", "--first_steps", "10"), "--first_T must be from 1 to --model.T, .*; got 99 and 10"),
+        (("--second_batch", "0", "--first_T", "1", "--first_steps", "10"), "--second_batch must be at least 1; got 0"),
         (("--second_rate", "2"), "--second_rate must be above 0 and at most 1; got 2"),
         (("--model", "vgg", "--model.levels", "4"), "--model.levels must be at least 1, and needs --model.memory fast"),
         (("--model", "vgg", "--model.tau", "2", "--model.v_rest", "1"), "--model.v_rest must be less than .*; got 1"),
