@@ -18,6 +18,7 @@ from snnfuse.nn.padded import split  # noqa: E402
 STEPS = 48  # longer than in training, so that there is something to see
 LAYERS = 5  # in the raster, from the first to the last
 NEURONS = 50  # of each layer there
+GAP = 5  # between two layers there, in neurons
 TRACED_RATES = (0.08, 0.2, 0.35, 0.5)  # the membranes of the neurons whose rates are nearest to these are shown
 COLOURS = ["#3b6fb6", "#2a9d8f", "#e08e29", "#c8553d", "#7a5195"]
 
@@ -228,10 +229,12 @@ def _raster(axes, layers, T):
         firing = np.flatnonzero(spikes.any(0))
         shown = firing[np.linspace(0, len(firing) - 1, min(NEURONS, len(firing))).astype(int)]
         t, neuron = np.nonzero(spikes[:, shown])
-        axes.plot(t, base + neuron, "|", color=COLOURS[i], ms=2.2, mew=1.1)
-        axes.text(T, base + NEURONS / 2, f"{name}\n{spikes.mean():.0%}", color=COLOURS[i], va="center", fontsize=9)
-        base += NEURONS + 5
-    axes.set(xlabel="time step", ylabel="neurons that fire", yticks=[], xlim=(-1, T))
+        height = max(len(shown), NEURONS // 4)  # room for its name
+        axes.plot(t, base + (height - len(shown)) / 2 + neuron, "|", color=COLOURS[i], ms=2.2, mew=1.1)
+        axes.text(T, base + height / 2, f"{name}\n{spikes.mean():.0%}", color=COLOURS[i], va="center", fontsize=9)
+        base += height + GAP
+    top = base - GAP - 1
+    axes.set(xlabel="time step", ylabel="neurons that fire", yticks=[], xlim=(-1, T), ylim=(-0.05 * top, 1.05 * top))
     axes.set_title("spikes of hidden layers, the mean rate beside each")
 
 
