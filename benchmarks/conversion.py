@@ -52,8 +52,9 @@ def quantised(layers, bits):
     return nn.Sequential(*map(few, layers))
 
 
+@cache
 def train(updates, bits=32, seed=0):
-    """The layers of a trained ReLU network; `bits` are those of its weights in training."""
+    """The layers of a trained ReLU network, which must not change; `bits` are those of its weights in training."""
     images, labels = digits()
     rngs = nnx.Rngs(seed)
     layers = [nnx.Conv(1, 16, (5, 5), 2, rngs=rngs), jax.nn.relu, nnx.Conv(16, 32, (3, 3), 2, rngs=rngs), jax.nn.relu]
@@ -74,7 +75,7 @@ def answers(layers):
 
 @cache
 def network(updates):
-    layers = train(updates)
+    layers = train(updates, 32, 0)  # as few_bits calls it
     return layers, answers(layers)
 
 
@@ -106,7 +107,7 @@ def measure(percentile, left_out, T, most, updates):
 def measure_bits(bits, trained, T, updates, seeds):
     found = dict(relu=[], spiking=[])
     for seed in range(seeds):
-        layers = train(updates, trained, seed)
+        layers = [nnx.clone(x) if isinstance(x, nnx.Module) else x for x in train(updates, trained, seed)]
         for layer in quantised(layers, bits).layers:
             if isinstance(layer, nn.Quantised):
                 integers, step = layer.integers()

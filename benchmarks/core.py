@@ -276,9 +276,13 @@ def milliseconds(name, T, M, dtype, implementation):
 
 
 def gradient_error(got, want, lanes):
-    """`largest_error` of the gradients; that of xs only in those lanes. Where a spike differs, another gradient is right."""
+    """`largest_error` of the gradients; that of xs only in those lanes. Where a spike differs, another gradient is right.
+
+    NaN if there is no such lane, because then nothing is compared.
+    """
     (got, got_xs), (want, want_xs) = got, want
-    return float(largest_error((got, got_xs * lanes), (want, want_xs * lanes)))
+    error = largest_error((got, got_xs * lanes), (want, want_xs * lanes))
+    return float(jnp.where(lanes.any(), error, jnp.nan))
 
 
 def differing(name, implementation, shape):

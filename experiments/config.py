@@ -14,22 +14,34 @@ class Needs:
 
     others: dict[str, tuple]  # name -> the values that will do; an empty tuple: any value that turns the option on
 
-    def holds(self, part: Any) -> bool:
-        found = {name: _plain(getattr(part, name)) for name in self.others}
+    def holds(self, part: Any, whole: Any = None) -> bool:
         return any(
-            found[name] in values if values else _is_on(part, name, found[name]) for name, values in self.others.items()
+            _found(name, part, whole) in values if values else _is_on(name, part, whole)
+            for name, values in self.others.items()
         )
 
     def text(self, prefix: str) -> str:
-        texts = {
-            name: f"{prefix}{name} {_either(values)}" if values else prefix + name
-            for name, values in self.others.items()
-        }
-        return _either(texts.values())
+        keys = {_key(name, prefix): values for name, values in self.others.items()}
+        return _either(f"{key} {_either(values)}" if values else key for key, values in keys.items())
 
 
-def _is_on(part, name, value):
-    """Whether a value turns its option on. Zero does if the option is off by None, such as `rate_upper`."""
+def _key(name, prefix):
+    """The option of this name on the command line: `--name` stays as it is, others are beside the marked one."""
+    return name if name.startswith("--") else prefix + name
+
+
+def _place(name, part, whole):
+    """(the dataclass that has this option, its name there)"""
+    return (whole, name.removeprefix("--")) if name.startswith("--") else (part, name)
+
+
+def _found(name, part, whole):
+    return _plain(getattr(*_place(name, part, whole)))
+
+
+def _is_on(name, part, whole):
+    """Whether its value turns an option on. Zero does if the option is off by None, such as `rate_upper`."""
+    value, (part, name) = _found(name, part, whole), _place(name, part, whole)
     (kind,) = (field.type for field in dataclasses.fields(part) if field.name == name)
     off_is_none = type(None) in typing.get_args(typing.get_args(kind)[0] if hasattr(kind, "__metadata__") else kind)
     return value is not None if off_is_none else bool(value)
@@ -40,6 +52,7 @@ def needs(*names: str, **values: Any) -> Needs:
 
         kernel: Annotated[int, needs("channels")] = 8            needs a --channels that is not 0, None, False or empty
         size: Annotated[int | None, needs(store="events")] = None            needs that value, or one of a tuple of values
+        shift: Annotated[float, needs("--first_levels")] = 0.0            needs an option of the whole configuration
 
     One of several names and values is enough. With several marks an option needs all of them. An object made in Python is not
     checked, nor is a command line with `--resume`.
@@ -74,19 +87,20 @@ def parse(arguments: list[str], config: Any, choices: Choices, description: str 
         use_underscores=True,
     )
     if not found.resume:  # its options must be those of the run, whatever they are; --mesh may be left out
-        _check_needs(found, config)
+        _check_needs(found, config, found)
     return found
 
 
-def _check_needs(part, default, prefix="--"):
+def _check_needs(part, default, whole, prefix="--"):
     """Raises ValueError for an option that differs from its default and has no effect."""
     for field in dataclasses.fields(part):
         value, usual = getattr(part, field.name), getattr(default, field.name)
         if dataclasses.is_dataclass(value):
-            _check_needs(value, usual, f"{prefix}{field.name}.")
+            _check_needs(value, usual, whole, f"{prefix}{field.name}.")
         for mark in marks(field) if value != usual else ():
-            if not mark.holds(part):
-                given, *others = (_shown(prefix + name, getattr(part, name)) for name in (field.name, *mark.others))
+            if not mark.holds(part, whole):
+                names = (field.name, *mark.others)
+                given, *others = (_shown(_key(name, prefix), _found(name, part, whole)) for name in names)
                 raise ValueError(f"{given} needs {mark.text(prefix)}, or it has no effect; got {' and '.join(others)}")
 
 

@@ -255,9 +255,9 @@ class Network:
     """no gradient passes through the reset, with --model.tau"""
     surrogate: Annotated[str, needs("tau")] = "atan"
     """gradient of a spike, with --model.tau: atan, sigmoid, triangle or rectangle, each of area 1"""
-    v_rest: Annotated[float, needs("tau", "levels")] = 0.0
-    """membrane potential before the first step, and without input, with --model.tau; in thresholds. With --model.levels: what
-    is added to an activation before it is rounded down, in levels"""
+    v_rest: Annotated[float, needs("tau", "levels", "--first_levels")] = 0.0
+    """membrane potential before the first step, and without input, with --model.tau; in thresholds. With --model.levels or
+    --first_levels: what is added to an activation before it is rounded down, in levels"""
     scale: float = 1.0
     """of each normalisation at the start; with --model.tau, the deviation of what it gives to a neuron, in thresholds"""
     levels: int | None = None
@@ -279,11 +279,7 @@ class Network:
             raise ValueError(f"--model.v_rest must be less than the threshold, 1; got {self.v_rest}")
         if not 0 < self.scale < inf:
             raise ValueError(f"--model.scale must be a finite number above 0; got {self.scale}")
-        if self.levels is not None and (self.levels < 1 or self.memory != "fast"):
-            raise ValueError(
-                f"--model.levels must be at least 1, and needs --model.memory fast, because bits cannot hold levels; "
-                f"got {self.levels} and {self.memory!r}"
-            )
+        check_levels("--model.levels", self.levels, self.memory)
 
     @property
     def options(self) -> dict:
@@ -407,6 +403,14 @@ class Qkformer(Network):
     def build(self, shape: tuple[int, ...], classes: int, rngs: nnx.Rngs) -> nn.Sequential:
         options = {name: getattr(self, name) for name in ("depth", "width", "heads", "drop_path")}
         return self._scaled(models.qkformer(shape[-1], classes, rngs=rngs, **options, **self.options))
+
+
+def check_levels(key, levels, memory):
+    if levels is not None and (levels < 1 or memory != "fast"):
+        raise ValueError(
+            f"{key} must be at least 1, and needs --model.memory fast, because bits cannot hold levels; "
+            f"got {levels} and {memory!r}"
+        )
 
 
 def _check_drop_path(model):

@@ -1,5 +1,6 @@
 """The picture at the end of a run: learning curves, and what the trained network does with one held-out image."""
 
+from functools import lru_cache
 from pathlib import Path
 
 import jax
@@ -17,6 +18,7 @@ from snnfuse.nn.padded import split  # noqa: E402
 STEPS = 48  # longer than in training, so that there is something to see
 LAYERS = 5  # in the raster, from the first to the last
 NEURONS = 50  # of each layer there
+GAP = 5  # between two layers there, in neurons
 TRACED_RATES = (0.08, 0.2, 0.35, 0.5)  # the membranes of the neurons whose rates are nearest to these are shown
 COLOURS = ["#3b6fb6", "#2a9d8f", "#e08e29", "#c8553d", "#7a5195"]
 
@@ -92,8 +94,7 @@ def _rates(axes, rows, paths):
 
 def _energy(axes, config, model, source):
     """Draw the energy that `monitor.operations` estimates for one sample: 45 nm CMOS, without memory access."""
-    batch = next(iter(load([source[0]], config.data.example(), batch=1, shuffle=False, device=False)))
-    xs = _encoded(config, batch, config.model.T)
+    xs = _encoder(config, config.model.T)(_one(config, source[0]))
     found = {path: of for path, of in monitor.operations(model, xs).items() if of.acs + of.macs}
     names, joules = list(found), np.array([of.joules for of in found.values()])
     spikes = np.array([monitor.Operations(of.acs).joules for of in found.values()])
@@ -121,8 +122,8 @@ def _worst(figure, config, source, logits, labels, count=10):
     )
     axes = figure.subplots(2, -(-len(order) // 2), squeeze=False).ravel()
     for cell, index in zip(axes, order, strict=False):
-        batch = next(iter(load([source[int(index)]], config.data.example(), batch=1, shuffle=False, device=False)))
-        xs = np.asarray(_encoded(config, batch, config.model.T))[:, 0]
+        batch = _one(config, source[int(index)])
+        xs = np.asarray(_encoder(config, config.model.T)(batch))[:, 0]
         strip = _strip(xs) if hasattr(config.data, "bins") else _picture(batch.get("image", xs))
         cell.imshow(strip, cmap="gray_r", aspect="auto" if xs.ndim < 4 else "equal", interpolation="nearest")
         cell.set_title(f"{names[labels[index]]}, {names[int(logits[index].argmax())]}", fontsize=9)
@@ -156,8 +157,7 @@ def _curves(axes, rows, name, label):
 
 def _activity(config, model, source, image_axes, raster, membranes, outputs):
     T = max(STEPS, config.model.T)
-    shown = load([source[len(source) // 3]], config.data.example(), batch=1, shuffle=False, device=False)
-    batch = next(iter(shown))
+    batch = _one(config, source[len(source) // 3])
     label, names = int(batch["label"][0]), config.data.labels
     xs, outs, hidden, states = _recorded(config, model, batch, T)
     outs, answer = np.asarray(outs)[:, 0], int(np.asarray(outs)[:, 0].mean(0).argmax())
@@ -214,9 +214,9 @@ def _recorded(config, model, batch, T):
     @jax.jit
     def run(state, batch):
         model = nnx.merge(graphdef, state)
-        xs = _encoded(config, batch, T)
+        xs = _encoder(config, T)(batch)
         (outs, _), hidden = monitor.record(model, xs)
-        last = _shown(hidden)[1]
+        last = _shown(sorted(hidden))[1]  # in the order in which `jit` returns them
         return xs, outs, hidden, monitor.record(model, xs, layers=[last], what="state")[1][last]
 
     graphdef, state = nnx.split(model)
@@ -229,10 +229,12 @@ def _raster(axes, layers, T):
         firing = np.flatnonzero(spikes.any(0))
         shown = firing[np.linspace(0, len(firing) - 1, min(NEURONS, len(firing))).astype(int)]
         t, neuron = np.nonzero(spikes[:, shown])
-        axes.plot(t, base + neuron, "|", color=COLOURS[i], ms=2.2, mew=1.1)
-        axes.text(T, base + NEURONS / 2, f"{name}\n{spikes.mean():.0%}", color=COLOURS[i], va="center", fontsize=9)
-        base += NEURONS + 5
-    axes.set(xlabel="time step", ylabel="neurons that fire", yticks=[], xlim=(-1, T))
+        height = max(len(shown), NEURONS // 4)  # room for its name
+        axes.plot(t, base + (height - len(shown)) / 2 + neuron, "|", color=COLOURS[i], ms=2.2, mew=1.1)
+        axes.text(T, base + height / 2, f"{name}\n{spikes.mean():.0%}", color=COLOURS[i], va="center", fontsize=9)
+        base += height + GAP
+    top = base - GAP - 1
+    axes.set(xlabel="time step", ylabel="neurons that fire", yticks=[], xlim=(-1, T), ylim=(-0.05 * top, 1.05 * top))
     axes.set_title("spikes of hidden layers, the mean rate beside each")
 
 
@@ -254,5 +256,17 @@ def _membranes(axes, spikes, v, threshold):
     )
 
 
-def _encoded(config, batch, T):
-    return split(config.data.encode(jax.random.key(config.seed), batch, T))[0]
+def _one(config, sample):
+    """A batch of this sample alone, as NumPy arrays."""
+    return next(iter(load([sample], config.data.example(), batch=1, shuffle=False, device=False)))
+
+
+@lru_cache  # one program for all samples of a figure
+def _encoder(config, T):
+    """A function of a batch of samples: what the network takes, at T steps."""
+
+    @jax.jit
+    def encode(batch):
+        return split(config.data.encode(jax.random.key(config.seed), batch, T))[0]
+
+    return encode

@@ -10,7 +10,7 @@ from typing import Annotated, Generic, TypeVar
 import numpy as np
 from config import needs
 from inputs import DATASETS
-from models import MODELS, Network
+from models import MODELS, Network, check_levels
 
 CHOICES = {"model": MODELS, "data": DATASETS}
 LIBRARY = tuple(name for name, model in MODELS.items() if isinstance(model, Network))
@@ -151,6 +151,8 @@ class Config(Generic[Model, Data]):
             raise ValueError(f"--second_batch must be at least 1; got {self.second_batch}")
         if self.second_rate is not None and not 0 < self.second_rate <= 1:
             raise ValueError(f"--second_rate must be above 0 and at most 1; got {self.second_rate}")
+        if isinstance(self.model, Network):
+            check_levels("--first_levels", self.first_levels, self.model.memory)
         first_model(self)  # checks the options of the model
         K = self.steps_per_call
         if K is not None and (K < 1 or self.log_every % K or self.eval_every % K):

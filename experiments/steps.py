@@ -182,16 +182,16 @@ def eval_step(config: Config) -> training.CompiledStep:
     return eval_step
 
 
-def evaluate(config: Config, model: nnx.Module, source: Sequence[dict], batch: int = 250) -> dict:
-    """The mean loss and accuracy over all samples of `source`, and with --rates the firing rate of each layer."""
-    sums = [eval_step(config)(model, *some)[0] for some in _eval_batches(config, source, batch)]
-    return {name: float(sum(s[name] for s in sums)) / len(source) for name in sums[0]}
+def evaluate(config: Config, model: nnx.Module, source: Sequence[dict], batch: int = 250) -> tuple[dict, list]:
+    """(the mean loss and accuracy over all samples of `source`, with --rates the firing rate of each layer; the answers)."""
+    parts = [(*eval_step(config)(model, *some), some[0]["label"]) for some in _eval_batches(config, source, batch)]
+    means = {name: float(sum(sums[name] for sums, *_ in parts)) / len(source) for name in parts[0][0]}
+    return means, [answers for _, *answers in parts]
 
 
-def predict(config: Config, model: nnx.Module, source: Sequence[dict], batch: int = 250) -> tuple:
-    """(logits [n, classes], labels [n]) of all samples, by the program of `evaluate`."""
-    parts = [(eval_step(config)(model, *some)[1], some[0]["label"]) for some in _eval_batches(config, source, batch)]
-    logits, labels = (np.concatenate([np.asarray(part) for part in column]) for column in zip(*parts, strict=True))
+def joined(answers: list) -> tuple:
+    """(logits [n, classes], labels [n]) of all samples, from the answers of `evaluate`."""
+    logits, labels = (np.concatenate([np.asarray(part) for part in column]) for column in zip(*answers, strict=True))
     return logits[labels >= 0], labels[labels >= 0]
 
 

@@ -41,7 +41,7 @@ import report
 from flax import nnx
 from runs import NOT_COMPARED, Meter, Run, Stopped, keep_compiled
 from settings import CHOICES, Config, at_step
-from steps import axes_of, create, evaluate, in_order, lower_eval, mesh_of, predict, train_step, train_step_from_host
+from steps import axes_of, create, evaluate, in_order, joined, lower_eval, mesh_of, train_step, train_step_from_host
 from tqdm import tqdm
 
 from snnfuse import parallel, training
@@ -146,8 +146,9 @@ def train(config: Config) -> dict:
         K = _steps_per_call(config, size, lower is not None)
         print(f"training samples come from the {'device' if lower else 'host'}; steps in a call: {K}")
         lower = lower if K == 1 and start < config.steps else None
-        _loop(run, config, fixed, first, objects, step, lower, K, test_source, start)
-        return _finish(run, config, fixed, objects, len(train_source), test_source, time.perf_counter() - began)
+        answers = _loop(run, config, fixed, first, objects, step, lower, K, test_source, start)
+        seconds = time.perf_counter() - began
+        return _finish(run, config, fixed, objects, len(train_source), test_source, answers, seconds)
     finally:
         run.close()
 
@@ -158,6 +159,8 @@ def _move(old, new):
 
 
 def _loop(run, config, fixed, first, objects, step, lower, K, test_source, start):
+    """Trains, and returns the answers of the last evaluation; None if every step was taken before."""
+    answers = None
     meter = Meter(run)
     # calls that the device works on while the metrics of earlier ones are written
     ahead = min(12, -(-config.log_every // (2 * K)))
@@ -200,7 +203,7 @@ def _loop(run, config, fixed, first, objects, step, lower, K, test_source, start
                 kind = "eval" if now > config.first_steps else "first"
                 if ("eval", kind == "eval") in compiling:
                     compiling.pop(("eval", kind == "eval")).result()
-                row = evaluate(used, _evaluated(trained(before)), test_source, _eval_batch(used))
+                row, answers = evaluate(used, _evaluated(trained(before)), test_source, _eval_batch(used))
                 run.record([(now, {f"{kind}_{name}": value for name, value in row.items()})])
                 bar.write(
                     f"step {now:5d}   held out: loss {row['loss']:.4f}, accuracy {row['accuracy']:.2%}"
@@ -220,6 +223,7 @@ def _loop(run, config, fixed, first, objects, step, lower, K, test_source, start
                     f"stopped after step {now}; continue with the same options and "
                     f"--name {run.path.name} --resume (checkpoint of step {run.saved()})"
                 )
+    return answers
 
 
 def _eval_batch(config):
@@ -232,7 +236,7 @@ def _evaluated(objects):
     return objects[0] if len(objects) == 2 else objects[2]
 
 
-def _finish(run, config, fixed, objects, examples, test_source, seconds):
+def _finish(run, config, fixed, objects, examples, test_source, answers, seconds):
     model, last = _evaluated(objects), at_step(fixed, config.steps)
     run.save(config.steps, *objects)
     rows = run.rows()
@@ -251,12 +255,12 @@ def _finish(run, config, fixed, objects, examples, test_source, seconds):
     }
     written = lambda: (run.path / "summary.json").write_text(json.dumps(summary, indent=1) + "\n")
     written()  # before the figures, which take a while
+    if answers is None:
+        _, answers = evaluate(last, model, test_source, _eval_batch(last))
     model.eval()
-    summary["report"] = str(report.draw(run.path / "report.png", rows, config, model, test_source))
-    predicted = predict(last, model, test_source, _eval_batch(last))
-    summary["mistakes"] = str(
-        report.draw_mistakes(run.path / "mistakes.png", rows, config, model, test_source, *predicted)
-    )
+    drawn = rows, config, model, test_source
+    summary["report"] = str(report.draw(run.path / "report.png", *drawn))
+    summary["mistakes"] = str(report.draw_mistakes(run.path / "mistakes.png", *drawn, *joined(answers)))
     written()
     return summary
 

@@ -7,6 +7,7 @@ import pathlib
 import subprocess
 import sys
 
+import jax.numpy as jnp
 import numpy as np
 import pytest
 
@@ -17,7 +18,9 @@ sys.path.append(str(BENCHMARKS))  # last: it has a compare.py, as the tests have
 SCRIPTS = "accuracy conversion core delays loader long_sequences multi_gpu online recurrent step_calls"
 for script in SCRIPTS.split():
     importlib.import_module(script)  # they register their questions
-figures, peers, runner = map(importlib.import_module, ("figures", "peers", "runner"))
+conversion, core, figures, peers, runner = map(
+    importlib.import_module, ("conversion", "core", "figures", "peers", "runner")
+)
 spec = importlib.util.spec_from_file_location(
     "benchmarks_report", BENCHMARKS / "report.py"
 )  # experiments has a report, too
@@ -65,6 +68,50 @@ def test_it_runs(name, small, capsys):
     assert all({"case", "device", "python", "date", "commit", "dirty"} <= row.keys() for row in rows)
     assert all(0.02 < row["firing_rate"] < 0.4 for row in rows if "firing_rate" in row)
     assert capsys.readouterr().out.count('{"case"') == len(rows)
+
+
+def test_few_bits_trains_each_network_once_and_rounds_a_copy_of_it(monkeypatch):
+    conversion.train.cache_clear()
+    trained, with_adam = [], conversion.with_adam
+    monkeypatch.setattr(conversion, "with_adam", lambda *args: trained.append(args) or with_adam(*args))
+    rows = {bits: [] for bits in (32, 2)}
+    for bits in (2, 32, 2):
+        rows[bits].append(conversion.measure_bits(bits, 32, T=2, updates=3, seeds=2))
+    assert len(trained) == 2  # a network for each seed
+    assert rows[2][0] == rows[2][1]
+    conversion.train.cache_clear()
+    assert rows[32] == [conversion.measure_bits(32, 32, T=2, updates=3, seeds=2)]  # weights that nobody rounded
+    assert rows[32][0] != rows[2][0]
+
+
+ZEROS, SOME = jnp.zeros((3, 4)), jnp.arange(12.0).reshape(3, 4) + 1
+
+
+@pytest.mark.parametrize(
+    "got, want, error",
+    [
+        (ZEROS, ZEROS, 0),  # 0 / 0: nothing to compare
+        (SOME, SOME, 0),
+        (SOME + 0.12, SOME, 0.01),
+        (ZEROS, SOME, 1),
+        (SOME, ZEROS, np.inf),
+        (ZEROS.at[1, 2].set(np.nan), ZEROS, np.nan),
+        (ZEROS, ZEROS.at[1, 2].set(np.nan), np.nan),
+        (ZEROS.at[1, 2].set(np.nan), ZEROS.at[1, 2].set(np.nan), np.nan),
+        (SOME.at[1, 2].set(np.inf), SOME, np.inf),
+    ],
+)
+def test_the_error_of_a_gradient_is_wrong_where_it_is_not_a_number(got, want, error):
+    lanes = np.ones(4, bool)
+    for pair in (([SOME], got), ([SOME], want)), (([got], SOME), ([want], SOME)):
+        np.testing.assert_allclose(core.gradient_error(*pair, lanes), error, rtol=1e-5)
+
+
+def test_the_gradient_of_inputs_is_compared_in_lanes_of_equal_spikes_alone():
+    other = SOME.at[:, 1].add(5.0)
+    error = lambda lanes: core.gradient_error(([], other), ([], SOME), np.array(lanes))
+    assert error([True, False, True, True]) == 0 and error([True] * 4) > 0.1
+    assert np.isnan(error([False] * 4))  # no lane is left to compare
 
 
 FAR = {  # the cells of 50 us and more where None's choice takes over 5 % longer than the fastest: (neuron, dtype, T, lanes)

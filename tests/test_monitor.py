@@ -170,6 +170,66 @@ def test_operations_of_a_convolution_at_its_borders(stride, padding, groups):
     assert monitor.operations(nn.Sequential(conv), jnp.asarray(x) - 0.5) == {"layers.0": (0, want)}
 
 
+@pytest.mark.parametrize("kind", [nnx.Conv, nn.Conv])
+@pytest.mark.parametrize(
+    "size, options",
+    [
+        ((3, 2), dict(strides=(2, 1))),
+        ((3, 3), dict(padding="VALID", kernel_dilation=(1, 2))),
+        ((4, 3), dict(padding="CIRCULAR", strides=2)),
+        ((3, 5), dict(padding="REFLECT", kernel_dilation=2)),
+        ((3, 3), dict(padding=((2, -1), (-1, 3)), input_dilation=(2, 3), strides=(1, 2))),
+        ((2, 3), dict(feature_group_count=3, mask=np.arange(2 * 3 * 2 * 9).reshape(2, 3, 2, 9) % 4 == 0)),
+        (3, dict(padding="CAUSAL", kernel_dilation=2)),
+        ((2, 3, 2), dict(padding=1)),
+    ],
+    ids=lambda value: "-".join(value) if isinstance(value, dict) else None,
+)
+def test_the_products_of_any_convolution_are_the_gradient_with_weights_of_one(kind, size, options):
+    if "mask" in options:
+        options = options | dict(mask=jnp.asarray(options["mask"], jnp.float32))
+    conv = kind(6, 9, size, **options, rngs=nnx.Rngs(0))
+    shape = (7, 6, 5)[: 1 if size == 3 else len(size)]
+    ones = nnx.clone(conv)
+    ones.kernel[...] = jnp.ones_like(ones.kernel[...])
+    want = np.asarray(jax.grad(lambda x: ones(x).sum())(jnp.zeros((1, *shape, 6))))
+    x = np.asarray(jax.random.bernoulli(jax.random.key(2), 0.4, (3, *shape, 6)), np.float32)
+    assert len(np.unique(want)) > 1 or options.get("padding") == "CIRCULAR"
+    assert monitor.operations(nnx.Sequential(conv), x) == {"layers.0": ((x * want).sum(), 0)}
+    assert monitor.operations(nnx.Sequential(conv), x - 0.5) == {"layers.0": (0, 3 * want.sum())}
+
+
+class Inside(nnx.Module):
+    """A model that applies a transform itself."""
+
+    def __init__(self, transform):
+        self.linear, self.transform = nn.Linear(6, 6, rngs=nnx.Rngs(0)), transform
+
+    def __call__(self, xs):
+        return self.transform(lambda xs: self.linear(xs))(xs)
+
+
+@pytest.mark.parametrize("transform", [jax.jit, jax.checkpoint, jax.vmap])
+def test_operations_inside_of_a_transform_are_refused(transform):
+    with pytest.raises(ValueError, match="operations must be called outside of jax.jit .*; got a tracer"):
+        monitor.operations(Inside(transform), inputs(6))
+    assert monitor.operations(Inside(lambda f: f), inputs(6)) == {"linear": (0, T * B * 36)}
+
+
+def test_arguments_of_the_model_that_are_no_arrays():
+    class Chooses(nnx.Module):
+        def __init__(self):
+            self.linear = nn.Linear(6, 6, rngs=nnx.Rngs(0))
+
+        def __call__(self, xs, twice=False, *, name=None):
+            return self.linear(self.linear(xs)) if twice or name == "twice" else self.linear(xs)
+
+    once = {"linear": (0, T * B * 36)}
+    assert monitor.operations(Chooses(), inputs(6)) == once
+    for args, kwargs in (((True,), {}), ((), dict(twice=True)), ((), dict(name="twice"))):
+        assert monitor.operations(Chooses(), inputs(6), *args, **kwargs) == {"linear": (0, 2 * T * B * 36)}
+
+
 def test_operations_of_a_network():
     """The first layer's inputs are not spikes, the second layer's are. The energy follows the formula."""
     model = nn.Sequential(

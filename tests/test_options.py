@@ -50,10 +50,11 @@ NETWORK = [
     ("--model.surrogate triangle", "--model.tau", "", "--model.tau 2"),
     (
         "--model.v_rest 0.5",
-        "--model.tau or --model.levels",
+        "--model.tau, --model.levels or --first_levels",
         "",
         "--model.tau 2",
         "--model.levels 4 --model.memory fast",
+        f"--first_levels 4 {FIRST} --model.memory fast",
     ),
 ]
 NO_HIDDEN = "--model.hidden"  # with no number after it
@@ -148,6 +149,32 @@ def test_an_option_without_what_it_needs_is_refused(chosen, given, needed, off, 
         parse(chosen, given, more)
 
 
+def neurons(config):
+    """The neurons of the network of the first steps, and of the network of the others."""
+    return [str(model.options) for model in (settings.first_model(config), config.model)]
+
+
+@pytest.mark.parametrize("first", ["", FIRST, f"{FIRST} --first_levels 8"])
+@pytest.mark.parametrize("own", ["", "--model.tau 2", "--model.levels 4"])
+def test_an_option_of_neurons_is_refused_exactly_where_neither_network_changes(first, own):
+    config = parse(given := f"--model vgg --model.memory fast {own} {first}")
+    changes = {
+        "tau 3": 3.0,
+        "reset soft": "soft",
+        "no_detach": False,
+        "surrogate triangle": "triangle",
+        "v_rest 0.5": 0.5,
+    }
+    for option, value in changes.items():
+        name = option.removeprefix("no_").split()[0]
+        changed = dataclasses.replace(config, model=dataclasses.replace(config.model, **{name: value}))
+        if neurons(changed) != neurons(config):
+            parse(given, f"--model.{option}")
+        else:
+            with pytest.raises(ValueError, match=f"--model.{option}.* or it has no effect"):
+                parse(given, f"--model.{option}")
+
+
 def found(part, prefix):
     """(option, what it needs) for each mark of a dataclass."""
     marked = [(field.name, mark) for field in dataclasses.fields(part) for mark in configuration.marks(field)]
@@ -178,6 +205,14 @@ def test_defaults_are_never_refused():
         for name in known:
             parse(f"--{key} {name}")
     parse("--model vgg --model.reset hard --model.detach --model.surrogate atan --rate_weight 1")
+
+
+@pytest.mark.parametrize("given", ["--model.levels 4", f"--first_levels 4 {FIRST}"])
+def test_levels_without_the_memory_for_them_are_refused_by_their_name(given, capsys):
+    with pytest.raises(SystemExit):
+        parse(f"--model vgg {given}")
+    assert f"{given.split()[0]} must be at least 1, and needs" in " ".join(capsys.readouterr().err.split())
+    parse(f"--model vgg --model.memory fast {given}")
 
 
 def test_a_run_that_resumes_may_leave_out_what_its_options_need():

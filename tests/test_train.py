@@ -20,6 +20,7 @@ import orbax.checkpoint as ocp
 import pytest
 from compare import assert_fires
 from flax import nnx
+from jax import monitoring
 
 sys.path.insert(0, str(Path(__file__).parent.parent / "experiments"))
 
@@ -106,10 +107,37 @@ def assert_same_run(path, whole):
         np.testing.assert_array_equal(np.asarray(a[name]), np.asarray(b[name]), err_msg=name)
 
 
+COMPILED = []  # a name for each program
+monitoring.register_event_duration_secs_listener(
+    lambda name, *_, **__: COMPILED.append(name) if name.endswith("backend_compile_duration") else None
+)
+
+
 @pytest.fixture(scope="module")
-def whole(tmp_path_factory):
-    out = tmp_path_factory.mktemp("whole")
-    return out / TINY.name, train.train(dataclasses.replace(TINY, out=str(out)))
+def finished():
+    """What the end of the run `whole` did: the programs that it compiled, and the logits and labels that it drew."""
+    return {}
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory, finished):
+    out, finish, draw_mistakes = tmp_path_factory.mktemp("whole"), train._finish, train.report.draw_mistakes
+
+    def counted(*args):
+        before = len(COMPILED)
+        assert before > 3, "nothing was counted at all"
+        summary = finish(*args)
+        finished["programs"] = len(COMPILED) - before
+        return summary
+
+    def noted(*args):
+        finished["answers"] = args[-2:]
+        return draw_mistakes(*args)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(train, "_finish", counted)
+        patch.setattr(train.report, "draw_mistakes", noted)
+        return out / TINY.name, train.train(dataclasses.replace(TINY, out=str(out)))
 
 
 def test_a_run_learns_and_leaves_everything_behind(whole):
@@ -145,6 +173,24 @@ def test_the_pictures_are_drawn(whole, name):
             assert 0.005 < (panel.min(1) < 0.9).mean() < 0.6, f"panel at {top}, {left}"
             colours = (panel * 10).round().astype(int) @ [1, 100, 10_000]
             assert len(np.unique(colours)) > 8, f"panel at {top}, {left}"
+
+
+def test_the_pictures_compile_three_programs(whole, finished):
+    """One records a sample over many steps, one encodes a sample, one counts operations: compiling is what a user waits for."""
+    assert finished["programs"] == 3
+
+
+def test_the_pictures_show_the_answers_of_the_last_evaluation(whole, finished, tmp_path, monkeypatch):
+    """A run that resumes after its last step has no evaluation, and makes one for the pictures."""
+    logits, labels = finished["answers"]
+    assert logits.shape == (125, 10)
+    assert whole[1]["held_out_accuracy"] == pytest.approx((logits.argmax(-1) == labels).mean())
+    shutil.copytree(whole[0], tmp_path / TINY.name)
+    again = []
+    monkeypatch.setattr(train.report, "draw_mistakes", lambda *args: again.extend(args[-2:]) or "no picture")
+    train.train(dataclasses.replace(TINY, out=str(tmp_path), resume=True))
+    np.testing.assert_array_equal(again[0], logits)
+    np.testing.assert_array_equal(again[1], labels)
 
 
 def test_resume_is_exact(whole, tmp_path):
@@ -473,7 +519,7 @@ def test_the_pieces_of_the_image_recipe_train_together_and_the_average_is_what_i
     objects = train.create(fixed, (28, 28, 1), 10)
     training.from_arrays(checkpoint(path, 6), *objects)
     (row,) = [row for row in rows(path) if "eval_loss" in row]
-    weights, average = (train.evaluate(fixed, objects[i], config.data.sources()[1]) for i in (0, 2))
+    weights, average = (train.evaluate(fixed, objects[i], config.data.sources()[1])[0] for i in (0, 2))
     assert row["eval_loss"] == pytest.approx(average["loss"], rel=1e-5)
     assert average["loss"] != pytest.approx(weights["loss"], rel=1e-4)
 
@@ -492,12 +538,15 @@ def test_evaluation_counts_every_sample_once():
     config = dataclasses.replace(TINY, data=Few("mnist5k", encoding="direct"))
     model, _ = train.create(config, (28, 28, 1), 10)
     batch = whole_test(config.data)
-    got = train.evaluate(config, model, config.data.sources()[1], batch=50)
+    got, answers = train.evaluate(config, model, config.data.sources()[1], batch=50)
     model.eval()
     logits = np.asarray(READOUTS["mean"](model(config.data.encode(jax.random.key(0), batch, 3))[0]), np.float64)
     logp = logits - np.log(np.exp(logits).sum(-1, keepdims=True))
     assert got["accuracy"] == pytest.approx((logits.argmax(-1) == batch["label"]).mean())
     assert got["loss"] == pytest.approx(-logp[np.arange(125), batch["label"]].mean(), rel=1e-5)
+    found, labels = train.joined(answers)
+    np.testing.assert_allclose(found, logits, atol=1e-5)
+    np.testing.assert_array_equal(labels, batch["label"])
 
 
 def parse(*arguments):

@@ -78,12 +78,12 @@ class Conv(Timeless, nnx.Conv):
         rank = 1 if isinstance(kernel_size, int) else len(kernel_size)
         sizes = dict(kernel_size=kernel_size, strides=strides)
         for name, value in (sizes | dict(input_dilation=input_dilation, kernel_dilation=kernel_dilation)).items():
-            _per_axis(name, value, rank)
+            per_axis(name, value, rank)
         if isinstance(padding, str) and padding not in ("SAME", "VALID", "CIRCULAR", "REFLECT", "CAUSAL"):
             raise ValueError(f"padding must be SAME, VALID, CIRCULAR, REFLECT, CAUSAL or numbers; got {padding!r}")
         if padding == "CAUSAL" and rank > 1:
             raise ValueError(f"padding 'CAUSAL' is for 1-D convolutions; got kernel_size {tuple(kernel_size)}")
-        if isinstance(padding, str) and set(_per_axis("input_dilation", input_dilation, rank)) != {1}:
+        if isinstance(padding, str) and set(per_axis("input_dilation", input_dilation, rank)) != {1}:
             raise ValueError(f"padding must be numbers where input_dilation is not 1; got {padding!r}")
         canonicalize_padding(padding, rank)  # checks it
         super().__init__(
@@ -120,27 +120,18 @@ class Conv(Timeless, nnx.Conv):
 
     def _convolve(self, x, kernel):
         rank = len(self.kernel_size)
-        axes = lambda name: _per_axis(name, getattr(self, name), rank)
-        strides, dilation, padding = axes("strides"), axes("kernel_dilation"), self.padding
+        axes = lambda name: per_axis(name, getattr(self, name), rank)
         before, x = x.shape[: x.ndim - rank - 1], x.reshape(-1, *x.shape[-rank - 1 :])
-        spans = [(k - 1) * d for k, d in zip(self.kernel_size, dilation, strict=True)]
-        if padding in ("CIRCULAR", "REFLECT"):
-            around = [(s // 2, s - s // 2) for s in spans]
-            x = jnp.pad(x, [(0, 0), *around, (0, 0)], mode="wrap" if padding == "CIRCULAR" else "reflect")
-            padding = "VALID"
-        if padding == "CAUSAL":
-            padding = [(spans[0], 0)]
-        if isinstance(padding, str):
-            pads = lax.padtype_to_pads(x.shape[1:-1], [s + 1 for s in spans], strides, padding)
-        else:
-            pads = canonicalize_padding(padding, rank)
+        mode, pads = padding(self, x.shape[1:-1])
+        if mode != "constant":
+            x, pads = jnp.pad(x, [(0, 0), *pads, (0, 0)], mode=mode), [(0, 0)] * rank
         y = convolve(
             x,
             kernel,
-            strides,
+            axes("strides"),
             pads,
             input_dilation=axes("input_dilation"),
-            kernel_dilation=dilation,
+            kernel_dilation=axes("kernel_dilation"),
             groups=self.feature_group_count,
             precision=self.precision,
         )
@@ -236,7 +227,22 @@ def _with_bias(layer, y):
     return y if layer.bias is None else y + jnp.broadcast_to(layer.bias[...].astype(y.dtype), y.shape)
 
 
-def _per_axis(name, value, rank):
+def padding(layer: nnx.Conv, space: Sequence[int]) -> tuple[str, list[tuple[int, int]]]:
+    """(the mode of `jnp.pad`, (low, high) of each axis) of a convolution over a map of this size."""
+    rank = len(space)
+    strides, dilation = (per_axis(name, getattr(layer, name), rank) for name in ("strides", "kernel_dilation"))
+    spans = [(k - 1) * d for k, d in zip(layer.kernel_size, dilation, strict=True)]
+    if layer.padding in ("CIRCULAR", "REFLECT"):
+        mode = "wrap" if layer.padding == "CIRCULAR" else "reflect"
+        return mode, [(s // 2, s - s // 2) for s in spans]
+    if layer.padding == "CAUSAL":
+        return "constant", [(spans[0], 0)]
+    if isinstance(layer.padding, str):
+        return "constant", lax.padtype_to_pads(space, [s + 1 for s in spans], strides, layer.padding)
+    return "constant", canonicalize_padding(layer.padding, rank)
+
+
+def per_axis(name, value, rank):
     sizes = (1 if value is None else value,) * rank if isinstance(value, int | None) else tuple(value)
     if len(sizes) != rank or not all(isinstance(n, int) and n > 0 for n in sizes):
         raise ValueError(f"{name} must be a positive integer, or one for each of {rank} axes; got {value!r}")

@@ -17,10 +17,12 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 from jax import Array
+from jax.extend.core import get_opaque_trace_state
 
 from snnfuse.core import neurons
 from snnfuse.core.compose import CountedState, Twice, WithMembrane, counted
 from snnfuse.core.neuron import PyTree, WithState
+from snnfuse.nn.linear import padding, per_axis
 from snnfuse.nn.padded import split
 from snnfuse.nn.recurrent import Feedback, Recurrent
 from snnfuse.nn.spikes import refuse_gradient, values
@@ -174,33 +176,58 @@ def operations(model: nnx.Module, *args: Any, **kwargs: Any) -> dict[str, Operat
     two activations, as in a `SelfAttention`, are not counted. Of a `Recurrent`, the products that feed back are counted; a
     connection that its mask removes counts too. Of a `Feedback`, every Linear and Conv inside is counted, under its own path.
 
+    The model runs as one compiled program, which an equal call uses again.
+
     Raises:
-      ValueError: it is called under `jax.jit` or another transform, where there are no values to count.
+      ValueError: it is called under `jax.jit` or another transform, where there are no values to count, or the model itself
+        applies such a transform.
     """
-    copy = nnx.clone(model)
+    graphdef, state = nnx.split(model)
+    leaves, tree = jax.tree.flatten((args, kwargs))
+    arrays = {i: x for i, x in enumerate(leaves) if isinstance(x, jax.Array | np.ndarray)}
+    others = tuple((i, x) for i, x in enumerate(leaves) if i not in arrays)
+    _refuse_tracer(*jax.tree.leaves(state), *leaves)
+    found = _counted(graphdef, state, arrays, others, tree)
+    _refuse_tracer(*jax.tree.leaves(found))
+    counts, layers = {}, _layers(model, nnx.Linear | nnx.Conv | Recurrent)
+    for path, calls in jax.device_get(found).items():
+        acs = macs = 0
+        for binary, rows, spikes in calls:
+            fan_out = _fan_out(layers[path], spikes.shape)
+            if binary:
+                acs += int(np.sum(spikes * fan_out))
+            else:
+                macs += int(rows) * int(fan_out.sum())
+        counts[path] = Operations(acs, macs)
+    return {path: counts[path] for path in layers if path in counts}
+
+
+@partial(jax.jit, static_argnums=(0, 3, 4))
+def _counted(graphdef, state, arrays, others, tree):
+    """{path: (whether all inputs are 0 or 1, the number of inputs, how often each feature of them is not 0) of each call}."""
+    copy, counts = nnx.merge(graphdef, state), {}
+    args, kwargs = tree.unflatten([x for _, x in sorted([*arrays.items(), *others], key=lambda pair: pair[0])])
     for layer in _layers(copy, Remat | Pieces).values():
         _run_inside(layer)
-    counts = {}
-    for path, loop in _layers(
-        copy, Feedback
-    ).items():  # inside of its scan are no values: its layer runs once more, on all
+    for path, loop in _layers(copy, Feedback).items():
+        # inside of its scan a count cannot leave: its layer runs once more, on all steps
         layer = nnx.clone(loop.layer)
         _count_calls(layer, counts, f"{path}.layer".strip("."))
         loop.unroll = _after_unroll(loop.unroll, partial(_run_on_all_steps, layer))
     _count_calls(copy, counts)
     for path, layer in _layers(copy, Recurrent).items():
         counts[path] = []
-        layer.unroll = _after_unroll(layer.unroll, _counting_product(layer.weight.shape[-1], counts[path].append))
+        layer.unroll = _after_unroll(layer.unroll, _counting_rows(counts[path], 1))
     copy(*args, **kwargs)
-    return {path: Operations(*map(sum, zip((0, 0), *calls, strict=True))) for path, calls in counts.items()}
+    return counts
 
 
 def _count_calls(model: nnx.Module, counts: dict[str, list], prefix: str = "") -> None:
-    """Every Linear and Conv of the model that is not in `counts` already, adds (acs, macs) of each call to its list there."""
+    """Every Linear and Conv of the model that is not in `counts` already adds each of its calls to its list there."""
     for path, layer in _layers(model, nnx.Linear | nnx.Conv).items():
         if (path := f"{prefix}.{path}".strip(".")) not in counts:
             counts[path] = []
-            _intercept(layer, _counting(layer, counts[path].append))
+            _intercept(layer, _counting(counts[path], _axes(layer)))
 
 
 def _run_on_all_steps(layer: nnx.Module, rows: Array) -> None:
@@ -280,7 +307,6 @@ def _after_unroll(unroll: Callable, count: Callable) -> Callable:
         outs, final = unroll(neuron, params, state, xs, out_dtype=out_dtype, **options)
         first = jax.tree.leaves(xs)[0]
         fed = unpack(outs, len(first), jnp.float32) if isinstance(out_dtype, Packed) else outs
-        _refuse_tracer(fed)
         before = jnp.zeros((1, *fed.shape[1:])) if state is None else state.fed[None]
         count(jnp.concatenate([before, fed[:-1].astype(jnp.float32)]))
         return outs, final
@@ -288,39 +314,74 @@ def _after_unroll(unroll: Callable, count: Callable) -> Callable:
     return counted
 
 
-def _counting_product(fan_out: int, keep: Callable) -> Callable:
-    def count(rows):
-        if bool(jnp.all((rows == 0) | (rows == 1))):
-            keep((int(np.asarray(rows, np.float64).sum()) * fan_out, 0))
-        else:
-            keep((0, rows.size * fan_out))
+def _counting_rows(calls: list, axes: int) -> Callable:
+    """A function that counts in x, whose last `axes` axes are one input of the layer, and adds the counts to `calls`."""
+    outside = get_opaque_trace_state(convention="nnx")
+
+    def count(x):
+        if get_opaque_trace_state(convention="nnx") != outside:
+            _refuse()  # a count could not leave the transform that the model applies here
+        rows = x.reshape(-1, *x.shape[x.ndim - axes :])
+        binary = jnp.all((rows == 0) | (rows == 1))
+        calls.append((binary, jnp.int32(len(rows)), jnp.sum(rows != 0, 0, dtype=jnp.int32)))
 
     return count
 
 
-def _refuse_tracer(*arrays):
-    if any(isinstance(a, jax.core.Tracer) for a in arrays):
-        raise ValueError(
-            "operations must be called outside of jax.jit and other transforms: it counts values; got a tracer"
-        )
-
-
-def _counting(layer: nnx.Module, keep: Callable) -> Callable:
-    """Passes (acs, macs) of each call to `keep`. With weights of 1, the fan-out is the gradient of the sum of all outputs."""
-    ones = nnx.clone(layer)
-    ones.kernel[...] = jnp.ones_like(ones.kernel[...], jnp.float32)
-    ones.dtype, ones.precision = jnp.float32, "highest"
-    axes = 1 if isinstance(layer, nnx.Linear) else ones.kernel[...].ndim - 1  # of one sample
+def _counting(calls: list, axes: int) -> Callable:
+    count = _counting_rows(calls, axes)
 
     def counted(call, x, *args, **kwargs):
-        sample = jnp.zeros((1, *values(x).shape[-axes:]))
-        _refuse_tracer(values(x), sample)
-        fan_out = np.asarray(jax.grad(lambda x: ones(x).sum())(sample), np.float64).round().ravel()
-        rows = values(x).reshape(-1, fan_out.size).astype(jnp.float32)
-        if bool(jnp.all((rows == 0) | (rows == 1))):
-            keep((int(np.asarray(rows.sum(0), np.float64) @ fan_out), 0))
-        else:
-            keep((0, len(rows) * int(fan_out.sum())))
+        count(values(x))
         return call(x, *args, **kwargs)
 
     return counted
+
+
+def _refuse_tracer(*arrays):
+    if any(isinstance(a, jax.core.Tracer) for a in arrays):
+        _refuse()
+
+
+def _refuse():
+    raise ValueError(
+        "operations must be called outside of jax.jit and other transforms: it counts values; got a tracer"
+    )
+
+
+def _axes(layer: nnx.Linear | nnx.Conv) -> int:
+    """How many of the last axes of x are one input of the layer."""
+    return 1 if isinstance(layer, nnx.Linear) else len(layer.kernel_size) + 1
+
+
+def _fan_out(layer: nnx.Linear | nnx.Conv | Recurrent, shape: tuple[int, ...]) -> np.ndarray:
+    """How many products the layer makes from each feature of an input of this shape, as int64."""
+    if not isinstance(layer, nnx.Conv):
+        outs = layer.weight.shape[-1] if isinstance(layer, Recurrent) else layer.kernel.shape[-1]
+        return np.full(shape, outs, np.int64)
+    *taps, inputs, outs = layer.kernel.shape
+    kernel = np.ones(layer.kernel.shape) if layer.mask is None else np.asarray(layer.mask, np.float64)
+    groups = layer.feature_group_count
+    products = kernel.reshape(*taps, inputs, groups, outs // groups).sum(-1)
+    products = np.moveaxis(products, -1, -2).reshape(*taps, groups * inputs)
+    for axis, reads in enumerate(_reads(layer, shape[:-1])):
+        products = np.moveaxis(np.tensordot(reads, products, (1, axis)), 0, axis)
+    return np.rint(products).astype(np.int64)
+
+
+def _reads(layer: nnx.Conv, space: tuple[int, ...]) -> Iterator[np.ndarray]:
+    """For each axis [size, taps]: how many outputs read each place of the input through each tap."""
+    mode, pads = padding(layer, space)
+    axes = (
+        per_axis(name, getattr(layer, name), len(space)) for name in ("strides", "input_dilation", "kernel_dilation")
+    )
+    for size, taps, (low, high), stride, apart, dilation in zip(space, layer.kernel_size, pads, *axes, strict=True):
+        places = np.full((size - 1) * apart + 1, -1)  # -1: a zero between the places of the input, or in the padding
+        places[::apart] = np.arange(size)
+        fill = dict(constant_values=-1) if mode == "constant" else {}
+        places = np.pad(places, (max(low, 0), max(high, 0)), mode=mode, **fill)[max(-low, 0) :]
+        outs = (len(places) - max(-high, 0) - (taps - 1) * dilation - 1) // stride + 1
+        under = places[stride * np.arange(outs)[:, None] + dilation * np.arange(taps)]  # [outs, taps]
+        reads = np.zeros((size + 1, taps))
+        np.add.at(reads, (under, np.arange(taps)), 1)
+        yield reads[:-1]
