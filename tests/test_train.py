@@ -216,10 +216,10 @@ def test_a_killed_run_goes_on_from_its_last_checkpoint(whole, tmp_path):
 def test_an_interrupt_stops_between_calls_with_a_checkpoint(whole, tmp_path, monkeypatch):
     add = train.Meter.add
 
-    def interrupted(self, step, metrics):
+    def interrupted(self, step, metrics, batch):
         if step == 3:
             signal.raise_signal(signal.SIGINT)
-        add(self, step, metrics)
+        add(self, step, metrics, batch)
 
     monkeypatch.setattr(train.Meter, "add", interrupted)
     before = signal.getsignal(signal.SIGINT)  # a shell starts programs in the background with SIGINT ignored
