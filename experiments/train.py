@@ -39,6 +39,7 @@ import jax.numpy as jnp
 import numpy as np
 import report
 from flax import nnx
+from jax.sharding import NamedSharding, PartitionSpec, SingleDeviceSharding
 from runs import NOT_COMPARED, Meter, Run, Stopped, keep_compiled
 from settings import CHOICES, Config, at_step
 from steps import axes_of, create, evaluate, in_order, joined, lower_eval, mesh_of, train_step, train_step_from_host
@@ -67,11 +68,20 @@ def _input_shape(config, source):
     return found
 
 
-def _batches(config, fixed, source, start):
-    """(a function of (objects, step, K) that trains K steps after `step`, one of (objects, step) that lowers that step).
+def _batches(config, fixed, source, start, size):
+    """(a function of (objects, step, K) that trains K steps after `step`, one of (objects, step) that lowers that step, K).
 
-    The second one is None if samples come from the host.
+    The second one is None if samples come from the host, if a call takes several steps, and if no step is left. The model has `size`
+    parameters.
     """
+    train, lower = _sampled(config, fixed, source, start)
+    K = _steps_per_call(config, size, lower is not None)
+    print(f"training samples come from the {'device' if lower else 'host'}; steps in a call: {K}")
+    return train, lower if K == 1 and start < config.steps else None, K
+
+
+def _sampled(config, fixed, source, start):
+    """The two functions of `_batches`."""
     first = next(iter(in_order(config, source, 1)))
     if len(source) * sum(x.nbytes for x in first.values()) <= config.on_device * 2**20:
         axes, parts = axes_of(config), list(in_order(config, source, 500))
@@ -130,27 +140,45 @@ def train(config: Config) -> dict:
         unused = [f for f in dataclasses.fields(config) if f.name in NOT_COMPARED and f.name != "mesh"]
         fixed = dataclasses.replace(config, **{f.name: f.default for f in unused})  # steps are compiled for this
         began, shape = time.perf_counter(), _input_shape(config, train_source)
-        objects = create(fixed, shape, config.data.classes)
-        # Placed on its device, as a restored state is, so that a resumed run is the same compiled program.
-        arrays = training.to_arrays(*objects)
-        arrays = parallel.shard(arrays, mesh) if mesh else jax.device_put(arrays, jax.devices()[0])
-        training.from_arrays(arrays, *objects)
-        start = run.start(*objects)
-        first = objects
-        if config.first_levels is not None and start < config.first_steps:
-            first = create(at_step(fixed, start), shape, config.data.classes)
-            _move(objects, first)
-        size = sum(x.size for x in jax.tree.leaves(nnx.state(objects[0], nnx.Param)))
-        print(f"{run.path}: {size:,} parameters, steps {start + 1} to {config.steps}, {jax.devices()[0].device_kind}")
-        step, lower = _batches(config, fixed, train_source, start)
-        K = _steps_per_call(config, size, lower is not None)
-        print(f"training samples come from the {'device' if lower else 'host'}; steps in a call: {K}")
-        lower = lower if K == 1 and start < config.steps else None
-        answers = _loop(run, config, fixed, first, objects, step, lower, K, test_source, start)
+        make = lambda at: create(at_step(fixed, at), shape, config.data.classes)
+        has_first = config.first_levels is not None  # the first steps have other neurons
+        shapes = _on_device(nnx.eval_shape(lambda: make(0 if has_first else config.first_steps)), mesh)
+        size = sum(x.size for x in jax.tree.leaves(nnx.state(shapes[0], nnx.Param)))
+        with ThreadPoolExecutor(max_workers=1) as pool:
+            compiling = {}
+            if not config.resume:  # the first step compiles while the weights are drawn
+                batches = _batches(config, fixed, train_source, 0, size)
+                if lower := batches[1]:
+                    compiling[0] = pool.submit(lower(shapes, 0).compile)
+            objects = make(config.first_steps)
+            # Placed on its device, as a restored state is, so that a resumed run is the same compiled program.
+            arrays = training.to_arrays(*objects)
+            arrays = parallel.shard(arrays, mesh) if mesh else jax.device_put(arrays, jax.devices()[0])
+            training.from_arrays(arrays, *objects)
+            start = run.start(*objects)
+            first = objects
+            if has_first and start < config.first_steps:
+                first = make(start)
+                _move(objects, first)
+            print(
+                f"{run.path}: {size:,} parameters, steps {start + 1} to {config.steps}, {jax.devices()[0].device_kind}"
+            )
+            if config.resume:
+                batches = _batches(config, fixed, train_source, start, size)
+            answers = _loop(run, config, fixed, first, objects, batches, test_source, start, pool, compiling)
         seconds = time.perf_counter() - began
         return _finish(run, config, fixed, objects, len(train_source), test_source, answers, seconds)
     finally:
         run.close()
+
+
+def _on_device(shapes, mesh):
+    """The objects that hold shapes, which now say where the arrays will be."""
+    sharding = NamedSharding(mesh, PartitionSpec()) if mesh else SingleDeviceSharding(jax.devices()[0])
+    placed = lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding, weak_type=x.weak_type)
+    for each in shapes:
+        nnx.update(each, jax.tree.map(placed, nnx.state(each)))
+    return shapes
 
 
 def _move(old, new):
@@ -158,9 +186,12 @@ def _move(old, new):
     training.from_arrays(training.to_arrays(*old), *new)
 
 
-def _loop(run, config, fixed, first, objects, step, lower, K, test_source, start):
-    """Trains, and returns the answers of the last evaluation; None if every step was taken before."""
-    answers = None
+def _loop(run, config, fixed, first, objects, batches, test_source, start, pool, compiling):
+    """Trains, and returns the answers of the last evaluation; None if every step was taken before.
+
+    `batches` is what `_batches` returns, and `compiling` has programs that the pool compiles already.
+    """
+    (step, lower, K), answers = batches, None
     meter = Meter(run)
     # calls that the device works on while the metrics of earlier ones are written
     ahead = min(12, -(-config.log_every // (2 * K)))
@@ -173,12 +204,12 @@ def _loop(run, config, fixed, first, objects, step, lower, K, test_source, start
     # The first program trains while the others compile, one after another: XLA times kernels on the device while it compiles, and
     # several programs at once wait for each other. On an H200 four at once took 76 s; one took 23 s and the others slowed the steps
     # down by 18 s.
-    with bar, ThreadPoolExecutor(max_workers=1) as pool, interrupt.noted() as interrupted:
-        compiling, began = {}, time.perf_counter()
+    with bar, interrupt.noted() as interrupted:
+        began = time.perf_counter()
         trained = lambda at: first if at < config.first_steps else objects
         if lower:
             for at in dict.fromkeys([start, max(start, config.first_steps)]):
-                compiling[at] = pool.submit(lower(trained(at), at).compile)
+                compiling[at] = compiling.get(at) or pool.submit(lower(trained(at), at).compile)
             for at in dict.fromkeys([*([start] if start < config.first_steps else []), config.first_steps]):
                 now = at_step(fixed, at)
                 lowered = lower_eval(now, _evaluated(trained(at)), test_source, _eval_batch(now))

@@ -107,9 +107,9 @@ def assert_same_run(path, whole):
         np.testing.assert_array_equal(np.asarray(a[name]), np.asarray(b[name]), err_msg=name)
 
 
-COMPILED = []  # a name for each program
+COMPILED = []  # the name of each program
 monitoring.register_event_duration_secs_listener(
-    lambda name, *_, **__: COMPILED.append(name) if name.endswith("backend_compile_duration") else None
+    lambda event, *_, fun_name="", **__: event.endswith("backend_compile_duration") and COMPILED.append(fun_name)
 )
 
 
@@ -274,11 +274,13 @@ def test_the_later_steps_may_have_smaller_batches(on_device, tmp_path, monkeypat
     )
     losses = lambda name: [row["loss"] for row in rows(tmp_path / name) if "loss" in row]
     both = dataclasses.replace(config, name="both", first_T=1, first_steps=10, second_batch=4)
+    compiled = COMPILED.count("jit(train_step)")
     for stop in (5, 15):
         with pytest.raises(train.Stopped, match=f"stopped after step {stop}"):
             train.train(dataclasses.replace(both, stop_at=stop, resume=stop > 5))
     train.train(dataclasses.replace(both, resume=True))
     assert taken == [TINY.batch, 4]  # each is traced once
+    assert COMPILED.count("jit(train_step)") - compiled == 2  # the first one before there were weights
     summary = train.train(dataclasses.replace(both, name="whole"))
     np.testing.assert_allclose(losses("both"), losses("whole"), rtol=1e-5)
     assert len(losses("whole")) == 20

@@ -11,6 +11,7 @@ import optax
 import pytest
 from flax import nnx
 from flax.nnx import graphlib
+from jax.sharding import NamedSharding, SingleDeviceSharding
 from jax.sharding import PartitionSpec as P
 
 from snnfuse import nn, parallel, training
@@ -71,11 +72,11 @@ def assert_same(a, b):
 
 @pytest.fixture
 def compiles():
-    """The number of programs that XLA has compiled."""
-    count = []
-    listen = lambda name, *_, **__: count.append(name) if name.endswith("backend_compile_duration") else None
+    """The number of programs that XLA has compiled, or of those with a name."""
+    names = []
+    listen = lambda event, *_, fun_name="", **__: event.endswith("backend_compile_duration") and names.append(fun_name)
     jax.monitoring.register_event_duration_secs_listener(listen)
-    yield lambda: len(count)
+    yield lambda name=None: names.count(name) if name else len(names)
     jax.monitoring.unregister_event_duration_listener(listen)
 
 
@@ -235,6 +236,42 @@ def test_lower_gives_the_program_of_the_calls_and_takes_no_step(mesh, compiles):
         step(model, xs)
     assert compiles() == count
     np.testing.assert_allclose(model.kernel[...], before + 8, rtol=1e-6)
+
+
+@pytest.mark.parametrize("mesh", [None, "data=1"])
+def test_a_step_compiles_before_its_model_has_weights(mesh, compiles):
+    """Shapes with the shardings of the later arrays give the program of the calls, beside data that are there already."""
+    mesh = parallel.make_mesh(mesh) if mesh else None
+    sharding = NamedSharding(mesh, P()) if mesh else SingleDeviceSharding(jax.devices()[0])
+    adam = optax.adam(1e-2)
+
+    def make():
+        model = nn.Sequential(nn.Linear(3, 4, rngs=nnx.Rngs(0)), nn.LIF(tau=2.0))
+        return model, nnx.Optimizer(model, adam, wrt=nnx.Param)
+
+    @training.compiled_step(mesh=mesh)
+    def step(model, optimizer, data):
+        (xs,), _ = data.next()
+        grads = nnx.grad(lambda model: jnp.square(model(xs[None])[0] - 1).mean())(model)
+        optimizer.update(model, parallel.mean_gradients(grads))
+
+    shapes, data = nnx.eval_shape(make), training.DeviceData((np.ones((8, 3), np.float32),), 4)
+    with pytest.raises(
+        TypeError, match=r"model.layers\[0\].bias must hold an array in a call of step; got the shape of one"
+    ):
+        step(*shapes, data)
+    for each in shapes:
+        placed = lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding, weak_type=x.weak_type)
+        nnx.update(each, jax.tree.map(placed, nnx.state(each)))
+    step.lower(*shapes, data).compile()
+    ours = make()
+    training.from_arrays(jax.device_put(training.to_arrays(*ours), sharding), *ours)
+    before = jnp.copy(ours[0].layers[0].kernel[...])
+    assert compiles("jit(step)") == 1 and data.position[...] == 0
+    for _ in range(2):
+        step(*ours, data)
+    assert compiles("jit(step)") == 1 and data.position[...] == 2
+    assert (ours[0].layers[0].kernel[...] != before).any()
 
 
 def test_what_a_model_was_called_with_is_let_go():

@@ -108,9 +108,11 @@ class CompiledStep:
         """The program of one step before it is compiled, as `jax.jit(f).lower` gives it; no step is taken.
 
         `lower(...).compile().memory_analysis()` tells the memory that a step needs. A call afterwards does not compile again.
+        Objects may hold shapes in place of arrays, as `nnx.eval_shape` makes them, so that a step can compile before its model
+        has weights. Where these shapes have the shardings of the later arrays, a call does not compile again either.
         """
         args, binding = self._bind(args)
-        arrays = binding.take(args, kwargs)
+        arrays = binding.shapes(args, kwargs) if binding.is_abstract() else binding.take(args, kwargs)
         return binding.program.one.lower(arrays, binding.constants, binding.flag, args, kwargs)
 
     def check(self):
@@ -192,11 +194,21 @@ class _Binding:
             self._check_late(steps)
         return out
 
+    def is_abstract(self) -> bool:
+        """Whether some variables hold the shape of an array, and no array."""
+        return any(isinstance(_array_of(variable), jax.ShapeDtypeStruct) for variable in self.variables)
+
+    def shapes(self, args, kwargs):
+        """What `take` would give, with shapes where variables hold shapes. Nothing can be donated."""
+        arrays = list(map(_array_of, self.variables))
+        named, commit = zip(arrays, self.program.names, strict=True), _committed(arrays, args, kwargs)
+        return [x if isinstance(x, jax.ShapeDtypeStruct) else self._place(x, name, commit) for x, name in named]
+
     def take(self, args, kwargs):
         """The variables' arrays, ready to be donated."""
         arrays = list(map(_array_of, self.variables))
         if not all(map(operator.is_, arrays, self.arrays)):  # some come from elsewhere
-            commit = any(getattr(x, "committed", False) for x in [*arrays, *jax.tree.leaves((args, kwargs))])
+            commit = _committed(arrays, args, kwargs)
             arrays = [
                 now if now is last else self._place(now, name, commit)
                 for now, last, name in zip(arrays, self.arrays, self.program.names, strict=True)
@@ -226,6 +238,8 @@ class _Binding:
             on_mesh = mesh and isinstance(array.sharding, NamedSharding)  # one device may be a mesh, too
             if array.committed and not mesh or on_mesh and array.sharding.device_set == set(mesh.devices.flat):
                 return array
+        if isinstance(array, jax.ShapeDtypeStruct):
+            raise TypeError(f"{name} must hold an array in a call of {self.step.name}; got the shape of one, {array}")
         if mesh:
             return parallel.shard(jnp.array(array, copy=True), mesh)
         if not isinstance(array, jax.Array):
@@ -250,6 +264,12 @@ class _Binding:
         raise FloatingPointError(
             f"{self.step.name} returned a NaN or infinity in {', '.join(names)} at step {first + 1} of the {count} checked"
         )
+
+
+def _committed(arrays, args, kwargs) -> bool:
+    """Whether an argument of the call is committed to a device, or a shape says that it will be."""
+    is_committed = lambda x: x.sharding if isinstance(x, jax.ShapeDtypeStruct) else getattr(x, "committed", False)
+    return any(is_committed(x) for x in [*arrays, *jax.tree.leaves((args, kwargs))])
 
 
 def _without_shared_buffers(arrays):

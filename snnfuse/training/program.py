@@ -205,7 +205,7 @@ def _is_key(x) -> bool:
 
 
 def _is_array(x) -> bool:
-    return isinstance(x, jax.Array | np.ndarray | np.generic | int | float | complex)
+    return isinstance(x, jax.Array | jax.ShapeDtypeStruct | np.ndarray | np.generic | int | float | complex)
 
 
 def _describe(x) -> str:
