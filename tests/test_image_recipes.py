@@ -22,7 +22,8 @@ def test_every_recipe_is_a_configuration_of_whole_epochs(name):
     assert config.name == name and config.steps % config.eval_every == 0
     samples = {"mnist": 60_000, "fashion_mnist": 60_000, "cifar10": 50_000}.get(config.data.name)
     if samples:  # of images; recordings are few, and their recipes count steps
-        assert config.steps % (samples // config.batch) == 0
+        assert config.first_steps % (samples // config.batch) == 0
+        assert (config.steps - config.first_steps) % (samples // (config.second_batch or config.batch)) == 0
 
 
 def test_the_list_shows_each_seed_that_was_measured(tmp_path, monkeypatch, capsys):
