@@ -143,8 +143,10 @@ def cells() -> list[Cell]:
             found.setdefault(key, {})[row["implementation"]] = row["ms"]
     made = []
     for (case, dtype, T, M), ms in sorted(found.items()):
-        arrays = [leaf for leaf in jax.tree.leaves(NEURONS[case][1]) if isinstance(leaf, jax.Array)]
-        problem = SimpleNamespace(T=T, M=M, param_shapes=[leaf.shape for leaf in arrays])
+        neuron, params = NEURONS[case]
+        arrays = [leaf for leaf in jax.tree.leaves(params) if isinstance(leaf, jax.Array)]
+        states = len(jax.tree.leaves(neuron.init_state((1,))))
+        problem = SimpleNamespace(T=T, M=M, param_shapes=[leaf.shape for leaf in arrays], num_state=states)
         chosen = implementations.preference(problem)[0]
         if chosen in ms and len(ms) > 1:
             made.append(Cell(case, dtype, T, M, ms, chosen, ms[chosen] / min(ms.values())))
