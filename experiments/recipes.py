@@ -112,7 +112,7 @@ def cifar10():
     64 epochs train a quantised ReLU network (--first_levels), 6 more the spiking network that takes over its weights. 94.51, 94.35 and
     94.19 % with seeds 0, 1 and 2, after 87, 85 and 86 s on an H200 with the time to compile. The quantised network had 94.80, 94.75
     and 94.69 %. The spiking network takes batches of a quarter, so that its convolutions have the shapes that XLA has timed
-    already: otherwise it takes 47 s to compile.
+    already.
 
     With 50 epochs and whole batches 94.1 % were reached in 120 s with `--model.implementation scan`, and 93.9 % with the fused kernels.
     """
