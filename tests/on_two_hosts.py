@@ -9,6 +9,7 @@ import sys
 from functools import partial
 from pathlib import Path
 
+import faster  # noqa: F401
 import jax
 import numpy as np
 from jax.sharding import PartitionSpec as P

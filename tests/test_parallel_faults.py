@@ -24,7 +24,7 @@ CONFIG = dataclasses.replace(TINY, name="killed", steps=30, eval_every=5)
 RUN = """
 import sys
 sys.path[:0] = [{tests!r}, {experiments!r}]
-import dataclasses, train
+import faster, dataclasses, train
 from test_parallel_faults import CONFIG
 train.train(dataclasses.replace(CONFIG, out=sys.argv[1], resume=sys.argv[2] == "true"))
 """
@@ -163,6 +163,7 @@ def test_no_whole_checkpoint_is_an_error(tmp_path):
 FULL = """
 import resource, signal, sys
 sys.path[:0] = [{tests!r}, {experiments!r}]
+import faster
 from test_parallel_faults import Checkpoints, NotSaved, Path, arrays
 signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
 c = Checkpoints(Path(sys.argv[1]))
