@@ -81,9 +81,9 @@ def test_shares_have_the_distribution_beta_and_need_no_loop(alpha):
 
 def test_mixup_mixes_images_and_targets_by_one_share():
     xs, targets = images(B=6), jax.nn.one_hot(jnp.arange(6), 6)
-    shares = []
+    shares, mixup = [], jax.jit(ia.mixup, static_argnums=3)
     for i in range(200):
-        out, mixed = ia.mixup(jax.random.key(i), xs, targets, 0.5)
+        out, mixed = mixup(jax.random.key(i), xs, targets, 0.5)
         share = float(mixed[0, 0])
         np.testing.assert_allclose(out, share * xs + (1 - share) * xs[::-1], atol=1e-6)
         np.testing.assert_allclose(mixed, share * targets + (1 - share) * targets[::-1], atol=1e-6)
@@ -107,9 +107,12 @@ def test_cutmix_mixes_the_targets_by_the_area_that_it_replaces():
     assert min(areas) < 0.02 and max(areas) > 0.85
 
 
+compiled_transforms = jax.jit(ia._transformed)
+
+
 def transformed(name, strength, x, fill=0.5):
     which = jnp.full(len(x), ia.RAND_AUGMENT.index(name))
-    return np.asarray(ia._transformed(x, which, jnp.full(len(x), strength), fill))
+    return np.asarray(compiled_transforms(x, which, jnp.full(len(x), strength), fill))
 
 
 def pillow(f, x):
