@@ -87,10 +87,11 @@ def test_gradients_are_those_of_the_paper_for_every_length_of_a_piece(traced):
     learner = online.ottt(model) if traced else online.sltt(model)
     np.testing.assert_array_equal(learner(jnp.asarray(XS))[0], model(jnp.asarray(XS))[0])
     want_value = loss(model(jnp.asarray(XS))[0], ERROR)
-    found = [whole(learner)]
+    found = [nnx.jit(whole)(learner)]
     for length in (1, 4):
         options = dict(state=start(learner), length=length)
-        value, got, _ = online.gradients(learner, loss, jnp.asarray(XS), jnp.asarray(ERROR), **options)
+        run = nnx.jit(lambda learner, options=options: online.gradients(learner, loss, XS, ERROR, **options))
+        value, got, _ = run(learner)
         np.testing.assert_allclose(value, want_value, rtol=1e-5)
         found.append(got)
     for got in found:
