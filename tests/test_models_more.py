@@ -230,7 +230,7 @@ def test_every_parameter_of_qkformer_gets_a_gradient_and_packed_spikes_give_the_
             if isinstance(norm, nn.BatchNorm):
                 norm.scale[...] = jnp.full_like(norm.scale[...], 4.0)  # so that every layer fires
         grads = nnx.jit(nnx.grad(loss_of))(model, xs, jnp.arange(3))
-        found[memory] = jax.tree.leaves(grads)
+        found[memory] = [*map(np.asarray, jax.tree.leaves(grads))]
     assert [g.shape for g in found["fast"] if not abs(g).max() > 0] == []
     assert_close(found["packed"], found["fast"], 1e-5)
 
