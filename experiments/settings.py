@@ -5,6 +5,7 @@
 
 import dataclasses
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import Annotated, Generic, TypeVar
 
 import numpy as np
@@ -175,10 +176,15 @@ class Config(Generic[Model, Data]):
 
 
 def at_step(config, step):
-    """The configuration of the training step after `step`: with --first_T the first steps have another model than the later ones."""
-    if step < config.first_steps:
-        return dataclasses.replace(config, model=first_model(config))
-    return dataclasses.replace(config, batch=config.second_batch or config.batch)
+    """The configuration of the step after `step`: the first steps have another model with --first_T, the others another batch
+    with --second_batch."""
+    return _phases(config)[step >= config.first_steps]
+
+
+@lru_cache  # called in every step, and a configuration checks all of its options when it is made
+def _phases(config):
+    first = dataclasses.replace(config, model=first_model(config))
+    return first, dataclasses.replace(config, batch=config.second_batch or config.batch)
 
 
 def first_model(config):
