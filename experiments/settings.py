@@ -5,6 +5,7 @@
 
 import dataclasses
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import Annotated, Generic, TypeVar
 
 import numpy as np
@@ -48,8 +49,8 @@ class Config(Generic[Model, Data]):
     """the learning rate falls to 0 over the first steps, starts again at this part of --learning_rate, and falls to 0 at the last
     step. None: it falls once, over all steps"""
     second_batch: Annotated[int | None, needs("first_steps")] = None
-    """--batch after the first steps. If it is --batch times --first_T / --model.T, convolutions have the shapes that they had in the
-    first steps, and XLA does not time them again. None: --batch"""
+    """samples in a batch after the first steps. None: as many as --batch. A convolution sees time steps times batch: if that product is
+    the same before and after, XLA need not time its convolutions again"""
     neuron_rate: Annotated[float, needs(model=LEARNING)] = 1.0
     """learning rate of the neurons' parameters, as a multiple of --learning_rate"""
     loss: str = "mean"
@@ -175,10 +176,15 @@ class Config(Generic[Model, Data]):
 
 
 def at_step(config, step):
-    """The configuration of the training step after `step`: with --first_T the first steps have another model than the later ones."""
-    if step < config.first_steps:
-        return dataclasses.replace(config, model=first_model(config))
-    return dataclasses.replace(config, batch=config.second_batch or config.batch)
+    """The configuration of the step after `step`. With --first_T the first steps have another model; with --second_batch the
+    later ones have another batch."""
+    return _phases(config)[step >= config.first_steps]
+
+
+@lru_cache  # called in every step, and a configuration checks all of its options when it is made
+def _phases(config):
+    first = dataclasses.replace(config, model=first_model(config))
+    return first, dataclasses.replace(config, batch=config.second_batch or config.batch)
 
 
 def first_model(config):

@@ -251,8 +251,6 @@ def mesh_of(config):
     if mesh.axis_names != ("data",):
         raise Stopped(f"--mesh must be data=N, the only axis this experiment has; got {config.mesh}")
     for name in ("batch", "second_batch"):
-        if (getattr(config, name) or 0) % mesh.size:
-            raise Stopped(
-                f"--{name} must be a multiple of the {mesh.size} devices of --mesh; got {getattr(config, name)}"
-            )
+        if (size := getattr(config, name) or 0) % mesh.size:
+            raise Stopped(f"--{name} must be a multiple of the {mesh.size} devices of --mesh; got {size}")
     return mesh

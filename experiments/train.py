@@ -69,9 +69,9 @@ def _input_shape(config, source):
 
 
 def _batches(config, fixed, source, start, size):
-    """(a function of (objects, step, K) that trains K steps after `step`, one of (objects, step) that lowers that step, K).
+    """(train, lower, K): `train(objects, step, K)` takes the K steps after `step`; `lower(objects, step)` lowers the next one.
 
-    The second one is None if samples come from the host, if a call takes several steps, and if no step is left. The model has `size`
+    `lower` is None if samples come from the host, if a call takes several steps, and if no step is left. The model has `size`
     parameters.
     """
     train, lower = _sampled(config, fixed, source, start)
@@ -81,7 +81,7 @@ def _batches(config, fixed, source, start, size):
 
 
 def _sampled(config, fixed, source, start):
-    """The two functions of `_batches`."""
+    """`train` of `_batches`, and `lower`, which is None if samples come from the host."""
     first = next(iter(in_order(config, source, 1)))
     if len(source) * sum(x.nbytes for x in first.values()) <= config.on_device * 2**20:
         axes, parts = axes_of(config), list(in_order(config, source, 500))
@@ -127,15 +127,13 @@ def train(config: Config) -> dict:
     config = dataclasses.replace(config, name=config.name or config.data.name)
     train_source, test_source = config.data.sources()
     config = dataclasses.replace(config, data=config.data.measured(train_source))
-    run = Run(configuration.flatten(config))
+    run, pool = Run(configuration.flatten(config)), ThreadPoolExecutor(max_workers=1)
     try:
         if config.data.note:
             print(f"{run.path}: {config.data.note}")
         for name in ("batch", "second_batch"):
-            if (getattr(config, name) or 0) > len(train_source):
-                raise Stopped(
-                    f"--{name} must be at most the {len(train_source)} training samples; got {getattr(config, name)}"
-                )
+            if (size := getattr(config, name) or 0) > len(train_source):
+                raise Stopped(f"--{name} must be at most the {len(train_source)} training samples; got {size}")
         mesh = mesh_of(config)
         unused = [f for f in dataclasses.fields(config) if f.name in NOT_COMPARED and f.name != "mesh"]
         fixed = dataclasses.replace(config, **{f.name: f.default for f in unused})  # steps are compiled for this
@@ -144,31 +142,29 @@ def train(config: Config) -> dict:
         has_first = config.first_levels is not None  # the first steps have other neurons
         shapes = _on_device(nnx.eval_shape(lambda: make(0 if has_first else config.first_steps)), mesh)
         size = sum(x.size for x in jax.tree.leaves(nnx.state(shapes[0], nnx.Param)))
-        with ThreadPoolExecutor(max_workers=1) as pool:
-            compiling = {}
-            if not config.resume:  # the first step compiles while the weights are drawn
-                batches = _batches(config, fixed, train_source, 0, size)
-                if lower := batches[1]:
-                    compiling[0] = pool.submit(lower(shapes, 0).compile)
-            objects = make(config.first_steps)
-            # Placed on its device, as a restored state is, so that a resumed run is the same compiled program.
-            arrays = training.to_arrays(*objects)
-            arrays = parallel.shard(arrays, mesh) if mesh else jax.device_put(arrays, jax.devices()[0])
-            training.from_arrays(arrays, *objects)
-            start = run.start(*objects)
-            first = objects
-            if has_first and start < config.first_steps:
-                first = make(start)
-                _move(objects, first)
-            print(
-                f"{run.path}: {size:,} parameters, steps {start + 1} to {config.steps}, {jax.devices()[0].device_kind}"
-            )
-            if config.resume:
-                batches = _batches(config, fixed, train_source, start, size)
-            answers = _loop(run, config, fixed, first, objects, batches, test_source, start, pool, compiling)
+        compiling = {}
+        if not config.resume:  # the first step compiles while the weights are drawn
+            batches = _batches(config, fixed, train_source, 0, size)
+            if lower := batches[1]:
+                compiling[0] = pool.submit(lower(shapes, 0).compile)
+        objects = make(config.first_steps)
+        # Placed on its device, as a restored state is, so that a resumed run is the same compiled program.
+        arrays = training.to_arrays(*objects)
+        arrays = parallel.shard(arrays, mesh) if mesh else jax.device_put(arrays, jax.devices()[0])
+        training.from_arrays(arrays, *objects)
+        start = run.start(*objects)
+        first = objects
+        if has_first and start < config.first_steps:
+            first = make(start)
+            _move(objects, first)
+        print(f"{run.path}: {size:,} parameters, steps {start + 1} to {config.steps}, {jax.devices()[0].device_kind}")
+        if config.resume:
+            batches = _batches(config, fixed, train_source, start, size)
+        answers = _loop(run, config, fixed, first, objects, batches, test_source, start, pool, compiling)
         seconds = time.perf_counter() - began
         return _finish(run, config, fixed, objects, len(train_source), test_source, answers, seconds)
     finally:
+        pool.shutdown(wait=False, cancel_futures=True)  # a run that stops early compiles nothing more
         run.close()
 
 

@@ -230,6 +230,19 @@ def test_arguments_of_the_model_that_are_no_arrays():
         assert monitor.operations(Chooses(), inputs(6), *args, **kwargs) == {"linear": (0, 2 * T * B * 36)}
 
 
+def test_a_model_with_attributes_or_arguments_that_have_no_hash():
+    class Scaled(nnx.Module):
+        def __init__(self):
+            self.linear = nn.Linear(6, 6, rngs=nnx.Rngs(0))
+            self.scale, self.options = np.ones(6, np.float32), {"bits": 4}
+
+        def __call__(self, xs, names=frozenset()):
+            return self.linear(xs * self.scale)
+
+    for _ in range(2):
+        assert monitor.operations(Scaled(), inputs(6), names={"a"}) == {"linear": (0, T * B * 36)}
+
+
 def test_operations_of_a_network():
     """The first layer's inputs are not spikes, the second layer's are. The energy follows the formula."""
     model = nn.Sequential(

@@ -105,18 +105,25 @@ def test_equal_eager_calls_compile_once(name, caplog):
 
 
 def test_the_order_of_none_is_that_of_the_rows():
-    """benchmarks/results/choice.jsonl: scan for a step; triton for long sequences, sooner with constants, two states or odd lanes."""
+    """benchmarks/results/choice.jsonl: scan for a step; triton for long sequences, sooner with constants, two states or many odd lanes."""
 
     def first(T, M, *, learned=False, states=1):
         neuron, params = (
             (sf.LIF(), sf.LIFParams(0.5)) if states == 1 else (sf.AdaptiveLIF(), sf.AdaptiveLIFParams(0.5, 0.9, 0.2))
         )
         params = params._replace(decay=jnp.float32(0.5)) if learned else params
-        xs = jnp.zeros((T, M))
-        problem, *_ = sf.ops.check.check_call(neuron, params, None, xs, None)
-        return implementations.preference(problem)[0]
+        names = []
+        check = lambda xs: names.extend(
+            implementations.preference(sf.ops.check.check_call(neuron, params, None, xs, None)[0])
+        )
+        jax.eval_shape(check, jax.ShapeDtypeStruct((T, M), jnp.float32))
+        return names[0]
 
     assert [first(T, 8) for T in (1, 2, 499, 500)] == ["scan", "pallas", "pallas", "triton"]
-    assert [first(T, 9) for T in (1, 31, 32)] == ["scan", "pallas", "triton"]
-    assert [first(T, 9, learned=True) for T in (1, 32, 999, 1000)] == ["scan", "pallas", "pallas", "triton"]
+    many = 2**20 + 1
+    assert [first(T, many) for T in (1, 31, 32)] == ["scan", "pallas", "triton"]
+    assert [first(T, M) for T, M in ((32, many + 1), (32, 4097), (499, 9))] == [
+        "pallas"
+    ] * 3  # few lanes: triton starts late
+    assert [first(T, many, learned=True) for T in (1, 32, 999, 1000)] == ["scan", "pallas", "pallas", "triton"]
     assert [first(T, 8, learned=True, states=2) for T in (1, 499, 500)] == ["scan", "pallas", "triton"]

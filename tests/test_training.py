@@ -274,6 +274,36 @@ def test_a_step_compiles_before_its_model_has_weights(mesh, compiles):
     assert (ours[0].layers[0].kernel[...] != before).any()
 
 
+@pytest.mark.parametrize("mesh", [None, "data=1"])
+@pytest.mark.parametrize("check_finite", [False, True])
+@pytest.mark.parametrize("abstract", ["all", "optimizer", "none"])
+def test_the_program_that_was_lowered_is_that_of_the_calls(abstract, check_finite, mesh, compiles):
+    """Also if only some objects hold shapes, with the flag of check_finite, and over a mesh by shapes that name no sharding."""
+    adam = optax.adam(1e-2)
+
+    def make():
+        rngs = nnx.Rngs(0)
+        model = nn.Sequential(nn.Linear(3, 4, rngs=rngs), nnx.Dropout(0.5, rngs=rngs), nn.LIF(tau=2.0))
+        return model, nnx.Optimizer(model, adam, wrt=nnx.Param)
+
+    mesh = parallel.make_mesh(mesh) if mesh else None
+
+    @training.compiled_step(mesh=mesh, batch=P(None, "data"), check_finite=check_finite)
+    def step(model, optimizer, xs):
+        value, grads = nnx.value_and_grad(lambda model: jnp.square(model(xs)[0] - 1).mean())(model)
+        optimizer.update(model, parallel.mean_gradients(grads))
+        return value
+
+    ours, shapes, xs = make(), nnx.eval_shape(make), jnp.ones((2, 4, 3))
+    before = jnp.copy(ours[0].layers[0].kernel[...])
+    given = dict(all=shapes, optimizer=(ours[0], shapes[1]), none=ours)[abstract]
+    step.lower(*given, xs).compile()
+    assert compiles("jit(step)") == 1
+    np.testing.assert_array_equal(ours[0].layers[0].kernel[...], before)
+    losses = [float(step(*ours, xs)) for _ in range(2)]
+    assert compiles("jit(step)") == 1 and losses[0] != losses[1]
+
+
 def test_what_a_model_was_called_with_is_let_go():
     gc.freeze()  # what was there before is not searched
     xs, labels = batches(1)

@@ -9,7 +9,7 @@ such as `nnx.jit` or `nnx.scan`: apply such a transform to the function that cal
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from functools import partial
+from functools import lru_cache, partial
 from typing import Any, NamedTuple
 
 import jax
@@ -176,7 +176,8 @@ def operations(model: nnx.Module, *args: Any, **kwargs: Any) -> dict[str, Operat
     two activations, as in a `SelfAttention`, are not counted. Of a `Recurrent`, the products that feed back are counted; a
     connection that its mask removes counts too. Of a `Feedback`, every Linear and Conv inside is counted, under its own path.
 
-    The model runs as one compiled program, which an equal call uses again.
+    The model runs as one compiled program, which an equal call uses again. (Not if an attribute of the model, or an argument,
+    cannot be hashed.) So no branch of the model may depend on the value of an array.
 
     Raises:
       ValueError: it is called under `jax.jit` or another transform, where there are no values to count, or the model itself
@@ -187,7 +188,13 @@ def operations(model: nnx.Module, *args: Any, **kwargs: Any) -> dict[str, Operat
     arrays = {i: x for i, x in enumerate(leaves) if isinstance(x, jax.Array | np.ndarray)}
     others = tuple((i, x) for i, x in enumerate(leaves) if i not in arrays)
     _refuse_tracer(*jax.tree.leaves(state), *leaves)
-    found = _counted(graphdef, state, arrays, others, tree)
+    try:
+        program = _counting_program(graphdef, others, tree)
+    except (
+        TypeError
+    ):  # an attribute or argument has no hash, such as a NumPy array: a later call cannot find the program
+        program = _counting_program.__wrapped__(graphdef, others, tree)
+    found = program(state, arrays)
     _refuse_tracer(*jax.tree.leaves(found))
     counts, layers = {}, _layers(model, nnx.Linear | nnx.Conv | Recurrent)
     for path, calls in jax.device_get(found).items():
@@ -202,8 +209,12 @@ def operations(model: nnx.Module, *args: Any, **kwargs: Any) -> dict[str, Operat
     return {path: counts[path] for path in layers if path in counts}
 
 
-@partial(jax.jit, static_argnums=(0, 3, 4))
-def _counted(graphdef, state, arrays, others, tree):
+@lru_cache
+def _counting_program(graphdef, others, tree):
+    return jax.jit(partial(_counted, graphdef, others, tree))
+
+
+def _counted(graphdef, others, tree, state, arrays):
     """{path: (whether all inputs are 0 or 1, the number of inputs, how often each feature of them is not 0) of each call}."""
     copy, counts = nnx.merge(graphdef, state), {}
     args, kwargs = tree.unflatten([x for _, x in sorted([*arrays.items(), *others], key=lambda pair: pair[0])])

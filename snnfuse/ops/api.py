@@ -31,8 +31,9 @@ def unroll(
         through Mosaic GPU, for compute capability 9.0 and later), "triton" (the same, as Triton source called through
         jax-triton), "scan" (`jax.lax.scan`, the baseline), "interpret" (the "pallas" kernels in the interpreter of
         Pallas). A named one runs or raises. None picks "scan" for a single step, and otherwise the first of "pallas",
-        "triton", "mosaic" and "scan" that can run; for long sequences "triton" comes before "pallas" (from 1,000 steps on, 500 if
-        all params are numbers or the neuron has two states, 32 if all are numbers and the number of lanes is odd). `snnfuse.explain` says which one runs, and why.
+        "triton", "mosaic" and "scan" that can run. For long sequences "triton" comes before "pallas": from 1,000 steps on; from 500
+        if all params are numbers or the neuron has several states; from 32 if all params are numbers and the number of lanes is odd
+        and above 2^20. `snnfuse.explain` says which one runs, and why.
       out_dtype: the dtype of the outputs, one for all or a tree like the outputs. None means that of xs (float32 if its
         leaves differ). Outputs in an integer dtype or bool carry no gradient.
       reuse_cotangents: "pallas" and "triton" may write the gradient of an input into the buffer of an output's cotangent, if the two

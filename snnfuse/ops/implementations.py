@@ -49,9 +49,10 @@ def preference(problem: Problem) -> tuple[str, ...]:
     "pallas" is the fastest, or within 5 %, in most layers that take 50 us or more (benchmarks/results/choice.jsonl and choice.png).
     Long sequences take "triton" if jax-triton is installed: with 1,000 steps it is faster by 3 to 29 %, with 500 steps by up to
     20 % if the parameters are constant, and by 5 to 11 % if they are learned and the neuron has two states. With fewer steps and
-    few lanes it takes up to twice as long, because XLA starts its own kernels faster than those of jax-triton. With 32 steps,
-    constant parameters and an odd number of lanes it is faster by 9 to 14 %; with 4 steps it is slower. A ResNet-18 (T = 32)
-    takes the same memory and time with both. "mosaic" is slower with gradients of parameters and with odd numbers of lanes.
+    few lanes it takes up to three times as long, because XLA starts its own kernels faster than those of jax-triton. With 32 steps,
+    constant parameters and 2^20 + 1 lanes it is faster by 9 to 14 %; with 4 steps it is slower, and fewer lanes of an odd number
+    were not measured there. A ResNet-18 (T = 32) takes the same memory and time with both. "mosaic" is slower with gradients of
+    parameters and with odd numbers of lanes.
     Later versions of JAX will drop the lowering that "pallas" needs; then "triton" is next.
     """
     if problem.T == 1:
@@ -59,7 +60,7 @@ def preference(problem: Problem) -> tuple[str, ...]:
     if problem.param_shapes:  # some are arrays; Python numbers among the params have no shape here
         long = problem.T >= (500 if problem.num_state > 1 else 1000)
     else:
-        long = problem.T >= (32 if problem.M % 2 else 500)
+        long = problem.T >= (32 if problem.M % 2 and problem.M > 2**20 else 500)
     return ("triton", "pallas", "mosaic", "scan") if long else ("pallas", "triton", "mosaic", "scan")
 
 

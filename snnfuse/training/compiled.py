@@ -108,12 +108,13 @@ class CompiledStep:
         """The program of one step before it is compiled, as `jax.jit(f).lower` gives it; no step is taken.
 
         `lower(...).compile().memory_analysis()` tells the memory that a step needs. A call afterwards does not compile again.
-        Objects may hold shapes in place of arrays, as `nnx.eval_shape` makes them, so that a step can compile before its model
-        has weights. Where these shapes have the shardings of the later arrays, a call does not compile again either.
+        Objects may hold shapes (`jax.ShapeDtypeStruct`) in place of arrays, as `nnx.eval_shape` makes them, so that a step can
+        compile before its model has weights. If the later arrays are committed to a device, as after `jax.device_put`, the
+        shapes must name their sharding; otherwise a call compiles again. With a mesh a shape needs none.
         """
         args, binding = self._bind(args)
         arrays = binding.shapes(args, kwargs) if binding.is_abstract() else binding.take(args, kwargs)
-        return binding.program.one.lower(arrays, binding.constants, binding.flag, args, kwargs)
+        return binding.program.one.lower(arrays, binding.constants, binding.flag_for(arrays), args, kwargs)
 
     def check(self):
         """Wait for the steps so far; raise a FloatingPointError if one returned a NaN or infinity (`check_finite`)."""
@@ -181,10 +182,8 @@ class _Binding:
 
     def call(self, run, args, kwargs, steps):
         arrays = self.take(args, kwargs)
-        if self.step.check_finite and not len(self.flag):
-            self.flag = _new_flag(arrays)
         try:
-            new, self.flag, out = run(arrays, self.constants, self.flag, args, kwargs)
+            new, self.flag, out = run(arrays, self.constants, self.flag_for(arrays), args, kwargs)
         except Exception as error:
             self._explain_deleted(arrays, error)
             raise
@@ -194,15 +193,22 @@ class _Binding:
             self._check_late(steps)
         return out
 
+    def flag_for(self, arrays):
+        """The flag of `check_finite`, a new one before the first call; () without `check_finite`."""
+        return _new_flag(arrays) if self.step.check_finite and not len(self.flag) else self.flag
+
     def is_abstract(self) -> bool:
         """Whether some variables hold the shape of an array, and no array."""
         return any(isinstance(_array_of(variable), jax.ShapeDtypeStruct) for variable in self.variables)
 
     def shapes(self, args, kwargs):
-        """What `take` would give, with shapes where variables hold shapes. Nothing can be donated."""
+        """What `take` would give, with shapes where variables hold shapes. It donates nothing and changes no variable."""
         arrays = list(map(_array_of, self.variables))
-        named, commit = zip(arrays, self.program.names, strict=True), _committed(arrays, args, kwargs)
-        return [x if isinstance(x, jax.ShapeDtypeStruct) else self._place(x, name, commit) for x, name in named]
+        commit = _committed(arrays, args, kwargs)
+        return [
+            _on(self.step.mesh, x) if isinstance(x, jax.ShapeDtypeStruct) else self._place(x, name, commit)
+            for x, name in zip(arrays, self.program.names, strict=True)
+        ]
 
     def take(self, args, kwargs):
         """The variables' arrays, ready to be donated."""
@@ -266,10 +272,19 @@ class _Binding:
         )
 
 
-def _committed(arrays, args, kwargs) -> bool:
+def _committed(arrays, args=(), kwargs=None) -> bool:
     """Whether an argument of the call is committed to a device, or a shape says that it will be."""
     is_committed = lambda x: x.sharding if isinstance(x, jax.ShapeDtypeStruct) else getattr(x, "committed", False)
     return any(is_committed(x) for x in [*arrays, *jax.tree.leaves((args, kwargs))])
+
+
+def _on(mesh, shape):
+    """The shape of an array that a step over this mesh has on every device; the same shape if it says where it is."""
+    if mesh is None or shape.sharding:
+        return shape
+    return jax.ShapeDtypeStruct(
+        shape.shape, shape.dtype, sharding=NamedSharding(mesh, PartitionSpec()), weak_type=shape.weak_type
+    )
 
 
 def _without_shared_buffers(arrays):
@@ -290,7 +305,7 @@ def _new_flag(arrays):
     flag, sharding = jnp.array([0, -1, 0], jnp.int32), arrays[0].sharding
     if isinstance(sharding, NamedSharding):
         sharding = NamedSharding(sharding.mesh, PartitionSpec())
-    return jax.device_put(flag, sharding) if arrays[0].committed else flag
+    return jax.device_put(flag, sharding) if _committed(arrays[:1]) else flag
 
 
 def _contents(objects) -> list:
