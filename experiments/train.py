@@ -254,8 +254,8 @@ def _loop(run, config, fixed, first, objects, batches, test_source, start, pool,
 
 
 def _eval_batch(config):
-    """Samples in a call. The batch of training if that is larger: XLA has already timed its convolutions."""
-    return max(config.batch, min(250, 10 * config.batch))
+    """Samples in a call: the batch of training, whose convolutions XLA has already timed, unless that is small."""
+    return max(config.batch, min(100, 10 * config.batch))
 
 
 def _evaluated(objects):
