@@ -10,6 +10,7 @@ from typing import Any
 import jax
 import numpy as np
 from checkpoints import Checkpoints, Stopped
+from flax import nnx
 from tensorboardX import SummaryWriter
 
 from snnfuse import training
@@ -35,7 +36,6 @@ class Run:
     def start(self, *objects) -> int:
         """The step to begin at. If there is a whole checkpoint, the objects are restored from the last one."""
         arrays, step = training.to_arrays(*objects), 0
-        _check_space(self.path, arrays)
         if (found := self._checkpoints.restore(arrays, training.settings(*objects))) is not None:
             step = found[0]
             training.from_arrays(found[1], *objects)
@@ -45,6 +45,16 @@ class Run:
         self._jsonl = open(self.path / "metrics.jsonl", "a")
         self._tensorboard = SummaryWriter(str(self.path / "tensorboard"), purge_step=step + 1)
         return step
+
+    def check_space(self, *objects):
+        """Raises Stopped if the disk is too full for checkpoints of the objects, which may hold shapes in place of arrays."""
+        size = sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(nnx.state(objects)))
+        need = 4 * size + 2**24  # two checkpoints, a third being written, the rest
+        free = shutil.disk_usage(self.path).free
+        if free < need:
+            raise Stopped(
+                f"{self.path} needs {need / 2**20:.0f} MiB for checkpoints; its disk has {free / 2**20:.0f} MiB free"
+            )
 
     def rows(self) -> list[dict]:
         path = self.path / "metrics.jsonl"
@@ -159,10 +169,3 @@ def _check_writable(path):
         probe.unlink()
     except OSError as e:
         raise Stopped(f"cannot write to {path} (see --out, --name): {e.strerror or e}") from e
-
-
-def _check_space(path, arrays):
-    size = sum(x.nbytes for x in arrays.values())
-    need, free = 4 * size + 2**24, shutil.disk_usage(path).free  # two checkpoints, a third being written, the rest
-    if free < need:
-        raise Stopped(f"{path} needs {need / 2**20:.0f} MiB for checkpoints; its disk has {free / 2**20:.0f} MiB free")

@@ -141,6 +141,7 @@ def train(config: Config) -> dict:
         make = lambda at: create(at_step(fixed, at), shape, config.data.classes)
         has_first = config.first_levels is not None  # the first steps have other neurons
         shapes = _on_device(nnx.eval_shape(lambda: make(0 if has_first else config.first_steps)), mesh)
+        run.check_space(*shapes)
         size = sum(x.size for x in jax.tree.leaves(nnx.state(shapes[0], nnx.Param)))
         compiling = {}
         if not config.resume:  # the first step compiles while the weights are drawn
