@@ -30,7 +30,6 @@ import itertools
 import json
 import sys
 import time
-from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 
 import config as configuration
@@ -40,6 +39,7 @@ import numpy as np
 import report
 from flax import nnx
 from jax.sharding import NamedSharding, PartitionSpec, SingleDeviceSharding
+from programs import Programs
 from runs import NOT_COMPARED, Meter, Run, Stopped, keep_compiled
 from settings import CHOICES, Config, at_step
 from steps import axes_of, create, evaluate, in_order, joined, lower_eval, mesh_of, train_step, train_step_from_host
@@ -127,7 +127,7 @@ def train(config: Config) -> dict:
     config = dataclasses.replace(config, name=config.name or config.data.name)
     train_source, test_source = config.data.sources()
     config = dataclasses.replace(config, data=config.data.measured(train_source))
-    run, pool = Run(configuration.flatten(config)), ThreadPoolExecutor(max_workers=1)
+    run, programs = Run(configuration.flatten(config)), Programs()
     try:
         if config.data.note:
             print(f"{run.path}: {config.data.note}")
@@ -143,11 +143,10 @@ def train(config: Config) -> dict:
         shapes = _on_device(nnx.eval_shape(lambda: make(0 if has_first else config.first_steps)), mesh)
         run.check_space(*shapes)
         size = sum(x.size for x in jax.tree.leaves(nnx.state(shapes[0], nnx.Param)))
-        compiling = {}
         if not config.resume:  # the first step compiles while the weights are drawn
             batches = _batches(config, fixed, train_source, 0, size)
             if lower := batches[1]:
-                compiling[0] = pool.submit(lower(shapes, 0).compile)
+                programs.add(0, lower(shapes, 0))
         objects = make(config.first_steps)
         # Placed on its device, as a restored state is, so that a resumed run is the same compiled program.
         arrays = training.to_arrays(*objects)
@@ -161,11 +160,11 @@ def train(config: Config) -> dict:
         print(f"{run.path}: {size:,} parameters, steps {start + 1} to {config.steps}, {jax.devices()[0].device_kind}")
         if config.resume:
             batches = _batches(config, fixed, train_source, start, size)
-        answers = _loop(run, config, fixed, first, objects, batches, test_source, start, pool, compiling)
+        answers = _loop(run, config, fixed, first, objects, batches, test_source, start, programs)
         seconds = time.perf_counter() - began
         return _finish(run, config, fixed, objects, len(train_source), test_source, answers, seconds)
     finally:
-        pool.shutdown(wait=False, cancel_futures=True)  # a run that stops early compiles nothing more
+        programs.close()
         run.close()
 
 
@@ -183,10 +182,10 @@ def _move(old, new):
     training.from_arrays(training.to_arrays(*old), *new)
 
 
-def _loop(run, config, fixed, first, objects, batches, test_source, start, pool, compiling):
+def _loop(run, config, fixed, first, objects, batches, test_source, start, programs):
     """Trains, and returns the answers of the last evaluation; None if every step was taken before.
 
-    `batches` is what `_batches` returns, and `compiling` has programs that the pool compiles already.
+    `batches` is what `_batches` returns. The first of the programs may compile already; it trains while the others compile.
     """
     (step, lower, K), answers = batches, None
     meter = Meter(run)
@@ -198,25 +197,21 @@ def _loop(run, config, fixed, first, objects, batches, test_source, start, pool,
         kept = f" (programs are kept in {cache})" if cache else ""
         bar.write(f"compiling the first step{kept}", sys.stdout)
         sys.stdout.flush()
-    # The first program trains while the others compile, one after another: XLA times kernels on the device while it compiles, and
-    # several programs at once wait for each other. On an H200 four at once took 76 s; one took 23 s and the others slowed the steps
-    # down by 18 s.
     with bar, interrupt.noted() as interrupted:
-        began = time.perf_counter()
         trained = lambda at: first if at < config.first_steps else objects
         if lower:
             for at in dict.fromkeys([start, max(start, config.first_steps)]):
-                compiling[at] = compiling.get(at) or pool.submit(lower(trained(at), at).compile)
+                if at not in programs:
+                    programs.add(at, lower(trained(at), at))
             for at in dict.fromkeys([*([start] if start < config.first_steps else []), config.first_steps]):
                 now = at_step(fixed, at)
                 lowered = lower_eval(now, _evaluated(trained(at)), test_source, _eval_batch(now))
-                compiling["eval", at >= config.first_steps] = pool.submit(lowered.compile)
+                programs.add(("eval", at >= config.first_steps), lowered)
         # after a resume the first call may be shorter, so that calls end at multiples of K, where logging and evaluation fall
         ends = [*range(start - start % K + K, config.steps, K), config.steps] if start < config.steps else []
         for before, now in itertools.pairwise([start, *ends]):
-            if before in compiling:
-                compiling.pop(before).result()
-                bar.write(f"compiled after {time.perf_counter() - began:.0f} s", sys.stdout)
+            if (seconds := programs.wait(before)) is not None:
+                bar.write(f"compiled after {seconds:.0f} s", sys.stdout)
             used = at_step(fixed, before)
             meter.add(before + 1, step(trained(before), before, now - before), used.batch)
             bar.update(now - before)
@@ -229,8 +224,7 @@ def _loop(run, config, fixed, first, objects, batches, test_source, start, pool,
                 bar.set_postfix(said, refresh=False)
             if evaluating:
                 kind = "eval" if now > config.first_steps else "first"
-                if ("eval", kind == "eval") in compiling:
-                    compiling.pop(("eval", kind == "eval")).result()
+                programs.wait(("eval", kind == "eval"))
                 row, answers = evaluate(used, _evaluated(trained(before)), test_source, _eval_batch(used))
                 run.record([(now, {f"{kind}_{name}": value for name, value in row.items()})])
                 bar.write(

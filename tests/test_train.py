@@ -10,7 +10,6 @@ import signal
 import subprocess
 import sys
 import threading
-import time
 from collections import Counter
 from pathlib import Path
 from types import SimpleNamespace
@@ -267,22 +266,20 @@ def test_the_first_steps_may_have_fewer_time_steps(on_device, tmp_path):
 
 def test_a_run_that_stops_waits_for_no_program_that_it_does_not_need(tmp_path, monkeypatch):
     """The programs of the evaluations take minutes here: the first one is never awaited, and the second one never begun."""
-    go_on, begun = threading.Event(), []
-    slow = lambda *_: SimpleNamespace(compile=lambda: begun.append(0) or go_on.wait(60))
+    go_on, released = threading.Event(), []
+    slow = lambda *_: SimpleNamespace(compile=lambda: released.append(go_on.wait(60)))
     monkeypatch.setattr(train, "lower_eval", slow)
     dense = dataclasses.replace(TINY.model, channels=())
     config = dataclasses.replace(TINY, model=dense, first_T=1, first_steps=10, stop_at=3, out=str(tmp_path))
-    before = time.perf_counter()
     try:
         with pytest.raises(train.Stopped, match="stopped after step 3"):
             train.train(config)
-        assert time.perf_counter() - before < 50 and not go_on.is_set()
     finally:
         go_on.set()
     for thread in threading.enumerate():
         if thread.name.startswith("ThreadPoolExecutor"):
             thread.join(60)
-    assert len(begun) <= 1
+    assert released in ([], [True])  # False if its minute was over before the run stopped
 
 
 @pytest.mark.parametrize("on_device", [0, 1])
