@@ -217,7 +217,7 @@ def long_sequences():
 )
 def online():
     """One line for each rule: its accuracy, and the memory of a step for each T."""
-    network = lambda r: dict(case=r["case"].removeprefix("memory, ").removeprefix("MNIST by rows, "))
+    network = lambda r: dict(case=r["case"].rpartition(", ")[2])
     needs = lambda r: {f"mb{r['T']}": r["temporary_mb"]} if "temporary_mb" in r else {}
     each = lambda r: dict(each=", ".join(f"{a:.1%}" for a in r["accuracies"])) if "accuracies" in r else {}
     found = [r | network(r) | needs(r) | each(r) for r in reversed(rows("online"))]
