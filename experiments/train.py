@@ -38,7 +38,7 @@ import jax.numpy as jnp
 import numpy as np
 import report
 from flax import nnx
-from jax.sharding import NamedSharding, PartitionSpec, SingleDeviceSharding
+from jax.sharding import SingleDeviceSharding
 from programs import Programs
 from runs import NOT_COMPARED, Meter, Run, Stopped, keep_compiled
 from settings import CHOICES, Config, at_step
@@ -140,7 +140,9 @@ def train(config: Config) -> dict:
         began, shape = time.perf_counter(), _input_shape(config, train_source)
         make = lambda at: create(at_step(fixed, at), shape, config.data.classes)
         has_first = config.first_levels is not None  # the first steps have other neurons
-        shapes = _on_device(nnx.eval_shape(lambda: make(0 if has_first else config.first_steps)), mesh)
+        shapes = nnx.eval_shape(lambda: make(0 if has_first else config.first_steps))
+        if not mesh:  # over a mesh, shapes need no sharding
+            _place_on_device(shapes)
         run.check_space(*shapes)
         size = sum(x.size for x in jax.tree.leaves(nnx.state(shapes[0], nnx.Param)))
         if not config.resume:  # the first step compiles while the weights are drawn
@@ -168,13 +170,12 @@ def train(config: Config) -> dict:
         run.close()
 
 
-def _on_device(shapes, mesh):
-    """The objects that hold shapes, which now say where the arrays will be."""
-    sharding = NamedSharding(mesh, PartitionSpec()) if mesh else SingleDeviceSharding(jax.devices()[0])
+def _place_on_device(shapes):
+    """Lets the objects, which hold shapes, say where the arrays will be."""
+    sharding = SingleDeviceSharding(jax.devices()[0])
     placed = lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding, weak_type=x.weak_type)
     for each in shapes:
         nnx.update(each, jax.tree.map(placed, nnx.state(each)))
-    return shapes
 
 
 def _move(old, new):

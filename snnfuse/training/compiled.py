@@ -202,7 +202,7 @@ class _Binding:
         return any(isinstance(_array_of(variable), jax.ShapeDtypeStruct) for variable in self.variables)
 
     def shapes(self, args, kwargs):
-        """What `take` would give, with shapes where variables hold shapes. It donates nothing and changes no variable."""
+        """The arguments of `lower`: a shape for each variable that holds a shape, an array for each other one."""
         arrays = list(map(_array_of, self.variables))
         commit = _committed(arrays, args, kwargs)
         return [
